@@ -1,0 +1,481 @@
+"""Our data parallelism gives torch 2.13's `DistributedDataParallel` gradient by gradient, on real gloo ranks.
+
+On 2 ranks everything is compared bit for bit (a + b is b + a); on 3 ranks to 2 units in the last place of the largest
+gradient, since the order of a sum of three depends on where in a bucket it stands.
+
+    OMP_NUM_THREADS=1 python -m pytest tests/test_ddp.py
+"""
+
+import copy
+import weakref
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import run_world
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from nanofinetune.ddp import DistributedDataParallel, NaiveDDP, broadcast_from_first, bucket_plan
+
+TorchDDP = nn.parallel.DistributedDataParallel
+MANY_BUCKETS = partial(DistributedDataParallel, bucket_cap_mb=1e-4)  # 104 bytes: nearly one bucket a parameter
+
+
+class Tied(nn.Module):
+    """A token classifier whose output layer is its embedding, with a frozen layer and a LayerNorm between."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.norm = nn.LayerNorm(8)
+        self.output = nn.Linear(8, 11)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, tokens):  # (rows, length) -> (rows, 11)
+        return self.output(self.norm(self.frozen(self.embedding(tokens)))).mean(1)
+
+
+class TwoDtypes(nn.Module):
+    """Parameters of two dtypes, one of them with a gap between its rows in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 5, dtype=torch.float64)
+        self.gap = nn.Parameter(torch.randn(11, 10)[:, ::2])
+        self.last = nn.Linear(11, 11)
+
+    def forward(self, x):  # (rows, 6) -> (rows, 11)
+        return self.last(self.first(x.double()).float() @ self.gap.t())
+
+
+def convolution():
+    """Buffers (running statistics and an int64 count) and a channels_last weight."""
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 11)
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs
+
+
+CASES = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 11)), lambda: torch.randn(4, 6)),
+    "convolution": (convolution, lambda: torch.randn(4, 3, 7, 7)),
+    "tied": (Tied, lambda: torch.randint(0, 11, (4, 5))),
+    "two dtypes": (TwoDtypes, lambda: torch.randn(4, 6)),
+}
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def pair(make, rank, ours, **torch_options):
+    """The same module, with other weights on each rank, wrapped by us and by torch."""
+    modules = []
+    for _ in range(2):
+        torch.manual_seed(1000 + rank)
+        modules.append(make())  # not deepcopy, which closes the gaps in a tensor's memory
+    return ours(modules[0]), TorchDDP(modules[1], **torch_options)
+
+
+def grads(wrapped):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in wrapped.named_parameters()}
+
+
+def assert_same(ours, theirs, world=2):
+    assert ours.keys() == theirs.keys()
+    largest = max(t.abs().max().item() for t in theirs.values() if t is not None and t.is_floating_point())
+    for name, expected in theirs.items():
+        got = ours[name]
+        assert (got is None) == (expected is None), (name, got, expected)
+        if expected is None:
+            continue
+        assert got.dtype == expected.dtype and got.shape == expected.shape
+        if world == 2:
+            assert torch.equal(got, expected), (name, (got - expected).abs().max())
+        else:
+            atol = 4 * torch.finfo(torch.float32).eps * largest if expected.is_floating_point() else 0
+            assert (got - expected).abs().max().item() <= atol, (name, got, expected)
+
+
+def equal_on_all_ranks(tensors):
+    tensors = list(tensors)
+    first = [tensor.detach().clone() for tensor in tensors]
+    broadcast_from_first(first)
+    same = torch.tensor(all(torch.equal(a, b) for a, b in zip(first, tensors, strict=True))).int()
+    dist.all_reduce(same, dist.ReduceOp.MIN)  # rank 0 always agrees with itself
+    return bool(same)
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def train_beside_torch(world, ours):
+    for make, batch in CASES.values():
+        for set_to_none in (True, False):
+            mine, reference = pair(make, world.rank, ours)
+            assert mine.state_dict().keys() == reference.state_dict().keys()
+            optimizers = [torch.optim.SGD(m.parameters(), 0.05, momentum=0.9) for m in (mine, reference)]
+            torch.manual_seed(world.rank)
+            for _ in range(3):
+                x, y = batch(), torch.randint(0, 11, (4,))
+                for model, optimizer in zip((mine, reference), optimizers, strict=True):
+                    optimizer.zero_grad(set_to_none=set_to_none)
+                    cross_entropy(model(x), y).backward()
+                    assert equal_on_all_ranks(p.grad for p in model.parameters() if p.grad is not None)
+                assert_same(grads(mine), grads(reference), world.size)
+                for optimizer in optimizers:
+                    optimizer.step()
+            assert_same(mine.state_dict(), reference.state_dict(), world.size)
+
+
+@pytest.mark.parametrize("ours", [NaiveDDP, DistributedDataParallel, MANY_BUCKETS], ids=["naive", "one", "many"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_gradients_match_torch_ddp(ours, world):
+    run_world(train_beside_torch, world, ours)
+
+
+def shard_beside_whole(world, ours):
+    torch.manual_seed(0)
+    whole, y = torch.randn(4 * world.size, 6), torch.randint(0, 11, (4 * world.size,))
+    model = nn.Sequential(nn.Linear(6, 30), nn.Tanh(), nn.Linear(30, 11))
+    mine = ours(copy.deepcopy(model))
+    cross_entropy(model(whole), y).backward()
+    rows = slice(4 * world.rank, 4 * world.rank + 4)
+
+    def distance():
+        mine.zero_grad()
+        cross_entropy(mine(whole[rows]), y[rows]).backward()
+        return max(
+            (a.grad - b.grad).abs().max().item() for a, b in zip(mine.parameters(), model.parameters(), strict=True)
+        )
+
+    synced = distance()
+    with mine.no_sync():
+        alone = distance()
+    return synced, alone
+
+
+@pytest.mark.parametrize("ours", [NaiveDDP, DistributedDataParallel])
+def test_gradients_match_one_process_on_the_whole_batch(ours):
+    """Gradients are about 0.1; float32 sums over 12 rows in another order move them by some 1e-8."""
+    for synced, alone in run_world(shard_beside_whole, 3, ours):
+        assert synced < 1e-6
+        assert alone > 1e-2  # and each rank's own gradient is something else
+
+
+def accumulate_beside_torch(world, ours):
+    for set_to_none in (True, False):
+        make, batch = CASES["convolution"]
+        mine, reference = pair(make, world.rank, ours)
+        torch.manual_seed(world.rank)
+        for _ in range(2):  # windows of two silent micro-batches and one that averages their sum
+            xs, ys = [batch() for _ in range(3)], torch.randint(0, 11, (3, 4))
+            for model in (mine, reference):
+                model.zero_grad(set_to_none=set_to_none)
+                with model.no_sync():
+                    for x, y in zip(xs[:2], ys[:2], strict=True):
+                        cross_entropy(model(x), y).backward()
+                    assert not equal_on_all_ranks(p.grad for p in model.parameters())
+                cross_entropy(model(xs[2]), ys[2]).backward()
+                assert equal_on_all_ranks(p.grad for p in model.parameters())
+            assert_same(grads(mine), grads(reference))
+            if ours is DistributedDataParallel:  # the naive one brings buffers up to date more often
+                assert_same(mine.state_dict(), reference.state_dict())
+    with pytest.raises(KeyError), mine.no_sync():
+        raise KeyError
+    assert mine.require_backward_grad_sync
+    for model in (mine, reference):  # two forwards, one backward
+        model.zero_grad()
+        cross_entropy(model(xs[0]) + model(xs[1]), ys[0]).backward()
+    assert_same(grads(mine), grads(reference))
+
+
+@pytest.mark.parametrize("ours", [NaiveDDP, DistributedDataParallel])
+def test_no_sync_matches_torch_ddp(ours):
+    run_world(accumulate_beside_torch, 2, ours)
+
+
+def two_backwards(world):
+    make, batch = CASES["mlp"]
+    mine, reference = pair(make, world.rank, DistributedDataParallel)
+    torch.manual_seed(world.rank)
+    x, y = batch(), torch.randint(0, 11, (4,))
+    for model in (mine, reference):
+        losses = [cross_entropy(model(x), y), cross_entropy(model(-x), y)]
+        for loss in losses:
+            loss.backward()
+    alone = copy.deepcopy(mine.module)
+    alone.zero_grad()
+    (cross_entropy(alone(x), y) + cross_entropy(alone(-x), y)).backward()
+    for p in alone.parameters():
+        dist.all_reduce(p.grad.div_(world.size))
+    for p, expected in zip(mine.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, expected.grad)
+    return [equal_on_all_ranks(p.grad for p in model.parameters()) for model in (mine, reference)]
+
+
+def test_second_backward_is_synchronised_where_torch_is_silent():
+    """Two forwards, then two backwards: torch leaves the second one's gradients unaveraged, and says nothing."""
+    assert run_world(two_backwards, 2) == [[True, False]] * 2
+
+
+def compressed(world):
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import _compress_hook
+
+    make, batch = CASES["mlp"]
+    mine, reference = pair(make, world.rank, lambda module: DistributedDataParallel(module, comm_dtype=torch.bfloat16))
+    exact = DistributedDataParallel(copy.deepcopy(mine.module))
+
+    # torch's `bf16_compress_hook` is this call; under its own name DDP refuses it on a CPU.
+    def hook(state, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        return _compress_hook(torch.bfloat16, state, bucket)
+
+    reference.register_comm_hook(dist.group.WORLD, hook)
+    torch.manual_seed(world.rank)
+    for _ in range(2):
+        x, y = batch(), torch.randint(0, 11, (4,))
+        for model in (mine, reference, exact):
+            model.zero_grad()
+            cross_entropy(model(x), y).backward()
+        assert_same(grads(mine), grads(reference))
+        for got, full in zip(grads(mine).values(), grads(exact).values(), strict=True):
+            assert got.dtype == torch.float32 and not torch.equal(got, full)
+            torch.testing.assert_close(got, full, rtol=2e-2, atol=2e-3)  # bfloat16 keeps 8 bits
+
+
+def test_comm_dtype_matches_torch_bf16_hook():
+    run_world(compressed, 2)
+
+
+# ---- unused parameters -----------------------------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.always, self.sometimes, self.never = (nn.Linear(6, 11) for _ in range(3))
+
+    def forward(self, x, sometimes):
+        return self.always(x) + (self.sometimes(x) if sometimes else 0)
+
+
+def unused_beside_torch(world):
+    for set_to_none in (True, False):
+        mine, reference = pair(
+            Branches,
+            world.rank,
+            partial(MANY_BUCKETS, find_unused_parameters=True),
+            find_unused_parameters=True,
+        )
+        torch.manual_seed(world.rank)
+        #                 nobody, rank 0, both,  rank 1, nobody
+        for users in [(), (0,), (0, 1), (1,), ()]:
+            x, y = torch.randn(4, 6), torch.randint(0, 11, (4,))
+            for model in (mine, reference):
+                model.zero_grad(set_to_none=set_to_none)
+                cross_entropy(model(x, world.rank in users), y).backward()
+            assert_same(grads(mine), grads(reference))
+            assert mine.module.never.weight.grad is None
+            if users:
+                assert mine.module.sometimes.weight.grad.abs().sum() > 0
+        for model in (mine, reference):  # used in a silent micro-batch of one rank only
+            model.zero_grad()
+            with model.no_sync():
+                cross_entropy(model(x, world.rank == 1), y).backward()
+            cross_entropy(model(x, False), y).backward()
+        assert_same(grads(mine), grads(reference))
+        assert mine.module.sometimes.weight.grad is not None
+
+
+def test_unused_parameters_match_torch_ddp():
+    run_world(unused_beside_torch, 2)
+
+
+def unused_by_mistake(world):
+    mine, reference = pair(Branches, world.rank, DistributedDataParallel)
+    x = torch.randn(4, 6)
+    with pytest.raises(RuntimeError) as ours:
+        mine(x, True).sum().backward()
+    reference(x, True).sum().backward()  # torch says nothing yet
+    with pytest.raises(RuntimeError) as theirs:
+        reference(x, True)
+    dist.barrier()  # nobody hangs
+    return str(ours.value), str(theirs.value)
+
+
+def test_unused_parameter_is_named():
+    for ours, theirs in run_world(unused_by_mistake, 2):
+        assert ours.startswith("no gradient for never.weight, never.bias: the loss does not depend on them")
+        assert "find_unused_parameters=True" in ours and "use_reentrant=True" in ours
+        assert "never.weight" not in theirs  # torch names indices
+
+
+# ---- the ranks must hold the same model ------------------------------------------------------------------------------
+
+
+def differing_models(world):
+    texts = []
+    for make in (
+        lambda: nn.Linear(6, 2 + world.rank),
+        lambda: nn.Linear(6, 2, dtype=torch.float64 if world.rank else torch.float32),
+        lambda: nn.Linear(6, 2, bias=not world.rank),
+        lambda: nn.Linear(6, 2).requires_grad_(not world.rank),
+    ):
+        with pytest.raises(RuntimeError) as failure:
+            DistributedDataParallel(make())
+        texts.append(str(failure.value))
+    return texts
+
+
+def test_differing_models_are_named_on_all_ranks():
+    first, second = run_world(differing_models, 2)
+    assert first == second
+    shape, dtype, missing, frozen = first
+    assert shape == (
+        "the ranks wrap different models: rank 0 has ('weight', (2, 6), 'torch.float32', 'trained'),"
+        " rank 1 has ('weight', (3, 6), 'torch.float32', 'trained')"
+    )
+    assert "torch.float64" in dtype and "no such parameter" in missing and "'frozen'" in frozen
+
+
+# ---- one process is enough for these ---------------------------------------------------------------------------------
+
+
+def test_bucket_plan_matches_torch():
+    """torch assigns from the first parameter on; from the last on is our one difference, so hand it the reverse."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        count = int(torch.randint(1, 30, (1,), generator=generator))
+        sizes = torch.randint(1, 200, (count,), generator=generator).tolist()
+        kinds = torch.randint(0, 3, (count,), generator=generator).tolist()
+        dtypes = [torch.float32, torch.float32, torch.bfloat16]
+        parameters = [torch.empty(size, dtype=dtypes[kind]) for size, kind in zip(sizes, kinds, strict=True)]
+        plan = bucket_plan(parameters, 256, 1024)
+        theirs, _ = dist._compute_bucket_assignment_by_size(parameters[::-1], [256, 1024])
+        assert sorted(plan) == sorted([[count - 1 - i for i in bucket] for bucket in theirs])
+        assert [bucket[-1] for bucket in plan] == sorted((bucket[-1] for bucket in plan), reverse=True)
+
+
+def test_gradients_are_views_that_exist_once_and_only_while_needed(group_of_one):
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(6, 300), nn.Linear(300, 300)), bucket_cap_mb=0.1)
+    for _ in range(2):
+        model(torch.ones(2, 6)).sum().backward()
+        views = [p.grad for p in model.parameters() if p.grad is not None]
+        storages = {view.untyped_storage().data_ptr(): view.untyped_storage().nbytes() for view in views}
+        assert len(storages) == len(model._buckets) == 2
+        assert sum(storages.values()) == sum(p.numel() * 4 for p in model.parameters())
+        alive = [weakref.ref(view) for view in views]
+        del views
+        model.zero_grad()
+        assert len(alive) == 4 and not any(view() is not None for view in alive)
+
+
+def test_state_dict_matches_torch_ddp(group_of_one):
+    ours, theirs = DistributedDataParallel(convolution()), TorchDDP(convolution())
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    assert_same(ours.state_dict(), theirs.state_dict())
+
+
+def test_a_backward_that_raises_half_way_does_not_spoil_the_next(group_of_one):
+    first = nn.Linear(6, 5)
+    model, x = DistributedDataParallel(nn.Sequential(first, nn.Linear(5, 4))), torch.ones(2, 6)
+
+    def broken(grad):
+        raise KeyError("half-way")
+
+    handle = first.weight.register_hook(broken)
+    with pytest.raises(KeyError):
+        model(x).sum().backward()
+    handle.remove()
+    model.zero_grad()
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_wrapping_again_drops_the_first_wrapper(group_of_one, monkeypatch):
+    module = nn.Linear(6, 5)
+    first = DistributedDataParallel(module)
+    del first  # nothing else holds it: its hooks are silent from now on
+    second = DistributedDataParallel(module)
+    sent = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor, **options):
+        sent.append(tensor)
+        return all_reduce(tensor, **options)
+
+    monkeypatch.setattr(dist, "all_reduce", counted)
+    second(torch.ones(2, 6)).sum().backward()
+    assert len(sent) == 1
+
+
+def test_gradient_checkpointing_works_unless_reentrant(group_of_one):
+    class Checkpointed(nn.Module):
+        def __init__(self, use_reentrant):
+            super().__init__()
+            self.first, self.last, self.use_reentrant = nn.Linear(6, 6), nn.Linear(6, 6), use_reentrant
+
+        def forward(self, x):
+            x = checkpoint(self.first, self.first(x), use_reentrant=self.use_reentrant)
+            return checkpoint(self.last, x, use_reentrant=self.use_reentrant)
+
+    model = DistributedDataParallel(Checkpointed(False))
+    model(torch.ones(2, 6)).sum().backward()
+    plain = copy.deepcopy(model.module)
+    plain.zero_grad()
+    plain(torch.ones(2, 6)).sum().backward()
+    assert_same(grads(model.module), grads(plain))
+    model = DistributedDataParallel(Checkpointed(True))
+    with pytest.raises(RuntimeError, match=r"no gradient for first.weight, first.bias: .*use_reentrant=True"):
+        model(torch.ones(2, 6)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"static_graph": True}, NotImplementedError, "static_graph=True is not supported: leave it out"),
+        ({"gradient_as_bucket_view": False}, NotImplementedError, "gradient_as_bucket_view=False is not supported"),
+        ({"forward_sync_buffers": True}, TypeError, "unexpected keyword argument 'forward_sync_buffers'"),
+        ({"comm_dtype": torch.int8}, ValueError, "comm_dtype=torch.int8: choose a floating-point dtype"),
+        (
+            {"device_ids": [0]},
+            ValueError,
+            r"device_ids=\[0\], output_device=None: the module's parameters are on .*cpu",
+        ),
+        ({"output_device": 1}, ValueError, "device_ids=None, output_device=1: the module's parameters are on .*cpu"),
+    ],
+)
+def test_what_is_not_supported_is_refused(group_of_one, options, error, text):
+    with pytest.raises(error, match=text):
+        DistributedDataParallel(nn.Linear(2, 2), **options)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")  # torch, for the second one
+def test_what_is_not_supported_in_backward_is_refused(group_of_one):
+    sparse = DistributedDataParallel(nn.Embedding(3, 2, sparse=True))
+    with pytest.raises(NotImplementedError, match="weight: neither create_graph=True nor sparse gradients"):
+        sparse(torch.tensor([1])).sum().backward()
+    twice = DistributedDataParallel(nn.Linear(2, 2))
+    with pytest.raises(NotImplementedError, match=r"create_graph=True"):
+        twice(torch.ones(1, 2)).square().sum().backward(create_graph=True)
+
+
+def test_frozen_and_thawed_parameters(group_of_one):
+    with pytest.raises(RuntimeError, match="no parameter of the module requires a gradient"):
+        DistributedDataParallel(nn.Linear(2, 2).requires_grad_(False))
+    model = DistributedDataParallel(Tied())
+    model.module.frozen.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"frozen when the module was wrapped.*\['frozen.weight', 'frozen.bias'\]"):
+        model(torch.ones(1, 2, dtype=torch.long))
+
+
+def test_without_a_process_group():
+    with pytest.raises(RuntimeError, match="needs a process group: call init_world first"):
+        DistributedDataParallel(nn.Linear(2, 2))
