@@ -1,0 +1,305 @@
+"""Loading the pretrained model and its tokenizer, against transformers 5.23's own from_pretrained.
+
+python -m pytest tests/test_pretrained.py
+"""
+
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_bert
+from huggingface_hub import constants
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
+
+from nanofinetune import pretrained
+from nanofinetune.errors import UsageError
+from nanofinetune.pretrained import (
+    DEFAULT_MODEL,
+    hub_in_reach,
+    length_limit,
+    load_model,
+    load_tokenizer,
+    load_trained,
+    looks_like_path,
+    resolve_default,
+)
+
+
+@pytest.fixture
+def encoder(tmp_path) -> str:
+    """A saved tiny BERT encoder without a head, as a pretrained checkpoint is."""
+    tiny_bert().bert.save_pretrained(tmp_path / "encoder")
+    return str(tmp_path / "encoder")
+
+
+@pytest.fixture
+def classifier(tmp_path) -> str:
+    """A saved tiny BERT classifier of two classes."""
+    tiny_bert().save_pretrained(tmp_path / "classifier")
+    return str(tmp_path / "classifier")
+
+
+def assert_same_weights(mine: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    assert mine.state_dict().keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(mine.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_load_model_matches_from_pretrained(classes, encoder):
+    """Bitwise, the new head included: from the same seed both draw it from torch's generator."""
+    torch.manual_seed(7)
+    mine, made_anew = load_model(encoder, [f"class {i}" for i in range(classes)])
+    torch.manual_seed(7)
+    theirs = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=classes)
+    assert_same_weights(mine, theirs)
+    assert made_anew == ["classifier.bias", "classifier.weight"]
+    torch.manual_seed(8)
+    assert not torch.equal(load_model(encoder, ["a", "b"])[0].classifier.weight, mine.classifier.weight[:2])
+
+
+def test_a_trained_head_is_kept_as_from_pretrained_keeps_it(classifier):
+    mine, made_anew = load_model(classifier, ["no", "yes"])
+    assert made_anew == []
+    assert_same_weights(mine, AutoModelForSequenceClassification.from_pretrained(classifier))
+
+
+def test_a_head_of_another_size_is_made_anew_and_named(classifier):
+    """The library refuses it, unless it is told to ignore the sizes of the encoder as well."""
+    with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
+        AutoModelForSequenceClassification.from_pretrained(classifier, num_labels=3)
+    model, made_anew = load_model(classifier, ["a", "b", "c"])
+    assert made_anew == ["classifier.bias", "classifier.weight"]
+    assert model.classifier.weight.shape == (3, 32) and model.config.num_labels == 3
+    assert_same_weights(model.bert, tiny_bert().bert)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_checkpoint_is_trained_in_fp32(dtype, tmp_path):
+    """transformers 5 keeps the checkpoint's dtype: its weights would be updated in half precision."""
+    tiny_bert().to(dtype).save_pretrained(tmp_path)
+    assert {p.dtype for p in AutoModelForSequenceClassification.from_pretrained(tmp_path).parameters()} == {dtype}
+    for model in (load_model(str(tmp_path), ["a", "b"])[0], load_trained(str(tmp_path))):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert_same_weights(model, tiny_bert().to(dtype).float())
+
+
+def test_missing_encoder_weights_are_refused(tmp_path):
+    """The library fills them with random numbers, and says so in a table; the same of a shape that does not fit."""
+    one_layer = tiny_bert().config
+    one_layer.num_hidden_layers = 1
+    BertModel(one_layer).save_pretrained(tmp_path)
+    config = BertConfig.from_pretrained(tmp_path)
+    config.num_hidden_layers = 2
+    config.save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert not model.bert.encoder.layer[1].output.dense.weight.isnan().any()
+    with pytest.raises(UsageError, match=r"16 encoder weights are missing .* first bert\.encoder\.layer\.1\."):
+        load_model(str(tmp_path), ["a", "b"])
+    config.num_hidden_layers, config.intermediate_size = 1, 48
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"3 encoder weights are missing .* first bert\.encoder\.layer\.0"):
+        load_model(str(tmp_path), ["a", "b"])
+
+
+def test_a_missing_pooler_is_made_anew_as_the_library_makes_it(tmp_path):
+    """Checkpoints of masked language models have none. It is a part of BERT's encoder that only the head needs."""
+    BertModel(tiny_bert().config, add_pooling_layer=False).save_pretrained(tmp_path)
+    _, made_anew = load_model(str(tmp_path), ["a", "b"])
+    assert [name for name in made_anew if "pooler" in name] == ["bert.pooler.dense.bias", "bert.pooler.dense.weight"]
+
+
+def test_label_names_are_in_the_config(encoder, tmp_path):
+    model, _ = load_model(encoder, ["not_equivalent", "equivalent"])
+    model.save_pretrained(tmp_path / "again")
+    config = AutoConfig.from_pretrained(tmp_path / "again")
+    assert config.id2label == {0: "not_equivalent", 1: "equivalent"} and config.label2id["equivalent"] == 1
+    assert config.problem_type == "single_label_classification"
+
+
+def test_the_regression_head_has_one_output_and_a_squared_error(encoder):
+    model, _ = load_model(encoder, None)
+    assert model.config.num_labels == 1 and model.config.problem_type == "regression"
+    batch = {"input_ids": torch.tensor([[2, 5, 3], [2, 6, 3]]), "labels": torch.tensor([0.5, 2.0])}
+    output = model.eval()(**batch)
+    expected = torch.nn.functional.mse_loss(output.logits.squeeze(-1), batch["labels"])
+    assert output.logits.shape == (2, 1) and torch.equal(output.loss, expected)
+
+
+def test_load_trained_wants_a_head_of_one_label_a_text(encoder, classifier, tmp_path):
+    assert not load_trained(classifier).training
+    with pytest.raises(UsageError, match=r"never fine-tuned .*it lacks classifier.bias, .*; fine-tune it"):
+        load_trained(encoder)
+    several = tiny_bert()
+    several.config.problem_type = "multi_label_classification"
+    several.save_pretrained(tmp_path / "several")
+    with pytest.raises(UsageError, match="problem_type is multi_label_classification"):
+        load_trained(str(tmp_path / "several"))
+
+
+# --- tokenizer and limit ----------------------------------------------------------------------------------------------
+
+
+def test_load_tokenizer_matches_from_pretrained(tiny_tokenizer_dir, classifier):
+    shutil.copytree(tiny_tokenizer_dir, classifier, dirs_exist_ok=True)
+    mine, theirs = load_tokenizer(classifier), AutoTokenizer.from_pretrained(classifier)
+    assert mine.get_vocab() == theirs.get_vocab()
+    assert mine("the cat sat")["input_ids"] == theirs("the cat sat")["input_ids"]
+
+
+def test_a_made_up_tokenizer_is_refused(classifier):
+    """transformers 5 makes one up for a folder without a vocabulary, and every word is unknown to it."""
+    invented = AutoTokenizer.from_pretrained(classifier)
+    assert invented("the cat sat")["input_ids"][1:-1] == [invented.unk_token_id] * 3
+    with pytest.raises(UsageError, match="it has no tokenizer files; save the tokenizer beside the model"):
+        load_tokenizer(classifier)
+
+
+class Unlimited:
+    """A tokenizer that leaves the limit to the model."""
+
+    model_max_length = int(1e30)
+
+    def num_special_tokens_to_add(self, pair: bool) -> int:
+        return 3
+
+    def __len__(self) -> int:
+        return 32
+
+
+def tiny_config(kind: str) -> Any:
+    """A config of the kind with 40 rows in its position table."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    if kind == "distilbert":
+        sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
+    if kind in ("electra", "albert"):
+        sizes["embedding_size"] = 16
+    if kind == "luke":
+        sizes |= {"entity_vocab_size": 4, "entity_emb_size": 16}
+    if kind == "longformer":
+        sizes["attention_window"] = 4
+    return AutoConfig.for_model(kind, vocab_size=32, max_position_embeddings=40, pad_token_id=1, **sizes)
+
+
+@pytest.mark.parametrize(
+    "kind", ["bert", "distilbert", "electra", "albert", "deberta-v2", "roformer", *pretrained._OFFSET_POSITIONS]
+)
+def test_length_limit_is_what_the_model_takes(kind, tmp_path):
+    """One row of `limit` tokens goes through the model itself, and one of limit + 1 does not."""
+    config = tiny_config(kind)
+    config.save_pretrained(tmp_path)
+    limit = length_limit(str(tmp_path), Unlimited())
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.inference_mode():
+        assert model(input_ids=torch.full((1, limit), 5), attention_mask=torch.ones(1, limit)).logits.isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, limit + 1), 5), attention_mask=torch.ones(1, limit + 1))
+
+
+def test_the_smaller_limit_wins_and_room_for_text_is_left(classifier, tiny_tokenizer, monkeypatch):
+    assert length_limit(classifier, tiny_tokenizer) == 64
+    tiny_tokenizer.model_max_length = 20
+    assert length_limit(classifier, tiny_tokenizer) == 20
+    tiny_tokenizer.model_max_length = 3
+    with pytest.raises(UsageError, match="takes 3 tokens at most, of which 3 are special: no room for text; choose"):
+        length_limit(classifier, tiny_tokenizer)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(classifier, tiny_tokenizer):
+    tiny_tokenizer.add_tokens([f"word{i}" for i in range(32 - len(tiny_tokenizer))])
+    assert length_limit(classifier, tiny_tokenizer) == 64
+    tiny_tokenizer.add_tokens(["another"])
+    with pytest.raises(UsageError, match="has 33 tokens and its embedding table 32 rows; save"):
+        length_limit(classifier, tiny_tokenizer)
+    with pytest.raises(IndexError):
+        tiny_bert()(input_ids=torch.tensor([[tiny_tokenizer.convert_tokens_to_ids("another")]]))
+
+
+# --- with and without the Hub -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """As if the user had neither asked for offline mode nor had a proxy; what hub_in_reach writes is put back after."""
+    for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return monkeypatch
+
+
+def test_hub_in_reach_asks_the_endpoint(online):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        online.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert hub_in_reach()
+        assert os.environ["HF_HUB_OFFLINE"] == "" and not constants.HF_HUB_OFFLINE
+
+
+def test_hub_out_of_reach_puts_huggingface_hub_offline(online):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    online.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")  # closed again
+    assert not hub_in_reach()
+    assert os.environ["HF_HUB_OFFLINE"] == "1" and constants.HF_HUB_OFFLINE
+    online.setattr(socket, "create_connection", lambda *args, **kwargs: pytest.fail("asked twice"))
+    assert not hub_in_reach()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "address"),
+    [
+        ("https://huggingface.co", ("huggingface.co", 443)),
+        ("http://mirror.example", ("mirror.example", 80)),
+        ("https://mirror.example:8443/hub", ("mirror.example", 8443)),
+    ],
+)
+def test_hub_in_reach_asks_the_port_of_the_scheme(endpoint, address, online):
+    asked = []
+
+    def refuse(where: tuple[str, int], timeout: float) -> None:
+        asked.append(where)
+        raise OSError
+
+    online.setenv("HF_ENDPOINT", endpoint)
+    online.setattr(socket, "create_connection", refuse)
+    assert not hub_in_reach() and asked == [address]
+
+
+def test_a_proxy_is_trusted(online):
+    online.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    online.setattr(socket, "create_connection", lambda *args, **kwargs: pytest.fail("bypassed the proxy"))
+    assert hub_in_reach()
+
+
+def test_default_model_falls_back_and_says_so(packaged_model, monkeypatch):
+    monkeypatch.setattr(pretrained, "is_cached", lambda name: False)
+    folder, note = resolve_default()
+    assert folder == packaged_model and Path(folder, "config.json").is_file()
+    assert note == f"the Hub is out of reach and {DEFAULT_MODEL} is not cached: using the packaged checkpoint instead"
+    model, made_anew = load_model(folder, ["a", "b"])
+    assert made_anew == ["classifier.bias", "classifier.weight"] and model.num_parameters() > 20e6
+    assert length_limit(folder, load_tokenizer(folder)) == 512
+    with pytest.raises(UsageError, match=f"model {DEFAULT_MODEL}: the Hub is out of reach"):
+        load_tokenizer(DEFAULT_MODEL)  # named by the user, it is never replaced
+
+
+def test_without_the_packaged_checkpoint_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setattr(pretrained, "is_cached", lambda name: False)
+    monkeypatch.setattr(pretrained, "packaged_model", lambda: None)
+    with pytest.raises(UsageError, match=r"bert-base-uncased .* out of reach: .*nanofinetune\[offline\].*--model"):
+        resolve_default()
+
+
+@pytest.mark.parametrize(("cached", "reach"), [(True, False), (False, True)])
+def test_the_default_is_bert_base_uncased_where_it_can_be_had(cached, reach, monkeypatch):
+    monkeypatch.setattr(pretrained, "is_cached", lambda name: cached)
+    monkeypatch.setattr(pretrained, "hub_in_reach", lambda: reach)
+    assert resolve_default() == (DEFAULT_MODEL, "")
+
+
+def test_names_on_the_hub_have_one_slash_at_most():
+    assert all(looks_like_path(name) for name in ("./x", "~/x", "/x", "a/b/c"))
+    assert not any(looks_like_path(name) for name in ("a", "a/b", "a-b.c"))
