@@ -1,0 +1,191 @@
+#!/usr/bin/env bash
+# Start train.py in one process, or in several through torchrun. `launch.sh --help` says what it reads.
+# Here is which processes to start; how a failure reaches the screen is in nanofinetune/launch.py.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+launch.sh [-n N] [--max-restarts N] [--print] [train.py's arguments]    train
+launch.sh config                                                        ask, and write launch.env
+
+  -n N              processes on this node (default: one for each NVIDIA GPU, else 1)
+  --max-restarts N  times that torchrun starts all processes again after one has failed (default 0)
+  --print           print the command instead of running it
+  -- ARGUMENTS      everything after it goes to train.py (python train.py --help lists its own)
+
+Each setting comes from the command line, else the environment, else launch.env beside this file:
+  NPROC_PER_NODE                as -n                    OMP_NUM_THREADS     threads a process (default: cores / N)
+  NNODES, NODE_RANK             nodes, this one's number MASTER_ADDR, MASTER_PORT  node 0 (default port 29500)
+  GLOO_SOCKET_IFNAME            network interface        MAX_RESTARTS        as --max-restarts
+  NANOFINETUNE_MIXED_PRECISION  as --precision           NANOFINETUNE_DEVICE as --device
+
+Several nodes: run it once on each, with NNODES, NODE_RANK and MASTER_ADDR. SLURM: `srun --ntasks-per-node=1 launch.sh`,
+or one task for each process. Kubeflow's variables are read too. The interpreter is $PYTHON, else that of the active
+environment, else .venv/bin/python beside this file, else python.
+END
+}
+
+fail() { echo "launch.sh: $1" >&2; exit 2; }
+
+whole() { # NAME VALUE LOWEST: print VALUE if it is a whole number from LOWEST
+    if [[ ! $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3)); then
+        fail "$1 ${2:-is empty}: it must be a whole number from $3"
+    fi
+    echo "$2"
+}
+
+has() { # OPTION ARGUMENTS...: is OPTION, or OPTION=VALUE, among the arguments?
+    local option=$1 argument
+    shift
+    for argument; do [[ $argument == "$option" || $argument == "$option="* ]] && return 0; done
+    return 1
+}
+
+cores() { # physical ones, as torch counts, of those that this process may use
+    local usable physical
+    usable=$(nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || echo 1)
+    physical=$(lscpu -p=core,socket 2>/dev/null | grep -v '^#' | sort -u | wc -l || true)
+    echo $((physical > 0 && physical < usable ? physical : usable))
+}
+
+gpus() { # those that the processes will see
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -vc '^\(-1\)\?$' || true
+    else
+        nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
+    fi
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+script=${NANOFINETUNE_SCRIPT:-$root/train.py}
+settings=${NANOFINETUNE_LAUNCH_ENV:-$root/launch.env}
+if [[ -n ${PYTHON-} ]]; then
+    python=$PYTHON
+elif [[ -z ${VIRTUAL_ENV-}${CONDA_PREFIX-} && -x $root/.venv/bin/python ]]; then
+    python=$root/.venv/bin/python
+else
+    python=$(command -v python || command -v python3) || fail "there is no python here; name one in PYTHON"
+fi
+start=("$python" -W ignore::RuntimeWarning:runpy -m nanofinetune.launch) # (it warns of a module that its package imports)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+
+# --- the command line ---
+if [[ ${1-} == config ]]; then
+    (($# == 1)) || fail "config takes no arguments: it asks"
+    exec "${start[@]}" config "$settings"
+fi
+n='' restarts='' show=''
+arguments=()
+while (($#)); do
+    case $1 in
+        -h | --help) usage; exit ;;
+        -n) n=$(whole -n "${2-}" 1); shift ;;
+        -n[0-9]*) n=$(whole -n "${1#-n}" 1) ;;
+        --max-restarts) restarts=$(whole --max-restarts "${2-}" 0); shift ;;
+        --max-restarts=*) restarts=$(whole --max-restarts "${1#*=}" 0) ;;
+        --print) show=1 ;;
+        --) shift; arguments+=("$@"); break ;;
+        *) arguments+=("$1") ;;
+    esac
+    shift
+done
+
+# --- the environment: NNODES and its like, else what SLURM or Kubeflow say in their own words ---
+[[ -z ${LOCAL_RANK-} ]] || fail "LOCAL_RANK=$LOCAL_RANK: a launcher has started this process already; run train.py itself"
+worker=''
+if [[ -n ${SLURM_STEP_ID-} ]] && ((${SLURM_NTASKS:-1} > 1)); then
+    if ((SLURM_NTASKS > ${SLURM_NNODES:-1})); then # srun has started every process: this is one, train.py finds its rank
+        [[ -z $n ]] || fail "-n $n: srun has started $SLURM_NTASKS tasks; leave -n out, or use srun --ntasks-per-node=1"
+        worker=1
+    elif [[ -z ${NNODES-} ]]; then # one task for each node: this one starts the node's processes
+        NNODES=$SLURM_NNODES
+        NODE_RANK=${NODE_RANK:-$SLURM_NODEID}
+        MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))} # the same on all nodes, another for another job
+        nodes=${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}
+        if [[ -z ${MASTER_ADDR-} ]] && command -v scontrol >/dev/null; then
+            MASTER_ADDR=$(scontrol show hostnames "$nodes")
+            MASTER_ADDR=${MASTER_ADDR%%$'\n'*}
+        elif [[ -z ${MASTER_ADDR-} ]]; then # a container without SLURM's programs
+            first_host='import sys; from nanofinetune.distributed import first_host; print(first_host(sys.argv[1]))'
+            MASTER_ADDR=$("$python" -c "$first_host" "$nodes")
+        fi
+    fi
+elif [[ -z ${NNODES-} ]] && ((${SLURM_NNODES:-1} > 1)); then
+    fail "SLURM gave $SLURM_NNODES nodes and this is the shell of one: use srun --ntasks-per-node=1 launch.sh"
+fi
+for name in NNODES NODE_RANK NPROC_PER_NODE MASTER_ADDR MASTER_PORT MAX_RESTARTS; do # Kubeflow Trainer: torchrun's PET_*
+    pet=PET_$name
+    [[ -n ${!name-} || -z ${!pet-} ]] || printf -v "$name" %s "${!pet}"
+done
+if [[ -z ${NNODES-} && -n ${WORLD_SIZE-} && -n ${RANK-} ]]; then # Kubeflow PyTorchJob: here these two count pods
+    NNODES=$WORLD_SIZE NODE_RANK=$RANK
+fi
+
+# --- launch.env: NAME=VALUE lines, read and never executed ---
+if [[ -f $settings ]]; then
+    while IFS='=' read -r name value || [[ -n $name ]]; do
+        case $name in
+            '' | '#'*) ;;
+            NPROC_PER_NODE | NNODES | NODE_RANK | MASTER_ADDR | MASTER_PORT | MAX_RESTARTS) [[ -n ${!name-} ]] || printf -v "$name" %s "$value" ;;
+            OMP_NUM_THREADS | GLOO_SOCKET_IFNAME | NANOFINETUNE_MIXED_PRECISION | NANOFINETUNE_DEVICE) [[ -n ${!name-} ]] || export "$name=$value" ;;
+            *) fail "$settings: $name is not a setting; --help lists them" ;;
+        esac
+    done <"$settings"
+fi
+
+# --- the sum of it ---
+given=(${arguments[@]+"${arguments[@]}"}) # (an empty array is "unbound" in the bash of macOS)
+if [[ -n ${NANOFINETUNE_DEVICE-} ]] && ! has --device ${given[@]+"${given[@]}"}; then
+    arguments+=(--device "$NANOFINETUNE_DEVICE")
+fi
+if [[ -n ${NANOFINETUNE_MIXED_PRECISION-} ]] && ! has --precision ${given[@]+"${given[@]}"}; then
+    arguments+=(--precision "$NANOFINETUNE_MIXED_PRECISION")
+fi
+restarts=${restarts:-$(whole MAX_RESTARTS "${MAX_RESTARTS:-0}" 0)}
+nodes=$(whole NNODES "${NNODES:-1}" 1)
+if [[ -z $n && -n ${NPROC_PER_NODE-} && ! ${NPROC_PER_NODE-} =~ ^(auto|gpu)$ ]]; then
+    n=$(whole NPROC_PER_NODE "$NPROC_PER_NODE" 1)
+elif [[ -z $n && -z ${SLURM_STEP_ID-} ]] && ((${SLURM_NTASKS:-1} > 1)); then
+    n=$SLURM_NTASKS # the shell of an sbatch job on one node
+elif [[ -z $n ]]; then
+    n=1
+    [[ " ${arguments[*]-} " =~ " --device cpu "|" --device=cpu " ]] || n=$(gpus)
+    ((n > 0)) || n=1
+fi
+
+threads=''
+if [[ -n $worker ]]; then
+    command=("$python" "$script") # srun binds each task to its own cores
+elif ((n == 1 && nodes == 1 && restarts == 0)) && [[ -z ${SLURM_PROCID-} ]]; then
+    command=("$python" "$script") # one process needs no launcher, and torch takes all cores by itself
+else
+    if [[ -z ${OMP_NUM_THREADS-} ]]; then # underneath: torchrun would set 1
+        threads=$(cores)
+        threads=$((threads > n ? threads / n : 1))
+    fi
+    command=("${start[@]}" run)
+    if ((nodes == 1)); then
+        # underneath: --standalone takes a free port; the address, since not every machine can look up its own name
+        command+=(--standalone --local-addr=127.0.0.1)
+    else
+        [[ -n ${MASTER_ADDR-} ]] || fail "NNODES=$nodes: set MASTER_ADDR to the name or address of node 0, on all nodes"
+        [[ -n ${NODE_RANK-} ]] || fail "NNODES=$nodes: set NODE_RANK to this node's number, from 0 to $((nodes - 1))"
+        NODE_RANK=$(whole NODE_RANK "$NODE_RANK" 0)
+        ((NODE_RANK < nodes)) || fail "NODE_RANK=$NODE_RANK: $nodes nodes are numbered from 0"
+        # A static rendezvous: each node is told its number, and node 0 listens at an address that all know.
+        command+=("--nnodes=$nodes" "--node-rank=$NODE_RANK" "--master-addr=$MASTER_ADDR" "--master-port=${MASTER_PORT:-29500}")
+    fi
+    command+=("--nproc-per-node=$n" "--max-restarts=$restarts" "$script")
+fi
+command+=(${arguments[@]+"${arguments[@]}"})
+# torchrun reads PET_* and train.py WORLD_SIZE: what they said is in the command now.
+for name in "${!PET_@}"; do unset "$name"; done
+[[ -n $worker ]] || unset RANK WORLD_SIZE
+if [[ -n $show ]]; then
+    [[ -z $threads ]] || printf 'OMP_NUM_THREADS=%s ' "$threads"
+    printf '%q ' "${command[@]}"
+    echo
+    exit
+fi
+[[ -z $threads ]] || export OMP_NUM_THREADS=$threads
+exec "${command[@]}"

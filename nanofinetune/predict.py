@@ -1,0 +1,117 @@
+"""Label lines of text with a fine-tuned model: `python -m nanofinetune.predict MODEL_DIR [FILE]`.
+
+>>> split_line("a cat\\tthe cat", 1, 2), split_line("a cat", 7, 1)
+(('a cat', 'the cat'), ('a cat',))
+
+Underneath: `transformers.TextClassificationPipeline` (transformers 5.23) tokenizes and runs one text at a time unless
+it is told a batch_size, and takes a pair as a dict of `text` and `text_pair`; an empty second text is none to it,
+though in training it was one, and is one here. Here lines come in blocks, each block is sorted by length into batches,
+and what is printed keeps the order of the lines. A model that train.py saved knows whether it was trained on one text
+or on pairs, and a line that does not fit is refused; with any other model the first line decides.
+
+Proof: test_predict_matches_the_transformers_pipeline and test_an_empty_second_text_is_what_it_was_in_training in
+tests/test_predict.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from nanofinetune.cli import Parser, number, run
+from nanofinetune.collate import DataCollatorWithPadding
+from nanofinetune.data import tokenize_texts
+from nanofinetune.device import choose_device
+from nanofinetune.errors import UsageError
+from nanofinetune.pretrained import length_limit, load_tokenizer, load_trained
+from nanofinetune.sampler import SortedBatchSampler
+
+BLOCK = 4096  # lines that are held at a time
+
+
+def split_line(line: str, number: int, texts: int) -> tuple[str, ...]:
+    """A line -> its text or its pair. Raises UsageError, with the line's number, where the model wants the other."""
+    parts = tuple(line.split("\t"))
+    if len(parts) != texts:
+        wanted = "one text and no tab" if texts == 1 else "two texts with one tab between them"
+        raise UsageError(f"line {number} has {len(parts) - 1} tabs: the model takes {wanted}")
+    return parts
+
+
+@torch.inference_mode()
+def predict(
+    lines: list[tuple[str, ...]], model: Any, tokenizer: Any, limit: int, batch_size: int
+) -> list[tuple[str, float]]:
+    """Texts or pairs -> for each (label, probability), or ("score", value) from a regression model."""
+    pairs = [line[1] for line in lines] if len(lines[0]) == 2 else None
+    store = tokenize_texts([line[0] for line in lines], pairs, tokenizer, limit)
+    collate = DataCollatorWithPadding(tokenizer)
+    found: list[tuple[str, float]] = [("", 0.0)] * len(lines)
+    for rows in SortedBatchSampler(store.lengths, batch_size):
+        logits = model(**collate(store.__getitems__(rows)).to(model.device)).logits.float()  # (B, classes)
+        if model.config.num_labels == 1:
+            answers = [("score", value) for value in logits.squeeze(-1).tolist()]
+        else:
+            chances, classes = logits.softmax(-1).max(-1)
+            answers = [(model.config.id2label[k], p) for k, p in zip(classes.tolist(), chances.tolist(), strict=True)]
+        for row, answer in zip(rows, answers, strict=True):
+            found[row] = answer
+    return found
+
+
+def read_lines(source: TextIO, texts: int | None) -> Iterator[list[tuple[str, ...]]]:
+    """Blocks of lines, each split into its texts; `texts` None lets the first line decide."""
+    seen = 0
+    while block := [line.rstrip("\r\n") for line in islice(source, BLOCK)]:
+        texts = texts or min(2, block[0].count("\t") + 1)
+        yield [split_line(line, seen + i + 1, texts) for i, line in enumerate(block)]
+        seen += len(block)
+
+
+def main() -> None:
+    """Print `label TAB probability TAB line` for every line of the file or of stdin."""
+    parser = Parser(prog="python -m nanofinetune.predict", description=__doc__)
+    parser.add_argument(
+        "model", metavar="MODEL_DIR", help="a folder that train.py wrote: DIR/model of its --output DIR"
+    )
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", default="-", help="a text a line, a tab inside a pair (default -)"
+    )
+    parser.add_argument(
+        "--batch-size", metavar="ROWS", type=number(int, 1), default=64, help="rows a batch (default 64)"
+    )
+    parser.add_argument(
+        "--device", metavar="KIND", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)"
+    )
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    if args.file != "-" and not Path(args.file).is_file():
+        raise UsageError(f"{args.file}: there is no such file")
+    model = load_trained(args.model).to(device)
+    tokenizer = load_tokenizer(args.model)
+    limit = length_limit(args.model, tokenizer)
+    columns = getattr(model.config, "text_columns", None)
+    piped = args.file == "-"
+    name = "stdin" if piped else args.file
+    try:
+        # stdin is opened anew: Python's own is in the locale's encoding, and in the C locale lets any byte pass.
+        with open(sys.stdin.fileno() if piped else name, encoding="utf-8", closefd=not piped) as source:
+            for lines in read_lines(source, len(columns) if columns else None):
+                answers = predict(lines, model, tokenizer, limit, args.batch_size)
+                for line, (label, value) in zip(lines, answers, strict=True):
+                    print(label, f"{value:.4f}", *line, sep="\t")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file") from error
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UsageError(f"{name}: it cannot be read ({error.strerror})") from error
+
+
+if __name__ == "__main__":
+    sys.exit(run("nanofinetune.predict", main))

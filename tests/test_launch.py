@@ -1,0 +1,459 @@
+"""launch.sh and nanofinetune.launch, compared with torchrun (torch 2.13) and accelerate's launcher (accelerate 1.15).
+
+What launch.sh would run is read with torchrun's own parser; the rest are real runs of small scripts over gloo.
+
+Run: python -m pytest tests/test_launch.py
+"""
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, run_torchrun
+
+from nanofinetune.errors import UsageError
+from nanofinetune.launch import QUESTIONS, configure, first_failure
+
+LAUNCH = ROOT / "launch.sh"
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="launch.sh needs bash")
+REAL_GLOO = "from nanofinetune.distributed import init_world, shutdown\nworld = init_world('cpu')\n"
+
+
+def launch_sh(*args: str, env: dict[str, str] | None = None, stdin: str = "", timeout: float = 90):
+    """launch.sh with this Python, none of this shell's launch variables, and no launch.env but what `env` names."""
+    variables = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
+    variables |= {"PYTHON": sys.executable, "NANOFINETUNE_LAUNCH_ENV": "/nonexistent", **(env or {})}
+    return subprocess.run(
+        ["bash", str(LAUNCH), *args], env=variables, input=stdin, text=True, capture_output=True, timeout=timeout
+    )
+
+
+@pytest.fixture
+def eight_cores_four_gpus(tmp_path: Path) -> dict[str, str]:
+    """The environment of a machine with 8 cores of two threads and 4 GPUs, as far as launch.sh asks."""
+    programs = {
+        "nproc": "echo 16",
+        "lscpu": "echo '# Core,Socket'; for core in 0 1 2 3 4 5 6 7; do echo $core,0; echo $core,0; done",
+        "scontrol": "[ \"$*\" = 'show hostnames rack2n[07-08]' ] && printf 'rack2n07\\nrack2n08\\n'",
+        "nvidia-smi": "for gpu in 0 1 2 3; do echo GPU $gpu: H100; echo '  MIG 1g.10gb'; done",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    return {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+ALONE: dict[str, object] = {}  # python train.py, no launcher
+NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "31234", "SLURM_JOB_NODELIST": "rack2n[07-08]", "SLURM_NNODES": "2"}
+TABLE: dict[str, tuple[str, dict[str, str], str, dict[str, object], str]] = {
+    # name: (arguments, environment, launch.env, what torchrun understands, train.py's arguments)
+    "gpus": ("", {}, "", {"standalone": True, "nproc_per_node": "4", "omp": "2", "max_restarts": 0}, ""),
+    "gpus that are visible": ("", {"CUDA_VISIBLE_DEVICES": "2,3"}, "", {"nproc_per_node": "2", "omp": "4"}, ""),
+    "no gpu is visible": ("", {"CUDA_VISIBLE_DEVICES": ""}, "", ALONE, ""),
+    "gpu number -1": ("", {"CUDA_VISIBLE_DEVICES": "-1"}, "", ALONE, ""),
+    "cpu": ("--device cpu --lr 1", {}, "", ALONE, "--device cpu --lr 1"),
+    "one": ("-n 1 --lr 1", {}, "", ALONE, "--lr 1"),
+    "n": ("-n 2 --lr 1", {}, "", {"standalone": True, "nproc_per_node": "2", "omp": "4"}, "--lr 1"),
+    "n anywhere": ("--lr 1 -n2", {}, "", {"nproc_per_node": "2"}, "--lr 1"),
+    "more processes than cores": ("-n 20", {}, "", {"nproc_per_node": "20", "omp": "1"}, ""),
+    "after --": ("-n 2 -- -n 3 --print", {}, "", {"nproc_per_node": "2"}, "-n 3 --print"),
+    "threads of the user": ("-n 2", {"OMP_NUM_THREADS": "3"}, "", {"nproc_per_node": "2", "omp": None}, ""),
+    "one that restarts": ("-n 1 --max-restarts 3", {}, "", {"nproc_per_node": "1", "max_restarts": 3}, ""),
+    "restarts, joined": ("-n 2 --max-restarts=3", {}, "", {"nproc_per_node": "2", "max_restarts": 3}, ""),
+    "nodes": (
+        "-n 2", NODES, "",
+        {"standalone": False, "nnodes": "2", "node_rank": 1, "master_addr": "node0", "master_port": 29500}, "",
+    ),
+    "nodes, one process each": ("-n 1", NODES, "", {"nnodes": "2", "nproc_per_node": "1", "omp": "8"}, ""),
+    "port": ("-n 2", {**NODES, "MASTER_PORT": "1234"}, "", {"master_port": 1234}, ""),
+    "launch.env": (
+        "", {}, "# two\nNPROC_PER_NODE=2\nNNODES=3\nNODE_RANK=2\nMASTER_ADDR=a\nMAX_RESTARTS=1\n",
+        {"nproc_per_node": "2", "nnodes": "3", "node_rank": 2, "master_addr": "a", "max_restarts": 1}, "",
+    ),
+    "environment > launch.env": ("", {"NPROC_PER_NODE": "2"}, "NPROC_PER_NODE=3\n", {"nproc_per_node": "2"}, ""),
+    "command line > environment": ("-n 5", {"NPROC_PER_NODE": "2"}, "NPROC_PER_NODE=3\n", {"nproc_per_node": "5"}, ""),
+    "no last newline": ("", {}, "NPROC_PER_NODE=3", {"nproc_per_node": "3"}, ""),
+    "never executed": ("-n 1", {}, "MASTER_ADDR=$(touch /nonexistent/x); `false`\n", ALONE, ""),
+    "precision and device": (
+        "", {}, "NANOFINETUNE_MIXED_PRECISION=bf16\nNANOFINETUNE_DEVICE=cpu\n", ALONE, "--device cpu --precision bf16",
+    ),
+    "precision of the command line": (
+        "-n 1 --precision=no", {"NANOFINETUNE_MIXED_PRECISION": "bf16"}, "", ALONE, "--precision=no",
+    ),
+    "srun, a task for each node": (
+        "-n 2", {**SRUN, "SLURM_NTASKS": "2", "SLURM_NODEID": "1"}, "",
+        {"nnodes": "2", "node_rank": 1, "master_addr": "rack2n07", "master_port": 15000 + 31234 % 15000}, "",
+    ),
+    "srun, a task for each process": ("--lr 1", {**SRUN, "SLURM_NTASKS": "8"}, "", ALONE, "--lr 1"),
+    "srun, one task": (
+        "-n 2", {**SRUN, "SLURM_NNODES": "1", "SLURM_NTASKS": "1"}, "", {"standalone": True, "nproc_per_node": "2"}, "",
+    ),
+    "the shell of sbatch": ("", {"SLURM_NTASKS": "3", "SLURM_PROCID": "0"}, "", {"nproc_per_node": "3"}, ""),
+    "one in the shell of sbatch": ("-n 1", {"SLURM_NTASKS": "3", "SLURM_PROCID": "0"}, "", {"nproc_per_node": "1"}, ""),
+    "kubeflow's pods": (
+        "-n 2", {"WORLD_SIZE": "3", "RANK": "2", "MASTER_ADDR": "pod0", "MASTER_PORT": "23456"}, "",
+        {"nnodes": "3", "node_rank": 2, "master_addr": "pod0", "master_port": 23456, "nproc_per_node": "2"}, "",
+    ),
+    "kubeflow's trainer": (
+        "", {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "gpu", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "pod0"}, "",
+        {"nnodes": "2", "node_rank": 1, "master_addr": "pod0", "nproc_per_node": "4"}, "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_launch_sh_table(case: str, tmp_path: Path, eight_cores_four_gpus: dict[str, str]) -> None:
+    """What `launch.sh --print` says, read by torchrun's own parser."""
+    from torch.distributed.run import parse_args
+
+    args, env, settings, expected, rest = TABLE[case]
+    (tmp_path / "launch.env").write_text(settings)
+    env = {**eight_cores_four_gpus, "NANOFINETUNE_LAUNCH_ENV": str(tmp_path / "launch.env"), **env}
+    result = launch_sh("--print", *args.split(), env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    words = shlex.split(result.stdout)
+    threads = words.pop(0).removeprefix("OMP_NUM_THREADS=") if words[0].startswith("OMP_") else None
+    assert words.pop(0) == sys.executable
+    script = str(ROOT / "train.py")
+    if expected is ALONE:
+        assert words == [script, *rest.split()] and threads is None
+        return
+    torchrun = words[words.index("run") + 1 :]
+    assert words[: words.index("run")] == ["-W", "ignore::RuntimeWarning:runpy", "-m", "nanofinetune.launch"]
+    understood = vars(parse_args(torchrun)) | {"omp": threads}
+    assert (understood["training_script"], understood["training_script_args"]) == (script, rest.split())
+    assert {name: understood[name] for name in expected} == expected
+
+
+def test_master_is_found_without_slurms_programs() -> None:
+    env = {**SRUN, "SLURM_NTASKS": "2", "SLURM_NODEID": "0"}
+    if shutil.which("scontrol"):
+        pytest.skip("scontrol is here, and is asked first")
+    assert "--master-addr=rack2n07 " in launch_sh("-n", "1", "--print", env=env).stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "settings", "message"),
+    [
+        ("-n 0", {}, "", "-n 0: it must be a whole number from 1"),
+        ("-n", {}, "", "-n is empty: it must be a whole number from 1"),
+        ("-n x --lr 1", {}, "", "-n x: it must be a whole number from 1"),
+        ("--max-restarts -1", {}, "", "--max-restarts -1: it must be a whole number from 0"),
+        ("", {"NPROC_PER_NODE": "two"}, "", "NPROC_PER_NODE two: it must be a whole number from 1"),
+        ("", {}, "NPROCS=2\n", "launch.env: NPROCS is not a setting; --help lists them"),
+        ("", {"NNODES": "2"}, "", "NNODES=2: set MASTER_ADDR to the name or address of node 0, on all nodes"),
+        (
+            "", {"NNODES": "2", "MASTER_ADDR": "a"}, "",
+            "NNODES=2: set NODE_RANK to this node's number, from 0 to 1",
+        ),
+        ("", {**NODES, "NODE_RANK": "2"}, "", "NODE_RANK=2: 2 nodes are numbered from 0"),
+        ("", {**NODES, "NODE_RANK": "x"}, "", "NODE_RANK x: it must be a whole number from 0"),
+        ("", {"LOCAL_RANK": "1"}, "", "LOCAL_RANK=1: a launcher has started this process already; run train.py itself"),
+        (
+            "-n 2", {**SRUN, "SLURM_NTASKS": "8"}, "",
+            "-n 2: srun has started 8 tasks; leave -n out, or use srun --ntasks-per-node=1",
+        ),
+        (
+            "", {"SLURM_NNODES": "2", "SLURM_NTASKS": "2"}, "",
+            "SLURM gave 2 nodes and this is the shell of one: use srun --ntasks-per-node=1 launch.sh",
+        ),
+        ("config x", {}, "", "config takes no arguments: it asks"),
+    ],
+)  # fmt: skip
+def test_launch_sh_errors_are_one_line_and_exit_2(
+    args: str, env: dict[str, str], settings: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "launch.env").write_text(settings)
+    settings_file = {"NANOFINETUNE_LAUNCH_ENV": str(tmp_path / "launch.env")}
+    result = launch_sh(*args.split(), env={**settings_file, **env})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.replace(f"{tmp_path}/", "") == f"launch.sh: {message}\n"
+
+
+def test_help_names_every_setting() -> None:
+    result = launch_sh("--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [question.name for question in QUESTIONS if question.name not in result.stdout] == []
+    assert all(len(line) <= 120 for line in result.stdout.splitlines())
+
+
+def test_launch_sh_is_clean_by_shellcheck() -> None:
+    if not (shellcheck := shutil.which("shellcheck")):
+        pytest.skip("shellcheck is not installed")
+    result = subprocess.run([shellcheck, str(LAUNCH)], text=True, capture_output=True)
+    assert result.stdout == ""
+
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+def test_config_asks_and_launch_sh_reads(tmp_path: Path) -> None:
+    """Wrong answers are asked again, what is there is not written over unasked, and launch.sh takes it from there."""
+    env = {"NANOFINETUNE_LAUNCH_ENV": str(tmp_path / "launch.env")}
+    answers = ["zero", "2", "2", "1", "a b", "node0", "", "eth0", "tpu", "cpu", "4", "3", "bf16", "1"]
+    result = launch_sh("config", env=env, stdin="\n".join(answers) + "\n")
+    assert (result.returncode, result.stderr) == (0, "")
+    for complaint in ("zero is not a whole number from 1", "2 is not a whole number from 0 to 1", "tpu is not one of"):
+        assert complaint in result.stdout
+    written = (tmp_path / "launch.env").read_text()
+    assert written.splitlines()[1:] == [
+        "NNODES=2", "NODE_RANK=1", "MASTER_ADDR=node0", "GLOO_SOCKET_IFNAME=eth0", "NANOFINETUNE_DEVICE=cpu",
+        "NPROC_PER_NODE=4", "OMP_NUM_THREADS=3", "NANOFINETUNE_MIXED_PRECISION=bf16", "MAX_RESTARTS=1",
+    ]  # fmt: skip
+    printed = launch_sh("--print", env=env).stdout
+    for word in ("--nnodes=2", "--node-rank=1", "--master-addr=node0", "--nproc-per-node=4", "--precision bf16"):
+        assert word in printed
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ("", "is as it was"),
+        ("no", "is as it was"),
+        ("yes 1", "the answers ended before the questions did; nothing was written"),
+        ("yes" + " default" * 6, "wrote"),
+    ],
+)
+def test_config_never_writes_over_a_file_unasked(answers: str, said: str, tmp_path, monkeypatch, capsys) -> None:
+    settings = tmp_path / "launch.env"
+    settings.write_text("NNODES=2\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO(answers.replace(" ", "\n").replace("default", "") + "\n"))
+    try:
+        configure(settings)
+    except UsageError as error:
+        print(error)
+    assert said in capsys.readouterr().out
+    lines = [line for line in settings.read_text().splitlines() if not line.startswith("#")]
+    assert lines == ([] if said == "wrote" else ["NNODES=2"])
+
+
+def test_accelerate_config_fields_are_asked_or_left_out() -> None:
+    """Every field of accelerate's configuration file has its question here, or is named as left out."""
+    import dataclasses
+
+    reason = "accelerate is an optional extra: its configuration is the oracle"
+    config_args = pytest.importorskip("accelerate.commands.config.config_args", reason=reason)
+    asked = {
+        "num_machines": "NNODES", "machine_rank": "NODE_RANK", "main_process_ip": "MASTER_ADDR",
+        "main_process_port": "MASTER_PORT", "use_cpu": "NANOFINETUNE_DEVICE", "num_processes": "NPROC_PER_NODE",
+        "mixed_precision": "NANOFINETUNE_MIXED_PRECISION",
+    }  # fmt: skip
+    left_out = {
+        "compute_environment", "distributed_type", "debug", "gpu_ids", "rdzv_backend", "same_network",
+        "main_training_function", "enable_cpu_affinity", "fp8_config", "deepspeed_config", "fsdp_config",
+        "parallelism_config", "megatron_lm_config", "mpirun_config", "downcast_bf16", "tpu_name", "tpu_zone",
+        "tpu_use_cluster", "tpu_use_sudo", "command_file", "commands", "tpu_vm", "tpu_env", "dynamo_config",
+    }  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(config_args.ClusterConfig)}
+    assert fields == asked.keys() | left_out
+    assert set(asked.values()) <= {question.name for question in QUESTIONS}
+
+
+# ---- what failed first -----------------------------------------------------------------------------------------------
+
+
+def _failure(tmp_path: Path, rank: int, exitcode: int, when: float | None = None, text: str = ""):
+    """torch's own record of a process that failed; with `when`, it left a traceback at that time."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    file = tmp_path / f"{rank}.json"
+    if when is not None:
+        extra = {"text": text, "py_callstack": text, "time": when, "timestamp": str(int(when))}
+        file.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+    return ProcessFailure(local_rank=rank, pid=1, exitcode=exitcode, error_file=str(file))
+
+
+def test_first_failure_orders_within_a_second_where_torch_does_not(tmp_path: Path) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    failures = {
+        0: _failure(tmp_path, 0, 1, 1000.9, "connection closed by peer"),
+        1: _failure(tmp_path, 1, 1, 1000.2, "the cause"),
+        2: _failure(tmp_path, 2, -signal.SIGTERM),
+    }
+    assert first_failure(failures) == (1, 1, "the cause")
+    assert ChildFailedError("train.py", failures).get_first_failure()[0] == 0  # torch: the lowest of that second
+
+
+def test_first_failure_knows_a_process_without_a_traceback(tmp_path: Path) -> None:
+    now = time.time() - 2  # the agent looks later than the others fail
+    lost = _failure(tmp_path, 0, 1, now, "connection closed by peer")
+    rank, code, text = first_failure({0: lost, 1: _failure(tmp_path, 1, -signal.SIGKILL)})
+    assert (rank, code) == (1, 137) and text.startswith("signal 9 (SIGKILL) ended it: ")
+    assert first_failure({0: lost, 1: _failure(tmp_path, 1, 3)}) == (1, 3, "it left with exit code 3")
+    assert first_failure({0: lost, 1: _failure(tmp_path, 1, 2)}) == (1, 2, "")  # it has said what the user got wrong
+    # What the agent ended because of another one: at once, after saving its state, or by force 30 seconds later.
+    for code in (-signal.SIGTERM, 143):
+        assert first_failure({0: lost, 1: _failure(tmp_path, 1, code)})[0] == 0
+    earlier = _failure(tmp_path, 0, 1, now - 30, "the cause")
+    assert first_failure({0: earlier, 1: _failure(tmp_path, 1, -signal.SIGKILL)})[0] == 0
+
+
+def _script(tmp_path: Path, text: str) -> dict[str, str]:
+    """The environment in which launch.sh runs this script."""
+    (tmp_path / "script.py").write_text(text)
+    return {"NANOFINETUNE_SCRIPT": str(tmp_path / "script.py")}
+
+
+FIRST = """import sys, time
+def deep():
+    raise ValueError("the cause")
+if world.rank == 1:
+    deep()
+import torch
+torch.distributed.all_reduce(torch.ones(1))
+"""
+
+
+def test_first_failing_rank_is_printed_last_where_torchrun_hides_it(tmp_path: Path) -> None:
+    env = _script(tmp_path, REAL_GLOO + FIRST)
+    result = launch_sh("-n", "2", env=env)
+    assert result.returncode == 1
+    last = result.stderr[result.stderr.index("\nlaunch.sh: rank 1 failed first:\n") :].strip().splitlines()
+    assert last[1] == "Traceback (most recent call last):"
+    assert last[2] == f'  File "{tmp_path}/script.py", line 7, in <module>'  # nothing of ours above it
+    assert last[-1] == "ValueError: the cause"
+    assert "rank 1 failed: ValueError: the cause\n" in result.stderr  # said at once, too
+    assert "torch/distributed/elastic" not in result.stderr
+
+    # accelerate launch and plain torchrun end in this instead
+    theirs = run_torchrun(tmp_path / "script.py", 2)
+    assert theirs.returncode == 1
+    end = "\n".join(theirs.stderr.splitlines()[-8:])
+    assert "error_file: <N/A>" in end and "ValueError" not in end
+
+
+def test_usage_error_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    text = "from nanofinetune.errors import UsageError\nraise UsageError('--lr is -1: it must be above 0')\n"
+    result = launch_sh("-n", "2", env=_script(tmp_path, text))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "script.py: --lr is -1: it must be above 0\n"
+
+
+def test_missing_script_is_one_line_and_exit_2() -> None:
+    result = launch_sh("-n", "2", env={"NANOFINETUNE_SCRIPT": "/nonexistent/train.py"})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "launch.sh: /nonexistent/train.py: there is no such script\n"
+
+
+def test_killed_rank_is_named(tmp_path: Path) -> None:
+    text = REAL_GLOO + "import os, torch\nif world.rank == 0: os.kill(os.getpid(), 9)\n"
+    result = launch_sh("-n", "2", env=_script(tmp_path, text + "torch.distributed.all_reduce(torch.ones(1))\n"))
+    assert result.returncode == 137
+    last = result.stderr.splitlines()[-2:]
+    assert last[0] == "launch.sh: rank 0 failed first:" and last[1].startswith("signal 9 (SIGKILL) ended it")
+
+
+# ---- real runs -------------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_on_a_cpu_with_port_29500_taken(tmp_path: Path) -> None:
+    """Two real gloo ranks, as if `python script.py args` had run in each, while 29500 is somebody else's."""
+    text = REAL_GLOO + (
+        "import os, sys, torch\n"
+        "total = torch.tensor([world.rank + 1.0])\n"
+        "torch.distributed.all_reduce(total)\n"
+        "threads = torch.get_num_threads()\n"
+        "print(f'{total.item()} {threads} {__name__} {sys.argv} {sys.path[0]}\\n', end='')\n"
+        "shutdown(world)\n"
+    )
+    env = _script(tmp_path, text) | {"OMP_NUM_THREADS": "1"}
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("", 29500))
+            taken.listen()
+        except OSError:
+            pass  # taken already: as good
+        result = launch_sh("-n", "2", "--lr", "1 2", env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    script = str(tmp_path / "script.py")
+    assert result.stdout.splitlines() == [f"3.0 1 __main__ {[script, '--lr', '1 2']} {tmp_path}"] * 2
+
+
+def test_one_process_is_started_without_a_launcher(tmp_path: Path) -> None:
+    text = "import os, sys\nprint(sys.argv[1:], 'LOCAL_RANK' in os.environ, 'torch' in sys.modules)\nsys.exit(3)\n"
+    result = launch_sh("-n", "1", "--lr", "1 2", env=_script(tmp_path, text))
+    assert (result.returncode, result.stdout, result.stderr) == (3, "['--lr', '1 2'] False False\n", "")
+
+
+def test_restart_meets_in_a_new_store(tmp_path: Path) -> None:
+    """The second attempt finds an empty store. In torchrun's it finds what the dead ranks wrote: their addresses."""
+    text = (
+        "import os, torch.distributed as dist\n"
+        "store, rank, _ = next(iter(dist.rendezvous('env://')))\n"
+        "attempt = os.environ['TORCHELASTIC_RESTART_COUNT']\n"
+        "print(f'attempt {attempt} {store.check([\"mark\"])}\\n', end='')\n"
+        "store.set('mark', 'x')\n"
+        "if attempt == '0': raise ValueError('the cause')\n"
+    )
+    env = _script(tmp_path, text)
+    result = launch_sh("-n", "1", "--max-restarts", "1", env=env)
+    assert (result.returncode, result.stdout) == (0, "attempt 0 False\nattempt 1 False\n")
+    assert result.stderr.startswith("rank 0 failed, and all start again:\nTraceback (most recent call last):\n")
+    assert result.stderr.endswith("ValueError: the cause\n")
+    theirs = run_torchrun(["--standalone", "--max-restarts=1", tmp_path / "script.py"], 1)
+    assert theirs.stdout == "attempt 0 False\nattempt 1 True\n"
+
+
+def _start(tmp_path: Path, text: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """launch.sh with two ranks -> it, and their process ids once both have said them."""
+    variables = {**os.environ, "PYTHON": sys.executable, "NANOFINETUNE_LAUNCH_ENV": "/nonexistent"}
+    process = subprocess.Popen(
+        ["bash", str(LAUNCH), "-n", "2"], env={**variables, **_script(tmp_path, text)},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    return process, [int(process.stdout.readline()) for _ in range(2)]
+
+
+def _gone(pid: int, seconds: float) -> bool:
+    """Has this process ended within so many seconds (a zombie has)?"""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if re.search(r"State:\s+Z", Path(f"/proc/{pid}/status").read_text()):
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_no_rank_outlives_its_launcher(tmp_path: Path) -> None:
+    process, ranks = _start(tmp_path, "import os, time\nprint(f'{os.getpid()}\\n', end='')\ntime.sleep(100)\n")
+    try:
+        process.kill()  # not even torchrun can tell its workers then
+        process.wait(10)
+        assert all(_gone(rank, 10) for rank in ranks)
+    finally:
+        for rank in ranks:
+            if not _gone(rank, 0.1):
+                os.kill(rank, signal.SIGKILL)
+        process.communicate()
+
+
+def test_sigterm_reaches_the_ranks_and_is_the_exit_code(tmp_path: Path) -> None:
+    text = (
+        "import os, signal, sys, time\n"
+        "def save(*_):\n    print('saved\\n', end='')\n    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "print(f'{os.getpid()}\\n', end='')\ntime.sleep(100)\n"
+    )
+    process, _ = _start(tmp_path, text)
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (143, "saved\nsaved\n")
+    assert "Traceback" not in err

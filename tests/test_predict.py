@@ -1,0 +1,164 @@
+"""Prediction, against the text-classification pipeline of transformers 5.23.
+
+python -m pytest tests/test_predict.py
+"""
+
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS, tiny_bert
+
+from nanofinetune import predict
+from nanofinetune.cli import run
+from nanofinetune.errors import UsageError
+from nanofinetune.predict import read_lines, split_line
+
+ROOT = Path(__file__).resolve().parent.parent
+TOLERANCE = 1e-5  # the pipeline runs one text at a time, unpadded; ours is a row of a padded batch
+PRINTED = 5e-5  # four digits are printed
+
+
+def save_model(folder: Path, tokenizer_dir: str, columns: list[str] | None, labels: int = 3) -> str:
+    """A model of large weights, which does decide, as train.py saves it."""
+    shutil.copytree(tokenizer_dir, folder)
+    model = tiny_bert(labels)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.config.id2label = {i: f"class {i}" for i in range(labels)} if labels > 1 else {0: "LABEL_0"}
+    model.config.problem_type = "single_label_classification" if labels > 1 else "regression"
+    if columns:
+        model.config.text_columns = columns
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def sentences(n: int, seed: int = 0, shortest: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(shortest, 12))) for _ in range(n)]  # an empty line is a text too
+
+
+def lines(n: int, pairs: bool) -> list[tuple[str, ...]]:
+    """n texts or pairs; a pair's second text is not empty."""
+    columns = [sentences(n), sentences(n, seed=1, shortest=1)]
+    return list(zip(*columns[: 1 + pairs], strict=True))
+
+
+def predicted(content: list[str], model: str, capsys, monkeypatch, tmp_path, *options: str) -> list[list[str]]:
+    """What the command prints for a file of the lines: a list of columns each."""
+    (tmp_path / "lines.txt").write_text("".join(line + "\n" for line in content), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["predict", model, str(tmp_path / "lines.txt"), *options])
+    assert run("predict", predict.main) == 0
+    return [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_predict_matches_the_transformers_pipeline(pairs, batch_size, tmp_path, tiny_tokenizer_dir):
+    """Labels, probabilities and order, before anything is rounded for printing."""
+    from transformers import pipeline
+
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a", "b"] if pairs else ["a"])
+    texts = lines(30, pairs)
+    oracle = pipeline("text-classification", model=folder, device="cpu")
+    expected = [oracle({"text": text[0], "text_pair": text[1]} if pairs else text[0]) for text in texts]
+    expected = [found[0] if isinstance(found, list) else found for found in expected]
+    mine = predict.predict(texts, predict.load_trained(folder), predict.load_tokenizer(folder), 64, batch_size)
+    assert [label for label, _ in mine] == [found["label"] for found in expected]
+    assert len({label for label, _ in mine}) > 1
+    np.testing.assert_allclose([p for _, p in mine], [found["score"] for found in expected], rtol=0, atol=TOLERANCE)
+
+
+def test_an_empty_second_text_is_what_it_was_in_training(tmp_path, tiny_tokenizer_dir):
+    """The library drops the second [SEP] of such a pair alone, as its pipeline asks, and keeps it in a batch."""
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a", "b"])
+    model, tokenizer = predict.load_trained(folder), predict.load_tokenizer(folder)
+    alone, batch = tokenizer("the cat", ""), tokenizer(["the cat"], [""])
+    assert len(alone["input_ids"]) == 4 and len(batch["input_ids"][0]) == 5
+    expected = torch.softmax(model(**batch.convert_to_tensors("pt")).logits, -1).max().item()
+    ((_, mine),) = predict.predict([("the cat", "")], model, tokenizer, 64, 8)
+    assert abs(mine - expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_command_prints_label_probability_and_line(pairs, tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a", "b"] if pairs else ["a"])
+    texts = lines(9, pairs)
+    mine = predict.predict(texts, predict.load_trained(folder), predict.load_tokenizer(folder), 64, 64)
+    shown = predicted(["\t".join(text) for text in texts], folder, capsys, monkeypatch, tmp_path)
+    assert [tuple(line[2:]) for line in shown] == texts
+    assert [line[0] for line in shown] == [label for label, _ in mine]
+    np.testing.assert_allclose(
+        [float(line[1]) for line in shown], [p for _, p in mine], rtol=0, atol=PRINTED + TOLERANCE
+    )
+
+
+def test_a_regression_model_matches_the_pipelines_score(tmp_path, tiny_tokenizer_dir):
+    from transformers import pipeline
+
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a"], labels=1)
+    texts = sentences(8)
+    expected = [found["score"] for found in pipeline("text-classification", model=folder, device="cpu")(texts)]
+    mine = predict.predict(
+        [(text,) for text in texts], predict.load_trained(folder), predict.load_tokenizer(folder), 64, 3
+    )
+    assert {label for label, _ in mine} == {"score"}
+    np.testing.assert_allclose([value for _, value in mine], expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("block", [1, 4, 5])
+def test_blocks_change_nothing(block, tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a"])
+    whole = predicted(sentences(13), folder, capsys, monkeypatch, tmp_path)
+    monkeypatch.setattr(predict, "BLOCK", block)
+    parts = predicted(sentences(13), folder, capsys, monkeypatch, tmp_path)
+    assert [(line[0], *line[2:]) for line in parts] == [(line[0], *line[2:]) for line in whole]
+    np.testing.assert_allclose([float(a[1]) for a in parts], [float(b[1]) for b in whole], rtol=0, atol=2 * PRINTED)
+
+
+def test_texts_beyond_the_limit_are_cut_as_the_tokenizer_cuts_them(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a"])
+    long, cut = " ".join(["the cat"] * 100), " ".join(["the cat"] * 31)  # 62 words and two special tokens are 64
+    first, second = predicted([long, cut], folder, capsys, monkeypatch, tmp_path)
+    assert first[:2] == second[:2]
+
+
+def test_no_lines_are_no_output(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a"])
+    assert predicted([], folder, capsys, monkeypatch, tmp_path) == []
+
+
+def test_stdin_is_utf8_in_the_c_locale(tmp_path, tiny_tokenizer_dir):
+    """Where Python's own stdin lets any byte pass, as half a surrogate pair that no tokenizer takes."""
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, None)
+    command = [sys.executable, "-m", "nanofinetune.predict", folder]
+    environment = {"LC_ALL": "C", "PATH": "", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    texts = "the caf\u00e9\nthe \u732b\u2028sat\n"
+    done = subprocess.run(command, cwd=ROOT, env=environment, input=texts.encode(), capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert [line.split("\t")[2] for line in done.stdout.decode().split("\n")[:-1]] == texts.split("\n")[:-1]
+    broken = subprocess.run(
+        command, cwd=ROOT, env=environment, input=b"the caf\xe9\n", capture_output=True, timeout=120
+    )
+    assert broken.returncode == 2
+    assert broken.stderr == b"nanofinetune.predict: stdin: byte 0xe9 is not UTF-8; convert the file\n"
+
+
+def test_a_wrong_number_of_tabs_names_the_line(monkeypatch):
+    monkeypatch.setattr(predict, "BLOCK", 2)
+    for texts, content, message in (
+        (1, "a\nb\nc\td\n", r"line 3 has 1 tabs: the model takes one text and no tab"),
+        (2, "a\tb\nc\td\ne\tf\ng\n", r"line 4 has 0 tabs: the model takes two texts with one tab between them"),
+        (2, "a\tb\tc\n", r"line 1 has 2 tabs: the model takes two texts with one tab between them"),
+        (None, "a\tb\nc\n", r"line 2 has 0 tabs: the model takes two texts with one tab between them"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            list(read_lines(io.StringIO(content), texts))
+    assert list(read_lines(io.StringIO("a\tb\nc\td\ne\t\n"), None)) == [[("a", "b"), ("c", "d")], [("e", "")]]
+    assert split_line("", 1, 1) == ("",)

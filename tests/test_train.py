@@ -1,0 +1,274 @@
+"""train.py as a person runs it: the result line, the plan, the output folder, one process and several.
+
+Most runs call `main` in this process with a tiny model; what concerns the process itself starts a real one.
+
+    python -m pytest tests/test_train.py            the slow ones, with the packaged checkpoint: -m slow
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, WORDS, tiny_bert
+from helpers import run_torchrun
+
+RESULT_KEYS = {
+    "model", "data", "world", "steps", "seconds", "examples_per_second", "first_step_seconds", "peak_rss_mb", "padding",
+    "loss",
+}  # fmt: skip
+
+
+def load_train():
+    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
+train = load_train()
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory, tiny_tokenizer_dir):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tiny_bert().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_tokenizer_dir).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """61 training and 23 validation pairs (numbers that divide by nothing); the label is whether both start alike."""
+    return write_pairs(tmp_path_factory.mktemp("pairs"), lambda same, rng: int(same))
+
+
+@pytest.fixture(scope="module")
+def scored_pairs(tmp_path_factory):
+    """The same with a float to regress on."""
+    return write_pairs(tmp_path_factory.mktemp("scored"), lambda same, rng: float(same) + 0.1 * rng.random())
+
+
+def write_pairs(folder, label):
+    rng = np.random.default_rng(0)
+    for split, rows in (("train", 61), ("validation", 23)):
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for _ in range(rows):
+                first, second = (list(rng.choice(WORDS, rng.integers(2, 14))) for _ in range(2))
+                same = rng.random() < 0.5
+                second[0] = first[0] if same else next(word for word in WORDS if word != first[0])
+                row = {"sentence1": " ".join(first), "sentence2": " ".join(second), "label": label(same, rng)}
+                file.write(json.dumps(row) + "\n")
+    return str(folder)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call train.py's main with arguments -> (exit code, stdout lines, stderr lines)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        code = train.run("train.py", train.main)
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err.splitlines()
+
+    return call
+
+
+def lines_of(path):
+    return path.read_text().splitlines()
+
+
+def result_of(outcome):
+    code, out, err = outcome
+    assert code == 0, err
+    return json.loads(out[-1])
+
+
+def test_the_last_line_is_the_result(run, tiny_model, pairs):
+    code, out, _ = run("--model", tiny_model, "--data", pairs)
+    result = json.loads(out[-1])
+    assert code == 0 and not RESULT_KEYS - result.keys()
+    assert (result["steps"], result["world"], result["model"], result["data"]) == (3 * 8, 1, tiny_model, pairs)
+    assert 0 <= result["accuracy"] <= 1 and 0 <= result["f1"] <= 1 and 0 < result["padding"] < 1
+    assert result["best"]["accuracy"] >= result["accuracy"]
+    assert sum(line.startswith("epoch ") for line in out) == 3
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, tiny_model, pairs, tmp_path):
+    def losses(seed, name):
+        assert run("--model", tiny_model, "--data", pairs, "--seed", seed, "--output", tmp_path / name)[0] == 0
+        return [json.loads(line)["loss"] for line in lines_of(tmp_path / name / "metrics.jsonl")]
+
+    first, again, other = losses(1, "a"), losses(1, "b"), losses(2, "c")
+    assert first == again
+    assert first != other
+
+
+def test_training_learns(run, tiny_model, pairs):
+    """The loss after many epochs on 61 rows is far below chance's 0.693."""
+    result = result_of(run("--model", tiny_model, "--data", pairs, "--epochs", 40, "--lr", "2e-3"))
+    assert result["loss"] < 0.3
+
+
+def test_a_window_of_small_batches_equals_one_big_batch(run, pairs, tiny_model, tmp_path, tiny_tokenizer_dir):
+    """4 x 4 rows give the losses and the weights of 16 rows, in the short last window too (61 = 3 x 16 + 13)."""
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    still = tmp_path / "no-dropout"
+    tiny_bert(dropout=0.0).save_pretrained(still)
+    AutoTokenizer.from_pretrained(tiny_tokenizer_dir).save_pretrained(still)
+    weights = {}
+    for name, sizes in (("big", ("--batch-size", 16)), ("small", ("--batch-size", 4, "--accumulate", 4))):
+        outcome = run("--model", still, "--data", pairs, "--epochs", 2, *sizes, "--output", tmp_path / name)
+        assert result_of(outcome)["steps"] == 2 * 4
+        weights[name] = load_file(tmp_path / name / "model" / "model.safetensors")
+    before = tiny_bert(dropout=0.0).state_dict()
+    # All weights as one vector: a key's bias has no gradient but rounding, and AdamW makes steps of that.
+    moved, apart = (
+        torch.cat([(weights["big"][key] - other[key]).flatten() for key in before]).norm()
+        for other in (before, weights["small"])
+    )
+    assert apart <= 1e-3 * moved
+
+
+def test_the_plan_says_what_will_happen(run, tiny_model, pairs):
+    code, out, _ = run("--model", tiny_model, "--data", pairs, "--accumulate", 2, "--warmup-steps", 0.25, "--dry-run")
+    plan = {line.split()[0]: line for line in out}
+    assert code == 0 and list(plan) == [
+        "model", "data", "device", "batch", "updates", "lr", "optimizer", "padding", "precision",
+    ]  # fmt: skip
+    assert "61 train, 23 validation rows; sentence1 + sentence2 -> label (2 classes: 0, 1)" in plan["data"]
+    assert "8 per process x 1 process(es) x 2 accumulated = 16 rows an update" in plan["batch"]
+    assert plan["updates"].split()[1] == str(3 * 4)
+    assert "0 first, 5e-05 peak" in plan["lr"] and "warm-up 3 updates" in plan["lr"]
+    assert "AdamW (fused)" in plan["optimizer"]
+
+
+def test_the_output_folder_loads_in_the_transformers_pipeline(run, tiny_model, pairs, tmp_path):
+    from transformers import pipeline
+
+    output = tmp_path / "out"
+    result = result_of(run("--model", tiny_model, "--data", pairs, "--output", output))
+    steps = [json.loads(line) for line in lines_of(output / "metrics.jsonl")]
+    assert [step["step"] for step in steps] == list(range(1, result["steps"] + 1))
+    assert [step["rows"] for step in steps] == [8, 8, 8, 8, 8, 8, 8, 5] * 3
+    assert steps[0]["lr"] == 5e-5 and steps[-1]["lr"] == pytest.approx(5e-5 / 24)
+    saved = json.loads((output / "result.json").read_text())
+    assert saved["arguments"]["lr"] == 5e-5 and len(saved["evaluations"]) == 3
+    assert {key: saved[key] for key in result} == result
+    last_epoch = steps[-8:]
+    mean = sum(step["loss"] * step["rows"] for step in last_epoch) / 61
+    assert result["loss"] == pytest.approx(mean, rel=1e-6)
+    classify = pipeline("text-classification", model=str(output / "model"), device="cpu")
+    assert classify({"text": "the cat", "text_pair": "the dog"})["label"] in ("0", "1")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--group-by-length",),
+        ("--precision", "bf16"),
+        ("--clip-norm", "0.5", "--weight-decay", "0.01"),
+        ("--uneven", "wrap"),
+        ("--max-steps", "3"),
+        ("--max-steps", "11", "--epochs", "1"),
+        ("--batch-size", "100"),
+        ("--eval-batch-size", "1"),
+    ],
+    ids=" ".join,
+)
+def test_every_option_runs(options, run, tiny_model, pairs):
+    result = result_of(run("--model", tiny_model, "--data", pairs, *options))
+    steps = int(options[1]) if options[0] == "--max-steps" else 3 if "100" in options else 24
+    assert result["steps"] == steps
+
+
+def test_grouping_by_length_pads_less(run, tiny_model, pairs):
+    plain, grouped = (
+        result_of(run("--model", tiny_model, "--data", pairs, "--max-steps", 1, *option))["padding"]
+        for option in ((), ("--group-by-length",))
+    )
+    assert grouped < plain
+
+
+def test_regression_reports_correlations(run, tiny_model, scored_pairs, tmp_path):
+    result = result_of(run("--model", tiny_model, "--data", scored_pairs, "--output", tmp_path / "out"))
+    assert {"pearson", "spearmanr"} <= result.keys()
+    assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["problem_type"] == "regression"
+
+
+def test_an_undefined_metric_is_reported_not_hidden(run, tiny_model, pairs):
+    """One update of nothing: every prediction is one class, and F1's 0/0 is named in the result where it happens."""
+    for seed in range(6):
+        result = result_of(
+            run("--model", tiny_model, "--data", pairs, "--max-steps", 1, "--lr", "1e-12", "--seed", seed)
+        )
+        assert ("undefined" in result) <= (result["f1"] == 0.0)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_score_every_row_once_and_print_one_result(world, tiny_model, pairs, tmp_path):
+    """23 validation rows on 2 and 3 real ranks; one result line; the same global batch trains to the same losses."""
+    output = tmp_path / "out"
+    arguments = ["--model", tiny_model, "--data", pairs, "--batch-size", "2", "--output", str(output)]
+    done = run_torchrun([str(ROOT / "train.py"), *arguments], world, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == 1 and done.stdout.splitlines()[-1] == results[0]
+    result = json.loads(results[0])
+    assert result["world"] == world
+    assert result["steps"] == 3 * -(-61 // (2 * world))
+    rows = [json.loads(line)["rows"] for line in lines_of(output / "metrics.jsonl")]
+    assert sum(rows) == 3 * 61  # mask: no row twice
+
+
+def test_under_torchrun_a_mistake_is_said_once(tiny_model, tmp_path):
+    """Rank 0 finds no data inside main_process_first; every rank ends with 2, and one of them says why."""
+    missing = str(tmp_path / "nothing.csv")
+    done = run_torchrun([str(ROOT / "train.py"), "--model", tiny_model, "--data", missing], 2, timeout=120)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "no such file" in line]
+    assert said == [f"train.py: --data {missing}: there is no such file or folder"]
+    assert "exitcode  : 2" in done.stderr
+
+
+def test_ctrl_c_is_not_a_traceback(tiny_model, pairs):
+    import signal
+    import time
+
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--model", tiny_model, "--data", pairs, "--epochs", "10000"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 1"):
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_the_default_run_falls_back_and_beats_the_majority_class(packaged_model, tmp_path):
+    """README's first command, offline: a fallback that is announced, 1,377 updates, far above the majority."""
+    done = subprocess.run(
+        [sys.executable, "train.py", "--output", str(tmp_path / "out")],
+        cwd=ROOT, capture_output=True, text=True, timeout=3000, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "using the packaged checkpoint instead" in done.stdout and "using stdlib-pairs instead" in done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["steps"] == 1377 and len(result["notes"]) == 2
+    # Half of the pairs are positive: always "same" has accuracy 0.5 and F1 0.667.
+    assert result["accuracy"] > 0.7 and result["f1"] > 0.72
