@@ -22,8 +22,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,16 @@ from nanofinetune.accelerator import Accelerator
 from nanofinetune.cli import Parser, number, run, steps_or_ratio
 from nanofinetune.collate import DataCollatorWithPadding
 from nanofinetune.data import Data, load_data, tokenize
-from nanofinetune.device import keep_freed_memory, peak_rss_mb, seconds_since_start
+from nanofinetune.device import (
+    end_step,
+    fixed_lengths,
+    keep_freed_memory,
+    manual_seed,
+    peak_rss_mb,
+    seconds_since_start,
+    spread_rows,
+    state_on_host,
+)
 from nanofinetune.distributed import gather_object
 from nanofinetune.errors import UsageError
 from nanofinetune.loader import prepare_data_loader
@@ -81,7 +91,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     else:
         sampler = SeedableRandomSampler(train_store, data_seed=args.seed)
         batches = BatchSampler(sampler, rows_per_step, drop_last=False)
-    collator = DataCollatorWithPadding(tokenizer)
+    collator: Callable[[Any], Any] = DataCollatorWithPadding(tokenizer)
+    if device.type == "xla":
+        collator = partial(collate_to_fixed_length, tokenizer, fixed_lengths(limit))
     train_loader: Any = DataLoader(train_store, batch_sampler=batches, collate_fn=collator)
 
     # --- optimizer and schedule: the schedule counts updates, neither batches nor processes ---
@@ -113,9 +125,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
         began = time.perf_counter()
         for batch in train_loader:  # accelerate: this rank's rows, on the device already
             with accelerator.accumulate(model):  # accelerate: gradients travel, and optimizers step, once a window
-                torch.manual_seed(
-                    mix(args.seed, batch_index, rank)
-                )  # dropout: no rank or batch repeats another's masks
+                manual_seed(mix(args.seed, batch_index, rank), device)  # dropout: masks of no other rank or batch
+                spread_rows(batch, device)  # over the devices of an XLA process; elsewhere nothing
                 loss = model(**batch).loss
                 accelerator.backward(loss)  # accelerate: in place of loss.backward()
                 if args.clip_norm is not None and accelerator.sync_gradients:
@@ -124,6 +135,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
+                end_step(device)  # XLA runs what was recorded; elsewhere nothing
             batch_index += 1
             log.add(loss.detach(), train_loader.valid_rows)
             if accelerator.sync_gradients:
@@ -168,7 +180,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
 
 @torch.inference_mode()
 def evaluate(
-    accelerator: Accelerator, model: Any, store: Any, collator: DataCollatorWithPadding, batch_size: int, metric: Metric
+    accelerator: Accelerator, model: Any, store: Any, collator: Callable[[Any], Any], batch_size: int, metric: Metric
 ) -> dict[str, Any]:
     """The task's metrics over every row of the store, each counted once; `undefined` names the values that are 0/0."""
     loader: Any = DataLoader(store, batch_sampler=SortedBatchSampler(store.lengths, batch_size), collate_fn=collator)
@@ -184,9 +196,8 @@ def evaluate(
         predictions = logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
         metric.add_batch(predictions=predictions, references=labels)
     if metric.reduction == "sum":
-        metric.load_state(
-            accelerator.reduce(metric.state().to(accelerator.device), "sum")
-        )  # the one meeting of the ranks
+        counts = metric.state().to(accelerator.device)
+        metric.load_state(accelerator.reduce(counts, "sum"))  # the one meeting of the ranks
     else:  # rank correlations need all values
         metric.load_state(torch.cat(gather_object([metric.state()], accelerator.world), dim=1))
     if len(metric) != len(store):
@@ -196,6 +207,13 @@ def evaluate(
         scores: dict[str, Any] = metric.compute()
     scores = {name: None if math.isnan(value) else value for name, value in scores.items()}  # JSON has no NaN
     return scores | ({"undefined": metric.undefined} if metric.undefined else {})
+
+
+def collate_to_fixed_length(tokenizer: Any, lengths: tuple[int, ...], rows: Any) -> Any:
+    """Pad to the next of a few lengths: XLA compiles a step anew for every shape that it has not met."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    width = next(length for length in lengths if length >= longest)
+    return DataCollatorWithPadding(tokenizer, padding="max_length", max_length=width)(rows)
 
 
 class Log:
@@ -330,7 +348,7 @@ def save(
     output: Path, model: Any, tokenizer: Any, result: dict[str, Any], evaluations: list[Any], args: argparse.Namespace
 ) -> None:
     """model/ (what transformers.pipeline loads) and result.json, the latter last: where it is, the run is complete."""
-    model.save_pretrained(output / "model")
+    model.save_pretrained(output / "model", state_dict=state_on_host(model))
     tokenizer.save_pretrained(output / "model")
     whole = result | {"evaluations": evaluations, "arguments": vars(args)}
     (output / "result.json").write_text(json.dumps(whole, indent=2) + "\n")
@@ -363,7 +381,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup-steps", metavar="N", type=steps_or_ratio, default=0, help="updates, or a ratio below 1 (default 0)")
     add("--clip-norm", metavar="NORM", type=number(float, 0, above=True), help="largest gradient norm (default: any)")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", metavar="KIND", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
+    add("--device", metavar="KIND", default="auto", help="auto, cpu, cuda, cuda:N, mps, tpu or xla (default auto)")
     add("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast; no is fp32 (default no)")
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=42, help="order, head and dropout (default 42)")
     add("--uneven", choices=("mask", "wrap"), default="mask",

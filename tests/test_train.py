@@ -272,3 +272,15 @@ def test_the_default_run_falls_back_and_beats_the_majority_class(packaged_model,
     assert result["steps"] == 1377 and len(result["notes"]) == 2
     # Half of the pairs are positive: always "same" has accuracy 0.5 and F1 0.667.
     assert result["accuracy"] > 0.7 and result["f1"] > 0.72
+
+
+def test_fixed_lengths_pad_to_the_next_one(tiny_tokenizer):
+    """What --device xla collates with: the rows of the ordinary collator, wider."""
+    from nanofinetune.collate import DataCollatorWithPadding
+
+    rows = [{"input_ids": [2, *range(5, 5 + n), 3], "label": 1} for n in (4, 9)]
+    plain = DataCollatorWithPadding(tiny_tokenizer)(rows)
+    fixed = train.collate_to_fixed_length(tiny_tokenizer, (8, 16, 64), rows)
+    assert fixed["input_ids"].shape == (2, 16) and plain["input_ids"].shape == (2, 11)
+    for name in ("input_ids", "attention_mask"):
+        assert fixed[name][:, :11].equal(plain[name]) and not fixed[name][:, 11:].any()
