@@ -1,0 +1,91 @@
+"""Does it reach the same accuracy? train.py and the peer over several seeds, each run in a fresh process.
+
+    python bench/quality.py --data PATH/glue/mrpc --seeds 1 2 3 --folder runs/quality --json bench/records/NAME.json
+
+Each run's last line is kept in the folder, and a run that is there already is not repeated: what was stopped goes on.
+Two runs go side by side, ours and the peer's of one seed, each on its share of the cores; nothing here is a timing.
+Prints a table, and one JSON object as the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SCRIPTS = {"nanofinetune": ROOT / "train.py", "library": ROOT / "bench" / "peer.py"}
+
+
+def run_pair(folder: Path, model: str, data: str, seed: int) -> dict[str, dict[str, Any]]:
+    """Both sides with one seed -> side -> its result."""
+    threads = max(1, (os.cpu_count() or 2) // len(SCRIPTS))
+    running = {}
+    for side, script in SCRIPTS.items():
+        path = folder / f"{side}-{seed}.json"
+        if not path.exists():
+            command = [sys.executable, str(script), "--model", model, "--data", data, "--seed", str(seed)]
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+            running[path] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    for path, process in running.items():
+        out, _ = process.communicate()
+        if process.returncode != 0:
+            raise SystemExit(f"{path.stem} ended with {process.returncode}")
+        path.write_text(out.splitlines()[-1] + "\n")
+    return {side: json.loads((folder / f"{side}-{seed}.json").read_text()) for side in SCRIPTS}
+
+
+def summarise(runs: dict[int, dict[str, dict[str, Any]]], data: str) -> dict[str, Any]:
+    """Seed -> side -> result, to the record: scores of each seed, mean and standard deviation of each side."""
+    from pieces import machine
+
+    record: dict[str, Any] = {
+        "what": "mrpc",
+        "data": "/".join(Path(data).parts[-2:]),
+        "machine": machine(),
+        "sides": {},
+    }
+    for side in SCRIPTS:
+        scores = {name: [runs[seed][side][name] for seed in runs] for name in ("accuracy", "f1")}
+        record["sides"][side] = {
+            name: {"seeds": dict(zip(map(str, runs), values, strict=True)), "mean": statistics.mean(values),
+                   "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+            for name, values in scores.items()
+        }  # fmt: skip
+        record["sides"][side]["steps"] = runs[min(runs)][side]["steps"]
+    return record
+
+
+def main() -> None:
+    from nanofinetune.pretrained import packaged_model
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default=packaged_model(), help="folder of the model (default: the packaged checkpoint)"
+    )
+    parser.add_argument("--data", required=True, help="folder of MRPC as parquet")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="where each run's result is kept")
+    parser.add_argument("--json", type=Path, help="where the record is written")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    record = summarise({seed: run_pair(args.folder, args.model, args.data, seed) for seed in args.seeds}, args.data)
+    for side, scores in record["sides"].items():
+        print(
+            f"{side:<13}",
+            *(f"{name} {scores[name]['mean']:.3f} ± {scores[name]['std']:.3f}" for name in ("accuracy", "f1")),
+        )
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
