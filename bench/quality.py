@@ -24,11 +24,12 @@ sys.path.insert(0, str(ROOT))
 SCRIPTS = {"nanofinetune": ROOT / "train.py", "library": ROOT / "bench" / "peer.py"}
 
 
-def run_pair(folder: Path, model: str, data: str, seed: int) -> dict[str, dict[str, Any]]:
-    """Both sides with one seed -> side -> its result."""
+def run_seed(folder: Path, model: str, data: str, seed: int, sides: list[str]) -> dict[str, dict[str, Any]]:
+    """The sides with one seed, at the same time -> side -> its result."""
     threads = max(1, (os.cpu_count() or 2) // len(SCRIPTS))
     running = {}
-    for side, script in SCRIPTS.items():
+    for side in sides:
+        script = SCRIPTS[side]
         path = folder / f"{side}-{seed}.json"
         if not path.exists():
             command = [sys.executable, str(script), "--model", model, "--data", data, "--seed", str(seed)]
@@ -39,7 +40,7 @@ def run_pair(folder: Path, model: str, data: str, seed: int) -> dict[str, dict[s
         if process.returncode != 0:
             raise SystemExit(f"{path.stem} ended with {process.returncode}")
         path.write_text(out.splitlines()[-1] + "\n")
-    return {side: json.loads((folder / f"{side}-{seed}.json").read_text()) for side in SCRIPTS}
+    return {side: json.loads((folder / f"{side}-{seed}.json").read_text()) for side in sides}
 
 
 def summarise(runs: dict[int, dict[str, dict[str, Any]]], data: str) -> dict[str, Any]:
@@ -53,13 +54,13 @@ def summarise(runs: dict[int, dict[str, dict[str, Any]]], data: str) -> dict[str
         "sides": {},
     }
     for side in SCRIPTS:
-        scores = {name: [runs[seed][side][name] for seed in runs] for name in ("accuracy", "f1")}
-        record["sides"][side] = {
-            name: {"seeds": dict(zip(map(str, runs), values, strict=True)), "mean": statistics.mean(values),
-                   "std": statistics.stdev(values) if len(values) > 1 else 0.0}
-            for name, values in scores.items()
-        }  # fmt: skip
-        record["sides"][side]["steps"] = runs[min(runs)][side]["steps"]
+        found = {str(seed): results[side] for seed, results in runs.items() if side in results}
+        summary: dict[str, Any] = {"steps": next(iter(found.values()))["steps"]}
+        for name in ("accuracy", "f1"):
+            seeds = {seed: result[name] for seed, result in found.items()}
+            std = statistics.stdev(seeds.values()) if len(seeds) > 1 else 0.0
+            summary[name] = {"seeds": seeds, "mean": statistics.mean(seeds.values()), "std": std}
+        record["sides"][side] = summary
     return record
 
 
@@ -72,11 +73,16 @@ def main() -> None:
     )
     parser.add_argument("--data", required=True, help="folder of MRPC as parquet")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--peer-seeds", type=int, nargs="+", help="those of them for the library (default: all)")
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="where each run's result is kept")
     parser.add_argument("--json", type=Path, help="where the record is written")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    record = summarise({seed: run_pair(args.folder, args.model, args.data, seed) for seed in args.seeds}, args.data)
+    runs = {}
+    for seed in args.seeds:
+        sides = [side for side in SCRIPTS if side == "nanofinetune" or seed in (args.peer_seeds or args.seeds)]
+        runs[seed] = run_seed(args.folder, args.model, args.data, seed, sides)
+    record = summarise(runs, args.data)
     for side, scores in record["sides"].items():
         print(
             f"{side:<13}",

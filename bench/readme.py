@@ -53,11 +53,11 @@ def pieces() -> str:
 def mrpc() -> str:
     """The accuracy table of `python bench/quality.py --json`."""
     path, record = newest("mrpc")
-    seeds = list(record["sides"]["library"]["accuracy"]["seeds"])
-    steps = record["sides"]["library"]["steps"]
+    seeds = list(record["sides"]["nanofinetune"]["accuracy"]["seeds"])
+    steps = record["sides"]["nanofinetune"]["steps"]
     lines = [
         f"Real MRPC, the packaged checkpoint, {steps:,} updates, seeds {', '.join(seeds)}:"
-        " mean ± standard deviation (each seed).",
+        " mean ± standard deviation (each seed's).",
         machine_line(path, record["machine"]),
         "",
         "| | accuracy | F1 |",
