@@ -405,7 +405,8 @@ class Accelerator:
 
     def end_training(self) -> None:
         """Destroy the process group, if this Accelerator made it. Belongs in a `finally`; may be called twice."""
-        self._models, self._optimizers = [], []  # a model that outlives its group is freed too late
+        self._models, self._optimizers = [], []
+        gc.collect()  # a wrapped model that outlives its process group may abort the interpreter at its end
         distributed.shutdown(self.world)
 
 

@@ -23,7 +23,7 @@ from helpers import ROOT, free_port
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="launch.sh needs bash")
 
 TRAIN = """
-import json, os, sys
+import gc, json, os, sys
 import torch
 from nanofinetune.ddp import DistributedDataParallel
 from nanofinetune.distributed import gather_object, init_world, shutdown
@@ -47,6 +47,8 @@ weights = [parameter.tolist() for parameter in model.parameters()]
 everyone = gather_object([{name: os.environ[name] for name in names} | {"weights": weights}], world)
 if world.rank == 0:
     print(json.dumps(everyone))
+del model, optimizer, loss
+gc.collect()  # a model that outlives its process group may abort the interpreter at its end
 shutdown(world)
 """
 
@@ -149,9 +151,7 @@ def test_a_failure_on_one_node_ends_both(tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("the loopback's name is Linux's")
     script = tmp_path / "fail.py"
-    script.write_text(
-        TRAIN.replace("for _ in range(5):", "for _ in range(5):\n    assert world.rank == 0, 'the cause'")
-    )
+    script.write_text(TRAIN.replace("loss.backward()", "assert world.rank == 0, 'the cause'; loss.backward()"))
     first, second = _launch([Node([], "127.0.0.1", "lo")] * 2, script, 1)
     assert (first.returncode, second.returncode) == (1, 1)
     assert "launch.sh: rank 1 failed first on node 1 of 2:\n" in second.stderr
