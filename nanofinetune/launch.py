@@ -189,16 +189,18 @@ def first_failure(failures: Mapping[int, Any]) -> tuple[int, int, str]:
         # underneath: torch's own stamps are whole seconds: of two ranks within one, it names the lower as the first.
         # A process without a traceback was killed or left by itself. The agent notes it at its next look, when the
         # others have failed because of it; and it kills those that hang, 30 s later, without a traceback either.
-        when = _recorded(failure).get("time", failure.timestamp - 10)
-        return failure.exitcode in TERMINATED, when
+        recorded = _recorded(failure)
+        return not recorded and failure.exitcode in TERMINATED, recorded.get("time", failure.timestamp - 10)
 
     rank = min(failures, key=order)
     failure = failures[rank]
     code = failure.exitcode
+    if recorded := _recorded(failure):  # whatever became of the process after that: torch may abort at its end
+        return rank, recorded["code"], recorded["text"]
     if code < 0:
         hint = ": on Linux that is mostly the kernel, out of memory" if code == -signal.SIGKILL else ""
         return rank, 128 - code, f"signal {-code} ({failure.signal_name()}) ended it{hint}"
-    return rank, code, _recorded(failure).get("text", "" if code == 2 else f"it left with exit code {code}")
+    return rank, code, "" if code == 2 else f"it left with exit code {code}"
 
 
 def _recorded(failure: Any) -> dict[str, Any]:
@@ -231,7 +233,7 @@ def work(script: str, args: Sequence[str]) -> int:
     elif code != 2:
         sys.stderr.write(f"rank {os.environ['RANK']} failed: {text.rstrip().splitlines()[-1]}\n")
     now = time.time()
-    record = {"message": text, "extraInfo": {"text": text, "time": now, "timestamp": str(int(now))}}
+    record = {"message": text, "extraInfo": {"text": text, "code": code, "time": now, "timestamp": str(int(now))}}
     Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": record}))
     return code
 

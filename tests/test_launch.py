@@ -269,7 +269,7 @@ def _failure(tmp_path: Path, rank: int, exitcode: int, when: float | None = None
 
     file = tmp_path / f"{rank}.json"
     if when is not None:
-        extra = {"text": text, "py_callstack": text, "time": when, "timestamp": str(int(when))}
+        extra = {"text": text, "code": 1, "time": when, "timestamp": str(int(when))}
         file.write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
     return ProcessFailure(local_rank=rank, pid=1, exitcode=exitcode, error_file=str(file))
 
@@ -296,6 +296,11 @@ def test_first_failure_knows_a_process_without_a_traceback(tmp_path: Path) -> No
     # What the agent ended because of another one: at once, after saving its state, or by force 30 seconds later.
     for code in (-signal.SIGTERM, 143):
         assert first_failure({0: lost, 1: _failure(tmp_path, 1, code)})[0] == 0
+    # A traceback counts, whatever ended the process while it was on its way out.
+    for code in (-signal.SIGTERM, -signal.SIGABRT):
+        left = _failure(tmp_path, 1, code, now - 1, "the cause")
+        assert first_failure({0: lost, 1: left}) == (1, 1, "the cause")
+    (tmp_path / "1.json").unlink()
     earlier = _failure(tmp_path, 0, 1, now - 30, "the cause")
     assert first_failure({0: earlier, 1: _failure(tmp_path, 1, -signal.SIGKILL)})[0] == 0
 
