@@ -348,7 +348,7 @@ class Accelerator:
         Raises RuntimeError where the loader cannot tell which these are, ValueError for anything but one row a sample.
         """
         leaves: list[Any] = []
-        distributed._apply(leaves.append, input_data)
+        distributed.recursively_apply(leaves.append, input_data)
         objects = use_gather_object or not all(isinstance(leaf, torch.Tensor) for leaf in leaves)
         position, shard = self._current()
         remainder = shard.remainder if shard is not None and position.end_of_dataloader and self.use_distributed else 0
@@ -365,7 +365,7 @@ class Accelerator:
         if self.uneven == "mask":  # equal parts, of which the last ranks hold less
             expected = -(-remainder // self.num_processes) * self.num_processes
             input_data = self.pad_across_processes(input_data)
-        return distributed._apply(lambda rows: _first(rows, remainder, expected), self.gather(input_data))
+        return distributed.recursively_apply(lambda rows: _first(rows, remainder, expected), self.gather(input_data))
 
     @contextmanager
     def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
@@ -405,8 +405,7 @@ class Accelerator:
 
     def end_training(self) -> None:
         """Destroy the process group, if this Accelerator made it. Belongs in a `finally`; may be called twice."""
-        self._models, self._optimizers = [], []
-        gc.collect()  # a wrapped model that outlives its process group may abort the interpreter at its end
+        self._models, self._optimizers = [], []  # a wrapped model must not outlive its group: see shutdown
         distributed.shutdown(self.world)
 
 
@@ -426,7 +425,7 @@ class MixedPrecisionForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.device_type, PRECISIONS[self.precision]):
             outputs = self.forward(*args, **kwargs)
-        return distributed._apply(_to_float32, outputs)
+        return distributed.recursively_apply(_to_float32, outputs)
 
 
 class AcceleratedOptimizer(torch.optim.Optimizer):

@@ -26,6 +26,7 @@ in tests/test_distributed.py.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import re
@@ -192,8 +193,12 @@ def init_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
 
 
 def shutdown(world: World) -> None:
-    """Destroy the process group that `init_world` made. Belongs in a `finally`; may be called twice."""
+    """Destroy the process group that `init_world` made. Belongs in a `finally`; may be called twice.
+
+    Let go of wrapped models before: one that outlives its group may abort the interpreter at its end, torch's too.
+    """
     if dist.is_initialized() and not world.adopted:
+        gc.collect()  # models that nothing but their own hooks hold
         dist.destroy_process_group()
 
 
@@ -239,7 +244,7 @@ def gather(data: Any, world: World) -> Any:
         dist.all_gather(list(result.unbind()), wire)
         return result.reshape(-1).view(row.dtype).view(world.size * row.shape[0], *row.shape[1:])
 
-    return _apply(gather_one, data)
+    return recursively_apply(gather_one, data)
 
 
 def reduce(data: Any, world: World, reduction: str = "mean") -> Any:
@@ -250,7 +255,7 @@ def reduce(data: Any, world: World, reduction: str = "mean") -> Any:
     if reduction not in ("mean", "sum", "max", "none"):
         raise ValueError(f"reduction={reduction!r}: choose mean, sum, max or none")
     if world.size == 1:
-        return _apply(lambda tensor: _tensor(tensor).clone(), data)
+        return recursively_apply(lambda tensor: _tensor(tensor).clone(), data)
     _agree(f"reduce[{reduction}]", data, world)
 
     def reduce_one(tensor: torch.Tensor) -> torch.Tensor:
@@ -262,7 +267,7 @@ def reduce(data: Any, world: World, reduction: str = "mean") -> Any:
         dist.all_reduce(result, dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM)
         return result.div_(world.size) if reduction == "mean" else result
 
-    return _apply(reduce_one, data)
+    return recursively_apply(reduce_one, data)
 
 
 def broadcast(data: Any, world: World, from_process: int = 0) -> Any:
@@ -281,7 +286,7 @@ def broadcast(data: Any, world: World, from_process: int = 0) -> Any:
             tensor.detach().copy_(row)
         return tensor
 
-    return _apply(broadcast_one, data)
+    return recursively_apply(broadcast_one, data)
 
 
 def pad_across_processes(data: Any, world: World, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
@@ -290,7 +295,7 @@ def pad_across_processes(data: Any, world: World, dim: int = 0, pad_index: float
     (..., n, ...) -> (..., max n, ...), same dtype. A leaf without that dimension, or long enough, is returned as it is.
     """
     if world.size == 1:
-        return _apply(_tensor, data)
+        return recursively_apply(_tensor, data)
     everyone = _agree("pad_across_processes", data, world, ragged=True)
     shapes = iter(zip(*([shape for _, _, shape in leaves] for leaves in everyone), strict=True))  # a leaf's, by rank
 
@@ -308,7 +313,7 @@ def pad_across_processes(data: Any, world: World, dim: int = 0, pad_index: float
         padded.narrow(dim, longest - length if pad_first else 0, length).copy_(tensor)
         return padded
 
-    return _apply(pad_one, data)
+    return recursively_apply(pad_one, data)
 
 
 def gather_object(objects: Any, world: World) -> Any:
@@ -430,7 +435,7 @@ def _agree(name: str, data: Any, world: World, ragged: bool = False) -> list[lis
             ]
             remedy = "" if ragged else "; where only lengths differ, call pad_across_processes first"
             raise RuntimeError(f"{label}: {', '.join(held)}{remedy}")
-    _apply(_tensor, data)  # raises for other leaves, now that all ranks are known to hold them
+    recursively_apply(_tensor, data)  # raises for other leaves, now that all ranks are known to hold them
     return everyone
 
 
@@ -447,14 +452,14 @@ def _describe(data: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
         yield path, type(data).__name__, ()
 
 
-def _apply(function: Callable[[Any], Any], data: Any) -> Any:
+def recursively_apply(function: Callable[[Any], Any], data: Any) -> Any:
     """`data`'s container with `function` applied to each leaf, in the order of `_describe`."""
     if isinstance(data, (tuple, list)):
-        items = [_apply(function, item) for item in data]
+        items = [recursively_apply(function, item) for item in data]
         return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
     if isinstance(data, Mapping):
         kind: Any = type(data)
-        return kind({key: _apply(function, item) for key, item in data.items()})
+        return kind({key: recursively_apply(function, item) for key, item in data.items()})
     return function(data)
 
 

@@ -23,7 +23,7 @@ from helpers import ROOT, free_port
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="launch.sh needs bash")
 
 TRAIN = """
-import gc, json, os, sys
+import json, os, sys
 import torch
 from nanofinetune.ddp import DistributedDataParallel
 from nanofinetune.distributed import gather_object, init_world, shutdown
@@ -47,8 +47,7 @@ weights = [parameter.tolist() for parameter in model.parameters()]
 everyone = gather_object([{name: os.environ[name] for name in names} | {"weights": weights}], world)
 if world.rank == 0:
     print(json.dumps(everyone))
-del model, optimizer, loss
-gc.collect()  # a model that outlives its process group may abort the interpreter at its end
+del model, optimizer, loss  # a model that outlives its process group may abort the interpreter at its end
 shutdown(world)
 """
 
