@@ -10,7 +10,7 @@
 The course imports its pieces from the libraries; here each comes from one file of nanofinetune/. The lines that
 Accelerate adds to the plain loop are marked `# accelerate`. Differs from the course on purpose: everything is seeded; a
 window of accumulated batches is divided by its true number of rows; N processes compute the gradient of one process
-with N times the batch; evaluation batches are sorted by length, and its ranks meet once, to add up their counts.
+with N times the batch; evaluation batches are sorted by length, and its ranks meet once, at the end.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     keep_freed_memory()
 
     # --- data and model: the data first, since the labels decide the model's head ---
-    with (
-        accelerator.local_main_process_first()
-    ):  # one rank of a node downloads and tokenizes, the others read its cache
+    with accelerator.local_main_process_first():  # one rank of a node tokenizes, the others read its cache
         output = claim_output(args.output, accelerator.is_main_process)
         model_name, model_note = (args.model, "") if args.model is not None else resolve_default()
         data = load_data(args.data, args.text_columns, args.label_column, args.seed)

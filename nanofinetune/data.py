@@ -18,7 +18,7 @@ where they leave one reading. Labels are checked before any long work: the libra
 as an index error or a NaN loss.
 
 Proof: test_token_store_matches_datasets_rows, test_glue_tsv_keeps_rows_that_pandas_quoting_loses,
-test_columns_are_found_by_themselves and test_local_mrpc_matches_the_task_table in tests/test_data.py,
+test_columns_are_found_by_themselves and test_local_glue_matches_the_task_table in tests/test_data.py,
 test_every_bad_input_gives_one_line_and_exit_2 in tests/test_bad_inputs.py.
 """
 
@@ -33,7 +33,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from nanofinetune.collate import FlatRows
-from nanofinetune.errors import UsageError
+from nanofinetune.errors import UsageError, first_line
 from nanofinetune.pretrained import hub_in_reach, looks_like_path
 from nanofinetune.tasks import GLUE, Task, default_metrics
 
@@ -270,12 +270,11 @@ def _read(files: list[Path], split: str) -> Any:
             raise UsageError(f"--data {file}: the file is empty; write a header and rows into it")
     options: dict[str, Any] = {}
     if files[0].suffix in (".csv", ".tsv"):
-        # underneath: pandas reads "NA", "null" and "None" as missing values, which loses a sentence that is just
-        # "None".
+        # underneath: pandas reads "NA", "null" and "None" as missing values, which loses the sentence "None".
         options = {"keep_default_na": False, "encoding": "utf-8"}
     if files[0].suffix == ".tsv":
         # underneath: GLUE's own TSV files hold lone quotation marks; with the default quoting the rows up to the next
-        # one are swallowed without a word (its MRPC dev set shrinks from 408 rows to 389).
+        # one are swallowed without a word.
         options |= {"sep": "\t", "quoting": 3}  # 3 is csv.QUOTE_NONE
     datasets.disable_progress_bars()
     level = datasets.logging.get_verbosity()
@@ -469,5 +468,5 @@ def _root_cause(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, UnicodeDecodeError):
         return f"byte 0x{error.object[error.start]:02x} is not UTF-8: convert the file, for example with iconv"
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip()
+    text = first_line(error)
     return f"{text}: unbalanced quotes?" if "EOF inside string" in text else text

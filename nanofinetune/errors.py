@@ -15,3 +15,8 @@ Proof: test_every_bad_input_gives_one_line_and_exit_2 in tests/test_bad_inputs.p
 
 class UsageError(ValueError):
     """What the user got wrong, in one line: the thing, the value, the remedy."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, cut to its first line and 200 characters, to be quoted in a UsageError."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip()

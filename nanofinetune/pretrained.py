@@ -5,12 +5,12 @@
 
 Underneath: `transformers.AutoModelForSequenceClassification.from_pretrained` and
 `transformers.AutoTokenizer.from_pretrained` (transformers 5.23). Each asks the Hub for a file's newest version before
-it looks into the cache, and where there is no network it retries five times, 23 seconds for each of the two, before it
-gives up. Here one connection attempt answers for both: where the Hub is out of reach, huggingface_hub is put into its
-own offline mode, which reads the cache at once or fails at once. The library prints a table of the weights that it made
-anew; we return their names instead and the plan says them in one line. It makes up a tokenizer of nothing but special
-tokens where there is none, and takes any tokenizer beside any model; we refuse both. Every failure becomes one
-`UsageError`. A model that the user named is never replaced by another one.
+it looks into the cache, and where there is no network it retries five times with growing pauses, for each of the two,
+before it gives up. Here one connection attempt answers for both: where the Hub is out of reach, huggingface_hub is put
+into its own offline mode, which reads the cache at once or fails at once. The library prints a table of the weights
+that it made anew; we return their names instead and the plan says them in one line. It makes up a tokenizer of nothing
+but special tokens where there is none, and takes any tokenizer beside any model; we refuse both. Every failure becomes
+one `UsageError`. A model that the user named is never replaced by another one.
 
 Proof: test_every_bad_input_gives_one_line_and_exit_2 in tests/test_bad_inputs.py,
 test_load_model_matches_from_pretrained, test_length_limit_is_what_the_model_takes and
@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from nanofinetune.errors import UsageError
+from nanofinetune.errors import UsageError, first_line
 
 DEFAULT_MODEL = "bert-base-uncased"
 
@@ -105,7 +105,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the library raises OSError, ValueError, KeyError, JSONDecodeError ... for a bad folder
-        raise UsageError(f"model {name}: no tokenizer could be loaded ({_first_line(error)})") from error
+        raise UsageError(f"model {name}: no tokenizer could be loaded ({first_line(error)})") from error
     # underneath: where there is no vocabulary, transformers 5 makes up one of special tokens, and each word is [UNK].
     if len(tokenizer) <= len(tokenizer.all_special_ids) + 2:  # some kinds add a blank or two
         raise UsageError(f"model {name}: it has no tokenizer files; save the tokenizer beside the model")
@@ -161,7 +161,7 @@ def length_limit(name: str, tokenizer: Any) -> int:
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:
-        raise UsageError(f"model {name}: its config could not be loaded ({_first_line(error)})") from error
+        raise UsageError(f"model {name}: its config could not be loaded ({first_line(error)})") from error
     limits = [
         tokenizer.model_max_length,
         getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length,
@@ -199,7 +199,7 @@ def _load(name: str, head: dict[str, Any]) -> tuple[Any, list[str]]:
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:
-        raise UsageError(f"model {name}: the model could not be loaded ({_first_line(error)})") from error
+        raise UsageError(f"model {name}: the model could not be loaded ({first_line(error)})") from error
     finally:
         logging.set_verbosity(verbosity)
     # A head of another size (a model fine-tuned on another task) is made anew like a missing one; the encoder never is.
@@ -221,9 +221,3 @@ def _check_name(name: str) -> None:
             f"model {name}: the Hub is out of reach, the model is not in the cache and no folder has this name; "
             "name a local folder"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error's text, at most 200 characters."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200].rstrip()

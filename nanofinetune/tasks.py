@@ -8,7 +8,7 @@ the features of the Hub's data set nyu-mll/glue and the branches of `evaluate.lo
 are three places there and one here. To add a task: one line in GLUE (or none: `data.py` finds the columns of an
 ordinary file by itself).
 
-Proof: test_glue_tasks_match_the_metric_of_that_name and test_local_mrpc_matches_the_task_table in tests/test_data.py.
+Proof: test_glue_tasks_match_the_metric_of_that_name and test_local_glue_matches_the_task_table in tests/test_data.py.
 """
 
 from __future__ import annotations
