@@ -1,8 +1,10 @@
 """What several test files share: a tiny BERT and tokenizer, the packaged checkpoint, real GLUE where it is present."""
 
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -38,6 +40,15 @@ WORDS = [
     "big",
 ]
 WORDS += ["old", "new", "red", "blue"]
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script that is no part of the package (train.py, bench/readme.py) as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ those is not in offline mode: it finds a closed port where the Hub should be, an
 libraries (transformers 5.23, datasets 5.2) retry.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -21,12 +20,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, tiny_bert
+from conftest import ROOT, WORDS, load_script, tiny_bert
 
 from nanofinetune import accelerator, predict
 from nanofinetune.cli import run
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def lines(row: Callable[[int], str], header: str = "", rows: int = 20) -> str:
@@ -164,11 +161,7 @@ def state_of(folder: Path) -> dict[str, tuple[int, int, int]]:
 @pytest.fixture(scope="session")
 def train():
     """train.py, which is no part of the package, as a module."""
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "train.py")
 
 
 # Command line -> what the one line says. Every {word} is a place in the yard; where neither --model nor --data is the

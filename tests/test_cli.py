@@ -6,19 +6,16 @@ The last test shows transformers 5.23's own command line taking a learning rate 
 """
 
 import argparse
-import importlib.util
 import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, load_script
 
 from nanofinetune.cli import Parser, number, run, steps_or_ratio
 from nanofinetune.errors import UsageError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Every option of train.py and what it is where nobody gives it. A line here is a promise to everyone's scripts.
 COMMAND_LINE = {
@@ -51,11 +48,7 @@ COMMAND_LINE = {
 @pytest.fixture(scope="module")
 def train():
     """train.py, which is no part of the package, as a module."""
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "train.py")
 
 
 def test_the_command_line_is_frozen(train, monkeypatch, capsys):

@@ -185,25 +185,12 @@ def test_mnli_files_give_both_validation_splits(tmp_path):
     assert data.label_names == list(GLUE["mnli"].label_names or ())
 
 
-def test_local_mrpc_matches_the_task_table(glue_path):
-    data = load_data(str(glue_path / "mrpc"))
-    task = GLUE["mrpc"]
-    assert (data.text_columns, tuple(data.label_names or ()), data.metrics) == (
-        task.text_columns,
-        task.label_names,
-        task.metrics,
-    )
-    assert {name: len(split) for name, split in data.splits.items()} == {"train": 3668, "validation": 408}
-
-
-def test_local_sst2_matches_the_task_table(glue_path):
-    data = load_data(str(glue_path / "sst2"))
-    task = GLUE["sst2"]
-    assert (data.text_columns, tuple(data.label_names or ()), data.metrics) == (
-        task.text_columns,
-        task.label_names,
-        task.metrics,
-    )
+@pytest.mark.parametrize(("name", "train", "validation"), [("mrpc", 3668, 408), ("sst2", 67349, 872)])
+def test_local_glue_matches_the_task_table(name, train, validation, glue_path):
+    data, task = load_data(str(glue_path / name)), GLUE[name]
+    found = data.text_columns, tuple(data.label_names or ()), data.metrics
+    assert found == (task.text_columns, task.label_names, task.metrics)
+    assert {key: len(split) for key, split in data.splits.items()} == {"train": train, "validation": validation}
 
 
 @pytest.mark.parametrize("name", sorted(GLUE))

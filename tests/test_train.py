@@ -5,7 +5,6 @@ Most runs call `main` in this process with a tiny model; what concerns the proce
     python -m pytest tests/test_train.py            the slow ones, with the packaged checkpoint: -m slow
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WORDS, tiny_bert
+from conftest import ROOT, WORDS, load_script, tiny_bert
 from helpers import run_torchrun
 
 RESULT_KEYS = {
@@ -23,14 +22,7 @@ RESULT_KEYS = {
 }  # fmt: skip
 
 
-def load_train():
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
-    return module
-
-
-train = load_train()
+train = load_script(ROOT / "train.py")
 
 
 @pytest.fixture(scope="module")
