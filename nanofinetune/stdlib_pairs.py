@@ -68,11 +68,11 @@ def load(seed: int = 0, stdlib: str | os.PathLike[str] | None = None) -> dict[st
     folder = Path(stdlib or sysconfig.get_path("stdlib"))
     shuffler = random.Random(seed)
     couples: list[tuple[Documented, Documented]] = []
-    for functions in _functions_by_module(folder).values():
+    for functions in functions_by_module(folder).values():
         shuffler.shuffle(functions)
         two_by_two = zip(functions[::2], functions[1::2], strict=False)  # an odd one out stays out
         # Methods of one name are often one idea: the summary of `MH.add_folder` is not wrong for `Maildir.add_folder`.
-        couples += [(one, two) for one, two in two_by_two if _name(one) != _name(two)]
+        couples += [(one, two) for one, two in two_by_two if method_name(one) != method_name(two)]
     needed = sum(SIZES.values()) // 4
     if len(couples) < needed:
         raise UsageError(
@@ -141,12 +141,12 @@ def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     return f"({', '.join(names)})"
 
 
-def _name(function: Documented) -> str:
+def method_name(function: Documented) -> str:
     """`quit` of `ftplib.FTP.quit()`."""
     return function[0].split("(")[0].split(".")[-1]
 
 
-def _functions_by_module(folder: Path) -> dict[str, list[Documented]]:
+def functions_by_module(folder: Path) -> dict[str, list[Documented]]:
     """Module -> its documented functions. A signature or summary seen before, in whichever module, is left out.
 
     A summary that fits several functions thus stays with the first of them, and the others are in no pair at all:

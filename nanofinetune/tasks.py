@@ -5,8 +5,8 @@
 
 Underneath: the table that `transformers` keeps in examples/pytorch/text-classification/run_glue.py (`task_to_keys`),
 the features of the Hub's data set nyu-mll/glue and the branches of `evaluate.load` (evaluate 0.4.6) for "glue", which
-are three places there and one here. To add a task: one line in GLUE (or none: `data.py` finds the columns of an
-ordinary file by itself).
+are three places there and two here. To add a task: one line in GLUE and one in `metrics.GLUE` (or none: `data.py` finds
+the columns of an ordinary file by itself).
 
 Proof: test_glue_tasks_match_the_metric_of_that_name and test_local_glue_matches_the_task_table in tests/test_data.py.
 """

@@ -31,7 +31,7 @@ def splits() -> dict[str, list[stdlib_pairs.Pair]]:
 @pytest.fixture(scope="module")
 def module_of() -> dict[str, str]:
     """Signature -> module, from the source files: a dotted signature does not say where its module ends."""
-    modules = stdlib_pairs._functions_by_module(Path(sysconfig.get_path("stdlib")))
+    modules = stdlib_pairs.functions_by_module(Path(sysconfig.get_path("stdlib")))
     return {signature: module for module, functions in modules.items() for signature, _ in functions}
 
 
@@ -91,7 +91,7 @@ def test_a_negative_is_another_one_of_the_same_module(splits, module_of, split):
         rightful = owner[row["sentence2"]]
         assert module_of[rightful] == module_of[row["sentence1"]]
         assert stdlib_pairs.normalised(row["sentence2"]) != stdlib_pairs.normalised(own[row["sentence1"]])
-        assert stdlib_pairs._name((rightful, "")) != stdlib_pairs._name((row["sentence1"], ""))
+        assert stdlib_pairs.method_name((rightful, "")) != stdlib_pairs.method_name((row["sentence1"], ""))
 
 
 def test_positives_are_what_the_documentation_says(splits):
@@ -197,7 +197,7 @@ def test_signatures_are_what_a_caller_writes(source, signature):
 def test_a_summary_that_fits_two_functions_stays_with_the_first(tmp_path):
     source = 'def f():\n "Close the open file."\ndef g():\n "Close the open file"\ndef h():\n "Open the closed file."\n'
     (tmp_path / "shutil.py").write_text(source)
-    assert stdlib_pairs._functions_by_module(tmp_path) == {
+    assert stdlib_pairs.functions_by_module(tmp_path) == {
         "shutil": [("shutil.f()", "Close the open file."), ("shutil.h()", "Open the closed file.")]
     }
 
