@@ -9,7 +9,8 @@ launch.sh [-n N] [--max-restarts N] [--print] [train.py's arguments]    train
 launch.sh config                                                        ask, and write launch.env
 
   -n N              processes on this node (default: one for each NVIDIA GPU, else 1)
-  --max-restarts N  times that torchrun starts all processes again after one has failed (default 0)
+  --max-restarts N  times that torchrun starts all processes again after one has failed (default 0); not after what
+                    the user got wrong (exit code 2), which torchrun without launch.sh would start again too
   --print           print the command instead of running it
   -- ARGUMENTS      everything after it goes to train.py (python train.py --help lists its own)
 
@@ -66,7 +67,7 @@ elif [[ -z ${VIRTUAL_ENV-}${CONDA_PREFIX-} && -x $root/.venv/bin/python ]]; then
 else
     python=$(command -v python || command -v python3) || fail "there is no python here; name one in PYTHON"
 fi
-start=("$python" -W ignore::RuntimeWarning:runpy -m nanofinetune.launch) # (it warns of a module that its package imports)
+start=("$python" -m nanofinetune.launch)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 # --- the command line ---

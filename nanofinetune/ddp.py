@@ -14,14 +14,13 @@ parameters, the first 1 MiB, the others 25 MiB), starts an asynchronous all-redu
 overlaps with the rest of backward, and waits at the end of backward. All of that is kept, in Python. Left out:
 reordering the buckets after the first step. Refused: static graphs, sparse gradients, double backward, reentrant
 checkpointing, communication hooks other than a dtype. Different on purpose: (1) gradients always are views into the
-buckets (there an option, off by default), and buckets live only as long as gradients do, so that gradients exist once
-and not at all during forward; (2) a parameter without a gradient is named at the end of the backward that left it out
-(there the *next* forward raises, without names); (3) whether to synchronise is read at backward, not at forward, so
-that each backward after several forwards is synchronised (there only the first one is, in silence).
+buckets (there an option, off by default), so that gradients exist once; (2) a parameter without a gradient is named at
+the end of the backward that left it out (there the *next* forward raises, without names); (3) whether to synchronise is
+read at backward, not at forward, so that each backward after several forwards is synchronised (there only the first
+one is, in silence).
 
 Proof: test_gradients_match_torch_ddp, test_gradients_match_one_process_on_the_whole_batch,
-test_no_sync_matches_torch_ddp, test_bucket_plan_matches_torch,
-test_gradients_are_views_that_exist_once_and_only_while_needed,
+test_no_sync_matches_torch_ddp, test_bucket_plan_matches_torch, test_gradients_are_views_that_exist_once_and_stay,
 test_unused_parameters_match_torch_ddp, test_unused_parameter_is_named, test_comm_dtype_matches_torch_bf16_hook and
 test_second_backward_is_synchronised_where_torch_is_silent in tests/test_ddp.py.
 """
@@ -29,9 +28,10 @@ test_second_backward_is_synchronised_where_torch_is_silent in tests/test_ddp.py.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -123,8 +123,8 @@ def bucket_plan(parameters: Sequence[torch.Tensor], first_bytes: int, other_byte
 class Bucket:
     """Gradients of a few parameters in one flat tensor, which is reduced as a whole.
 
-    The tensor lives from the bucket's first gradient until the last `.grad` that is a view into it is gone, which is
-    when the optimizer sets them to None: the next forward has that memory for its activations.
+    The tensor is made for the first gradient and stays: the kernel would have to find, and clear, that memory anew in
+    every backward, which costs more time than forward gains by having it for its activations.
     """
 
     parameters: dict[int, torch.Tensor]  # by index
@@ -143,10 +143,59 @@ class Bucket:
             self.views[i] = piece.as_strided(parameter.shape, strides)
 
     def close(self) -> None:
-        """Forget this backward's tensors; the gradients keep what they need."""
+        """Be ready for the next backward."""
         self.waiting_for = set(self.parameters)
-        self.flat = self.wire = self.work = None
-        self.views = {}
+        self.wire = self.work = None
+
+
+# ---- Settings of the real one ----------------------------------------------------------------------------------------
+
+
+class DDPCommunicationHookType(StrEnum):
+    """In what gradients travel (source: accelerate.utils.DDPCommunicationHookType)."""
+
+    NO = "no"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+@dataclass
+class DistributedDataParallelKwargs:
+    """For `Accelerator(kwargs_handlers=[...])` (source: accelerate.utils.DistributedDataParallelKwargs).
+
+    Kept at their defaults: dim, check_reduction, comm_wrapper, comm_state_option, static_graph. Gradients are views
+    into buckets whatever gradient_as_bucket_view is: False is Accelerate's default, and the values are the same.
+    """
+
+    dim: int = 0
+    broadcast_buffers: bool = True
+    bucket_cap_mb: float = 25
+    find_unused_parameters: bool = False
+    check_reduction: bool = False
+    gradient_as_bucket_view: bool = False
+    static_graph: bool = False
+    comm_hook: DDPCommunicationHookType | str = DDPCommunicationHookType.NO
+    comm_wrapper: DDPCommunicationHookType | str = DDPCommunicationHookType.NO
+    comm_state_option: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """What DistributedDataParallel is called with. Raises NotImplementedError for what it does not have."""
+        unsupported = ("dim", "check_reduction", "static_graph", "comm_wrapper", "comm_state_option")
+        for name in unsupported:
+            if (value := getattr(self, name)) != getattr(DistributedDataParallelKwargs(), name):
+                raise NotImplementedError(
+                    f"DistributedDataParallelKwargs({name}={value!r}) is not supported: leave it out"
+                )
+        dtypes: dict[Any, torch.dtype | None] = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+        if self.comm_hook not in dtypes:
+            raise NotImplementedError(f"comm_hook={self.comm_hook!r} is not supported: choose no, fp16 or bf16")
+        return {
+            "broadcast_buffers": self.broadcast_buffers,
+            # underneath: Accelerate hands on what differs from the defaults, so 25 leaves torch its small first bucket
+            "bucket_cap_mb": None if self.bucket_cap_mb == 25 else self.bucket_cap_mb,
+            "find_unused_parameters": self.find_unused_parameters,
+            "comm_dtype": dtypes[self.comm_hook],
+        }
 
 
 # ---- The real one ----------------------------------------------------------------------------------------------------
@@ -163,6 +212,7 @@ class DistributedDataParallel(nn.Module):
         bucket_cap_mb: MiB of a bucket. None: 25, and 1 for the first.
         find_unused_parameters: let parameters go without a gradient on some ranks (they count as zero there) or on all
             (their `.grad` stays as it is). Costs one small all-reduce a backward.
+        on_send: is told the name of each all-reduce when it starts, "all_reduce[bucket 2 of 7]".
         comm_dtype: in which gradients travel, such as torch.bfloat16 (torch's `bf16_compress_hook`). None: their own.
 
     Raises:
@@ -183,6 +233,7 @@ class DistributedDataParallel(nn.Module):
         gradient_as_bucket_view: bool = True,
         static_graph: bool = False,
         comm_dtype: torch.dtype | None = None,
+        on_send: Callable[[str], object] = str,
     ) -> None:
         super().__init__()
         if static_graph:
@@ -201,6 +252,7 @@ class DistributedDataParallel(nn.Module):
         self.require_backward_grad_sync = True
         self._world_size = dist.get_world_size(process_group)
         self._comm_dtype = comm_dtype
+        self._on_send = on_send
         self._buffers_to_sync = list(module.buffers()) if broadcast_buffers else []
         self._sync_buffers_next = False
 
@@ -236,7 +288,7 @@ class DistributedDataParallel(nn.Module):
             broadcast_from_first(self._buffers_to_sync, self.process_group)
         self._sync_buffers_next = torch.is_grad_enabled() and self.require_backward_grad_sync
         if self._running:
-            self._reset()  # the last backward raised half-way
+            self._reset(broken_off=True)  # the last backward raised half-way
         return self.module(*args, **kwargs)
 
     @contextmanager
@@ -250,10 +302,12 @@ class DistributedDataParallel(nn.Module):
 
     # One synchronised backward: _gradient_is_there for each parameter, then _finish.
 
-    def _reset(self) -> None:
+    def _reset(self, broken_off: bool = False) -> None:
         self._running = False
         self._next = 0  # the first bucket that has not been sent
         for bucket in self._buckets:
+            if broken_off:  # an all-reduce may still write there
+                bucket.flat = None
             bucket.close()
 
     def _gradient_is_there(self, i: int) -> None:
@@ -293,14 +347,26 @@ class DistributedDataParallel(nn.Module):
             bucket = self._buckets[self._next]
             assert bucket.flat is not None
             bucket.wire = bucket.flat if self._comm_dtype is None else bucket.flat.to(self._comm_dtype)
-            bucket.work = dist.all_reduce(bucket.wire, group=self.process_group, async_op=True)
             self._next += 1
+            self._on_send(f"all_reduce[bucket {self._next} of {len(self._buckets)}]")
+            bucket.work = dist.all_reduce(bucket.wire, group=self.process_group, async_op=True)
+
+    def join_after_failure(self) -> None:
+        """Do this rank's part of a backward that it could not do itself (it ran out of memory), so that no one waits.
+
+        Whatever the gradients are then, on all ranks: throw them away.
+        """
+        self._running = True
+        for i in [i for bucket in self._buckets for i in sorted(bucket.waiting_for)]:
+            self._trained[i].grad = None
+            self._put_into(self._bucket_of[i], i)
+        self._finish()
 
     def _finish(self) -> None:
         """End of backward: account for parameters that got no gradient, then wait for what is on its way."""
         missing = [i for bucket in self._buckets for i in sorted(bucket.waiting_for)]
         if missing and not self.find_unused_parameters:
-            self._reset()
+            self._reset(broken_off=True)
             raise RuntimeError(
                 f"no gradient for {', '.join(self._names[i] for i in missing)}: the loss does not depend on them"
                 " (freeze them, or pass find_unused_parameters=True), or they were checkpointed with use_reentrant=True"

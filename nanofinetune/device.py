@@ -29,6 +29,7 @@ import ctypes
 import os
 import platform
 import re
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -179,12 +180,24 @@ def keep_freed_memory() -> bool:
     return [mallopt(option, value) for option, value in settings] == [1, 1, 1]
 
 
-def peak_rss_mb() -> float:
-    """The most memory this process ever held, in MiB (0.0 where the system does not tell)."""
+def end_with_parent() -> None:
+    """Let the kernel send this process SIGTERM when the one that started it is gone; Linux only."""
+    # underneath: whoever kills torchrun leaves its workers running.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG (prctl.h)
+
+
+def peak_rss_mb(pid: int | None = None) -> float:
+    """The most memory this process, or the one of that number, ever held, in MiB (0.0 where the system does not tell).
+
+    Of another process only Linux tells, and only while it runs.
+    """
     # underneath: on Linux ru_maxrss outlives exec, so a small process that a large one started (torchrun, a benchmark)
     # reports its parent's peak; VmHWM is its own.
-    if found := re.search(r"VmHWM:\s*(\d+) kB", _read("/proc/self/status")):
+    if found := re.search(r"VmHWM:\s*(\d+) kB", _read(f"/proc/{'self' if pid is None else pid}/status")):
         return int(found[1]) / 2**10
+    if pid is not None:
+        return 0.0
     try:
         import resource
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""One exception for what the user got wrong.
+"""The exceptions that a command turns into one line: what the user got wrong, and an end before the end.
 
 >>> raise UsageError("--lr is -1.0: it must be above 0")
 Traceback (most recent call last):
@@ -15,6 +15,17 @@ Proof: test_every_bad_input_gives_one_line_and_exit_2 in tests/test_bad_inputs.p
 
 class UsageError(ValueError):
     """What the user got wrong, in one line: the thing, the value, the remedy."""
+
+
+class Halt(Exception):
+    """An end before the end that is nobody's programming error: a signal, a loss that is not a number.
+
+    `code` is the exit code; the text is the one line to print.
+    """
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 def first_line(error: BaseException) -> str:

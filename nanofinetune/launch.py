@@ -11,12 +11,12 @@ process for `--cpu --num_processes 2`. Its notebook launcher forks; on a CPU it 
 mpirun. Different on purpose: (1) N processes are N ranks on a CPU as well, also when the notebook has used threads;
 (2) a free port on one node, never 29500; (3) the last thing on the screen is the traceback of the rank that failed
 *first*, where torchrun has `error_file: <N/A>`; (4) what the user got wrong is one line and exit code 2, not a trace;
-(5) no rank outlives its launcher (Linux); (6) a restart on one node meets in a new store, not in torchrun's stale one.
+(5) no rank outlives its launcher (Linux); (6) what the user got wrong is not started again: torchrun alone repeats it.
 
 Proof: test_launch_sh_table, test_first_failing_rank_is_printed_last_where_torchrun_hides_it,
-test_usage_error_is_one_line_and_exit_2, test_no_rank_outlives_its_launcher, test_restart_meets_in_a_new_store and
-test_config_asks_and_launch_sh_reads in tests/test_launch.py; test_two_ranks_after_the_notebook_used_threads,
-test_mixed_precision_reaches_the_ranks_where_accelerate_loses_it and
+test_usage_error_is_one_line_and_exit_2, test_usage_error_is_not_started_again_where_torchrun_repeats_it,
+test_no_rank_outlives_its_launcher and test_config_asks_and_launch_sh_reads in tests/test_launch.py;
+test_two_ranks_after_the_notebook_used_threads, test_mixed_precision_reaches_the_ranks_where_accelerate_loses_it and
 test_accelerate_hangs_after_the_notebook_used_threads in tests/test_notebook.py; test_two_nodes_train_together in
 tests/test_nodes.py.
 """
@@ -24,7 +24,7 @@ tests/test_nodes.py.
 from __future__ import annotations
 
 import argparse
-import ctypes
+import contextlib
 import faulthandler
 import json
 import logging
@@ -36,6 +36,7 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -46,7 +47,8 @@ from pathlib import Path
 from typing import Any
 
 from nanofinetune import cli
-from nanofinetune.errors import UsageError
+from nanofinetune.device import end_with_parent
+from nanofinetune.errors import Halt, UsageError
 
 # What a process ends with when torchrun ends it, since another one has failed: at once, or after saving its state.
 TERMINATED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)
@@ -152,15 +154,15 @@ def launch(argv: list[str]) -> int:
     args = torchrun.parse_args(argv)
     if not os.path.isfile(args.training_script):
         raise UsageError(f"{args.training_script}: there is no such script")
-    # -W: the package has imported this module, and Python warns where one is imported and run.
-    itself = ["-u", "-W", "ignore::RuntimeWarning:runpy", "-m", "nanofinetune.launch", "work"]
+    itself = ["-u", "-m", "nanofinetune.launch", "work"]
     args.training_script_args = [*itself, args.training_script, *args.training_script_args]
     args.no_python, args.training_script = True, sys.executable
-    # underneath: torchrun's c10d rendezvous hosts one store for all attempts, in which the ranks of a restart find the
-    # addresses of the dead ones: they refuse, or they hang (pytorch issue 135712). Without it, rank 0 hosts a new one.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if "LOGLEVEL" not in os.environ:  # what it logs about a failed process is said below, with the reason
         logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+        logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
+    folder = tempfile.TemporaryDirectory()
+    mistake = Path(folder.name, "mistake")  # of the user's: see `work`
+    os.environ["NANOFINETUNE_MISTAKE"] = str(mistake)
     try:
         torchrun.run(args)
     except ChildFailedError as error:
@@ -172,9 +174,14 @@ def launch(argv: list[str]) -> int:
         print(text.rstrip(), end="\n" if text else "", file=sys.stderr)
         return code
     except SignalException as error:
-        return 128 + error.sigval
+        if not mistake.exists():
+            return 128 + error.sigval
+        print(mistake.read_text(), end="", file=sys.stderr)
+        return 2
     except DistNetworkError as error:
         raise UsageError(f"MASTER_PORT {args.master_port}: {str(error).splitlines()[0]}") from error
+    finally:
+        folder.cleanup()
     return 0
 
 
@@ -214,7 +221,7 @@ def work(script: str, args: Sequence[str]) -> int:
 
     That is `torch.distributed.elastic.multiprocessing.errors.record` for a script that does not use it.
     """
-    _end_with_parent()
+    end_with_parent()
     faulthandler.enable()  # a segmentation fault prints the Python stacks
     os.environ["NANOFINETUNE_WORKER"] = "1"  # nanofinetune.cli.run leaves a UsageError to us then
     sys.argv, sys.path[0] = [script, *args], os.path.dirname(os.path.abspath(script))
@@ -222,13 +229,26 @@ def work(script: str, args: Sequence[str]) -> int:
         runpy.run_path(script, run_name="__main__")
         return 0
     except UsageError as error:
-        code, text = 2, f"{Path(script).name}: {error}"
+        code, text = 2, f"{Path(script).name}: {error}\n"
+    except Halt as halt:
+        code, text = halt.code, f"{Path(script).name}: {halt}\n"
+    except SystemExit as error:
+        if error.code != 2:
+            raise
+        code, text = 2, ""  # it has said what the user got wrong, as argparse does
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
         code, text = 1, _traceback(error, script)
     # The launcher prints the text at the very end, but not that of a failure that a restart mended.
     if os.environ["TORCHELASTIC_RESTART_COUNT"] != os.environ["TORCHELASTIC_MAX_RESTARTS"]:
+        if code == 2:
+            # underneath: torchrun starts again whatever has failed; a signal is the one way to tell it not to.
+            with contextlib.suppress(FileExistsError):  # one rank says it
+                with open(os.environ["NANOFINETUNE_MISTAKE"], "x") as file:
+                    file.write(text)
+                os.kill(os.getppid(), signal.SIGTERM)
+            return code
         sys.stderr.write(f"rank {os.environ['RANK']} failed, and all start again:\n{text.rstrip()}\n")
     elif code != 2:
         sys.stderr.write(f"rank {os.environ['RANK']} failed: {text.rstrip().splitlines()[-1]}\n")
@@ -305,7 +325,7 @@ def notebook_launcher(
     if torch.distributed.is_initialized():
         raise RuntimeError("this process is in a process group: call torch.distributed.destroy_process_group() first")
     # underneath: Accelerate takes 29500, which a second notebook finds taken.
-    environment |= {"MASTER_ADDR": master_addr, "MASTER_PORT": str(use_port or _free_port()), "OMP_NUM_THREADS": "1"}
+    environment |= {"MASTER_ADDR": master_addr, "MASTER_PORT": str(use_port or free_port()), "OMP_NUM_THREADS": "1"}
     _fork(function, args, size, environment)
 
 
@@ -355,7 +375,7 @@ def _rank(sender: Connection, environment: dict[str, str], function: Callable[..
     # underneath: the threads that the notebook has used are not forked, and the first parallel loop waits for them for
     # ever, as it does in accelerate.debug_launcher. With one thread there is no parallel loop.
     torch.set_num_threads(1)
-    _end_with_parent()
+    end_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the kernel's interrupt reaches all; the parent ends the ranks
     os.environ.update(environment)
@@ -413,14 +433,8 @@ def _traceback(error: BaseException, file: str) -> str:
     return "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
 
 
-def _end_with_parent() -> None:
-    """Let the kernel end this process (SIGTERM) when the one that started it is gone; Linux only."""
-    # underneath: whoever kills torchrun leaves its workers running.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG (prctl.h)
-
-
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that was free a moment ago."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

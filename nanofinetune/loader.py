@@ -116,7 +116,7 @@ class DataLoaderShard(DataLoader):
         self._non_blocking = _non_blocking
         self._continues = continues
         self.running = {} if running is None else running
-        self._position = Position()
+        self._position = self._latest = Position()
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.set_epoch(self.iteration)
@@ -130,7 +130,7 @@ class DataLoaderShard(DataLoader):
         try:
             for (copy_of_batch, valid_rows), last in look_ahead(batches):
                 here.index, here.end_of_dataloader, here.valid_rows = here.index + 1, last, valid_rows
-                self._position = here
+                self._position = self._latest = here
                 self.running.pop(here, None)
                 self.running[here] = self
                 yield copies.wait(*copy_of_batch)
@@ -158,10 +158,44 @@ class DataLoaderShard(DataLoader):
         if self.synchronized_generator is not None:
             self.synchronized_generator.manual_seed(mix(self.data_seed, epoch))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where this loader is: its epoch, and how many rows of it all ranks have been given (0 between epochs)."""
+        # underneath: accelerate saves the sampler of streams only, so an ordinary data set resumes in epoch 0's order
+        seed = next((node.data_seed for node in _samplers(self) if hasattr(node, "data_seed")), self.data_seed)
+        state = {"epoch": self.iteration, "rows": 0, "data_seed": seed}
+        for position, loader in self.running.items():
+            if self in (loader, loader._continues):
+                skipped = loader.skip_batches + sum(getattr(node, "skip_batches", 0) for node in _samplers(loader))
+                total, steps = self.total_batch_size, skipped + position.index + 1
+                short = total - self.remainder if total and position.end_of_dataloader and self.remainder > 0 else 0
+                state |= {"epoch": self.iteration - 1, "rows": None if total is None else steps * total - short}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next iteration runs the epoch of `state` from its first row: `skip_first_batches` skips what is done."""
+        self.data_seed = state["data_seed"]
+        for node in _samplers(self):
+            if hasattr(node, "data_seed"):
+                node.data_seed = state["data_seed"]
+        self.set_epoch(state["epoch"])
+
+    def sample_ids(self, batches: int = 1) -> list[int]:
+        """Which rows of the data set the latest `batches` batches hold, on this rank; also after an exception."""
+        if isinstance(self.dataset, IterableDataset):
+            return []
+        last = self._latest.index + 1
+        drawn = islice(iter(_batch_sampler(self)), max(0, last - batches), last)
+        return [row for batch in drawn for row in batch if row != PADDING]
+
     @property
     def end_of_dataloader(self) -> bool:
         """Whether the current batch is the last one of this epoch."""
         return self._position.end_of_dataloader
+
+    @property
+    def batch_index(self) -> int:
+        """The number of the current batch, counted from 0 where this iteration began; -1 before the first."""
+        return self._position.index
 
     @property
     def valid_rows(self) -> int | None:

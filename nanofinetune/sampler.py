@@ -44,9 +44,8 @@ from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, Sampl
 
 T = TypeVar("T")
 
-PADDING = (
-    -1
-)  # the index of a padding row: it weighs nothing, and only fills the batch of a rank that has run out of rows
+# The index of a padding row: it weighs nothing, and only fills the batch of a rank that has run out of rows.
+PADDING = -1
 
 
 def mix(*ints: int) -> int:
@@ -312,6 +311,26 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose batches the next iteration gives."""
         self.epoch = epoch
+
+
+class RebatchedSampler(Sampler[list[int]]):
+    """The rows of another batch sampler, in its order, in batches of another size.
+
+    >>> list(RebatchedSampler([[5, 1], [0, 4], [2]], batch_size=3))
+    [[5, 1, 0], [4, 2]]
+    """
+
+    drop_last = False
+
+    def __init__(self, batch_sampler: Iterable[list[int]], batch_size: int) -> None:
+        self.batch_sampler = batch_sampler
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return steps(chain.from_iterable(self.batch_sampler), self.batch_size)
+
+    def __len__(self) -> int:
+        return -(-sum(map(len, self.batch_sampler)) // self.batch_size)
 
 
 class SortedBatchSampler(Sampler[list[int]]):

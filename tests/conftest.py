@@ -1,6 +1,7 @@
 """What several test files share: a tiny BERT and tokenizer, the packaged checkpoint, real GLUE where it is present."""
 
 import importlib.util
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 _CACHE = tempfile.TemporaryDirectory(prefix="nanofinetune-tests-")  # nobody's own cache grows by running the tests
 os.environ.setdefault("HF_DATASETS_CACHE", _CACHE.name)
+os.environ.setdefault("NANOFINETUNE_CACHE", os.path.join(_CACHE.name, "tokens"))
 
 ROOT = Path(__file__).resolve().parent.parent
 GLUE = Path(os.environ.get("NANOFINETUNE_GLUE", ROOT.parent / "shared" / "data" / "glue"))
@@ -102,3 +104,64 @@ def tiny_bert(num_labels: int = 2, dropout: float = 0.1, seed: int = 0):
         hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
     )  # fmt: skip
     return BertForSequenceClassification(config)
+
+
+def save_tiny_model(folder: Path, tokenizer_dir: str, **settings) -> str:
+    """A `tiny_bert` with its tokenizer, as --model takes it."""
+    from transformers import AutoTokenizer
+
+    tiny_bert(**settings).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder)
+    return str(folder)
+
+
+def write_job(folder: Path, tokenizer_dir: str, rows: dict[str, int]) -> tuple[str, str]:
+    """A tiny model, and pairs of its words with labels in turns, so many rows a split -> what --model and --data take.
+
+    For the scripts in bench/, which the fixtures of train.py's own tests do not fit: rows of every length from 1 on.
+    """
+    import torch
+
+    model, data = save_tiny_model(folder / "model", tokenizer_dir), folder / "data"
+    data.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for split, count in rows.items():
+        with (data / f"{split}.jsonl").open("w") as file:
+            for i in range(count):
+                sizes = torch.randint(1, 12, (2,), generator=generator).tolist()
+                texts = [torch.randint(len(WORDS), (n,), generator=generator).tolist() for n in sizes]
+                one, two = (" ".join(WORDS[word] for word in text) for text in texts)
+                file.write(json.dumps({"sentence1": one, "sentence2": two, "label": i % 2}) + "\n")
+    return model, str(data)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_tokenizer_dir):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"), tiny_tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """61 training and 23 validation pairs (numbers that divide by nothing); the label is whether both start alike."""
+    return write_pairs(tmp_path_factory.mktemp("pairs"), lambda same, rng: int(same))
+
+
+@pytest.fixture(scope="session")
+def scored_pairs(tmp_path_factory):
+    """The same with a float to regress on."""
+    return write_pairs(tmp_path_factory.mktemp("scored"), lambda same, rng: float(same) + 0.1 * rng.random())
+
+
+def write_pairs(folder, label):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for split, rows in (("train", 61), ("validation", 23)):
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for _ in range(rows):
+                first, second = (list(rng.choice(WORDS, rng.integers(2, 14))) for _ in range(2))
+                same = rng.random() < 0.5
+                second[0] = first[0] if same else next(word for word in WORDS if word != first[0])
+                row = {"sentence1": " ".join(first), "sentence2": " ".join(second), "label": label(same, rng)}
+                file.write(json.dumps(row) + "\n")
+    return str(folder)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, WORDS, tiny_bert
+from conftest import ROOT, WORDS, save_tiny_model, tiny_bert
 
 LIBRARY_IMPORTS = """
 from torch.optim import AdamW
@@ -149,11 +149,9 @@ print(json.dumps({"losses": losses, "result": result, "lr": lr_scheduler.get_las
 def course_folder(tmp_path_factory, tiny_tokenizer_dir) -> Path:
     """A working directory that holds a model folder `bert-base-uncased` and a data set folder `glue`."""
     import datasets
-    from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("course")
-    tiny_bert(dropout=0.1).save_pretrained(folder / "bert-base-uncased")
-    AutoTokenizer.from_pretrained(tiny_tokenizer_dir).save_pretrained(folder / "bert-base-uncased")
+    save_tiny_model(folder / "bert-base-uncased", tiny_tokenizer_dir, dropout=0.1)
     rng = np.random.default_rng(0)
     configs = []
     for task, columns in (("mrpc", ("sentence1", "sentence2")), ("sst2", ("sentence",))):

@@ -307,6 +307,20 @@ def test_peak_rss_matches_resource_usage():
     assert peak_rss_mb() > 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of another process")
+def test_peak_rss_of_another_process_matches_its_own():
+    code = "import sys; from nanofinetune.device import peak_rss_mb; print(peak_rss_mb(), flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None and child.stdin is not None
+        own = float(child.stdout.readline())
+        assert own <= peak_rss_mb(child.pid) < own + 8  # MiB, for the printing
+        child.stdin.close()
+        child.wait()
+        assert peak_rss_mb(child.pid) == 0.0
+
+
 START = """
     import sys, time
     time.sleep(0.6)  # what came before our import

@@ -5,10 +5,14 @@ OMP_NUM_THREADS=1 python -m pytest tests/test_distributed.py -m slow    # also s
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
@@ -16,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import run_ranks, run_torchrun, run_world
+from helpers import ROOT, run_ranks, run_torchrun, run_world
 
 from nanofinetune import distributed
 from nanofinetune.distributed import (
@@ -360,6 +364,32 @@ def test_several_ranks_without_a_group():
         gather(torch.zeros(1), world)
 
 
+def meet_among_the_dead(rank, store, launch):
+    """One rank's part of the meeting -> the value of a key that this attempt alone has."""
+    own = distributed._store_of_this_attempt(store, launch, timedelta(seconds=20))
+    if rank == 0:
+        own.set("attempt", "this one")
+    return own.get("attempt")
+
+
+def test_an_attempt_never_meets_the_dead():
+    """Three threads meet in a store with what a dead rank 0 and dead guests of it have left; the last comes late."""
+    store = dist.HashStore()
+    for key, value in [("nanofinetune/invitation", "old"), ("old/1", "x"), ("old/2", "y"), ("old/guests", "x y")]:
+        store.set(key, value)
+    dist.PrefixStore("old", store).set("attempt", "the dead one's")
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        ranks = []
+        for rank in (1, 0, 2):
+            ranks.append(pool.submit(meet_among_the_dead, rank, store, Launch("torchrun", rank, rank, 3, 3)))
+            time.sleep(0.1)
+            assert not any(done.done() for done in ranks if rank != 2)  # nobody goes on before all are there
+        assert [done.result(20) for done in ranks] == [b"this one"] * 3
+    alone = Launch("torchrun", 1, 1, 2, 2)
+    with pytest.raises(RuntimeError, match="rank 0 did not hear from all ranks"):
+        distributed._store_of_this_attempt(store, alone, timedelta(seconds=0.1))
+
+
 # ---- process control -------------------------------------------------------------------------------------------------
 
 
@@ -467,6 +497,41 @@ def test_set_seed_matches_accelerate(seed):
         assert torch.rand(2).tolist() == draws[0][2]
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+LAST_CALL = """
+import atexit, sys, time
+import torch
+import torch.distributed as dist
+from nanofinetune import distributed
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+if sys.argv[1] == "ours":  # as init_world does
+    atexit.register(distributed._let_threads_finish)
+class Last:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.2)  # the interpreter is ending, and lets others have a go
+last = Last()
+sys.setswitchinterval(1000)  # until then, who has the interpreter keeps it
+dist.all_reduce(torch.ones(3), async_op=True)  # whose work and tensor only gloo's thread holds on to
+end = time.monotonic() + 0.2  # in which gloo's thread is done, and waits for the interpreter
+while time.monotonic() < end:
+    pass
+"""
+
+
+def test_a_group_that_is_never_shut_down_does_not_abort_where_torch_does(tmp_path):
+    """Whether torch's does is a race: it is given some tries, and ours as many."""
+    script = tmp_path / "script.py"
+    script.write_text(LAST_CALL)
+    codes: dict[str, list[int]] = {"ours": [], "torch": []}
+    for _ in range(6):
+        for whose, found in codes.items():
+            done = subprocess.run([sys.executable, script, whose], cwd=ROOT, capture_output=True, timeout=60)
+            found.append(done.returncode)
+        if -signal.SIGABRT in codes["torch"]:
+            break
+    assert set(codes["ours"]) == {0}
+    assert -signal.SIGABRT in codes["torch"]
 
 
 SCRIPT = """

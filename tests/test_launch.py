@@ -130,7 +130,7 @@ def test_launch_sh_table(case: str, tmp_path: Path, eight_cores_four_gpus: dict[
         assert words == [script, *rest.split()] and threads is None
         return
     torchrun = words[words.index("run") + 1 :]
-    assert words[: words.index("run")] == ["-W", "ignore::RuntimeWarning:runpy", "-m", "nanofinetune.launch"]
+    assert words[: words.index("run")] == ["-m", "nanofinetune.launch"]
     understood = vars(parse_args(torchrun)) | {"omp": threads}
     assert (understood["training_script"], understood["training_script_args"]) == (script, rest.split())
     assert {name: understood[name] for name in expected} == expected
@@ -339,11 +339,36 @@ def test_first_failing_rank_is_printed_last_where_torchrun_hides_it(tmp_path: Pa
     assert "error_file: <N/A>" in end and "ValueError" not in end
 
 
+def test_the_module_itself_starts_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-m", "nanofinetune.launch", "config", str(tmp_path / "launch.env")]
+    result = subprocess.run(command, input="\n" * len(QUESTIONS), text=True, capture_output=True, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "launch.env").exists()
+
+
 def test_usage_error_is_one_line_and_exit_2(tmp_path: Path) -> None:
     text = "from nanofinetune.errors import UsageError\nraise UsageError('--lr is -1: it must be above 0')\n"
     result = launch_sh("-n", "2", env=_script(tmp_path, text))
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "script.py: --lr is -1: it must be above 0\n"
+
+
+@pytest.mark.parametrize("raised", ["UsageError('--lr is -1: it must be above 0')", "SystemExit(2)"])
+def test_usage_error_is_not_started_again_where_torchrun_repeats_it(raised: str, tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    text = (
+        "import os, time\nfrom nanofinetune.errors import UsageError\n"
+        f"with open({str(starts)!r}, 'a') as file: file.write(os.environ['RANK'])\n"
+        "if os.environ['RANK'] == '0': time.sleep(60)\n"  # it is ended, and does not meet the mistake itself
+        f"raise {raised}\n"
+    )
+    result = launch_sh("-n", "2", "--max-restarts", "2", env=_script(tmp_path, text))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == ("script.py: --lr is -1: it must be above 0\n" if "Usage" in raised else "")
+    assert starts.read_text().count("1") == 1
+    if "Usage" in raised:
+        run_torchrun(["--max-restarts=1", tmp_path / "script.py"], 2)
+        assert starts.read_text().count("1") == 3
 
 
 def test_missing_script_is_one_line_and_exit_2() -> None:
@@ -387,29 +412,59 @@ def test_two_ranks_on_a_cpu_with_port_29500_taken(tmp_path: Path) -> None:
     assert result.stdout.splitlines() == [f"3.0 1 __main__ {[script, '--lr', '1 2']} {tmp_path}"] * 2
 
 
+def test_two_processes_on_a_cpu_are_two_ranks_where_accelerate_launch_starts_one(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="shows Accelerate's own launcher (extra `test`)")
+    text = "import os\nprint(f\"{os.environ.get('RANK', '-')} of {os.environ.get('WORLD_SIZE', '1')}\\n\", end='')\n"
+    env = _script(tmp_path, text)
+    assert sorted(launch_sh("-n", "2", "--device", "cpu", env=env).stdout.splitlines()) == ["0 of 2", "1 of 2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    variables |= {"HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}  # no settings of this machine's user
+    theirs = subprocess.run(
+        [*command, str(tmp_path / "script.py")], env=variables, text=True, capture_output=True, timeout=90
+    )
+    assert (theirs.returncode, theirs.stdout) == (0, "- of 1\n"), theirs.stderr
+
+
 def test_one_process_is_started_without_a_launcher(tmp_path: Path) -> None:
     text = "import os, sys\nprint(sys.argv[1:], 'LOCAL_RANK' in os.environ, 'torch' in sys.modules)\nsys.exit(3)\n"
     result = launch_sh("-n", "1", "--lr", "1 2", env=_script(tmp_path, text))
     assert (result.returncode, result.stdout, result.stderr) == (3, "['--lr', '1 2'] False False\n", "")
 
 
-def test_restart_meets_in_a_new_store(tmp_path: Path) -> None:
-    """The second attempt finds an empty store. In torchrun's it finds what the dead ranks wrote: their addresses."""
-    text = (
-        "import os, torch.distributed as dist\n"
-        "store, rank, _ = next(iter(dist.rendezvous('env://')))\n"
-        "attempt = os.environ['TORCHELASTIC_RESTART_COUNT']\n"
-        "print(f'attempt {attempt} {store.check([\"mark\"])}\\n', end='')\n"
-        "store.set('mark', 'x')\n"
-        "if attempt == '0': raise ValueError('the cause')\n"
-    )
-    env = _script(tmp_path, text)
-    result = launch_sh("-n", "1", "--max-restarts", "1", env=env)
-    assert (result.returncode, result.stdout) == (0, "attempt 0 False\nattempt 1 False\n")
+RESTARTS = (
+    REAL_GLOO
+    + """import os, signal, torch
+attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+total = torch.tensor([world.rank + 1.0])
+torch.distributed.all_reduce(total)
+print(f"attempt {attempt} {total.item()}\\n", end="")
+if attempt == "0" and world.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)  # it cannot say goodbye: its address stays in the store
+torch.distributed.all_reduce(total)
+shutdown(world)
+"""
+)
+
+
+@pytest.mark.parametrize("launcher", ["launch.sh", "torchrun"])
+def test_restarted_ranks_meet_each_other(launcher: str, tmp_path: Path) -> None:
+    """The second attempt meets in the store in which the first one's addresses still are."""
+    env = _script(tmp_path, RESTARTS)
+    if launcher == "launch.sh":
+        result = launch_sh("-n", "2", "--max-restarts", "1", env=env)
+    else:
+        result = run_torchrun(["--standalone", "--max-restarts=1", tmp_path / "script.py"], 2)
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == ["attempt 0 3.0"] * 2 + ["attempt 1 3.0"] * 2
+
+
+def test_a_failure_that_a_restart_mended_is_told_when_it_happens(tmp_path: Path) -> None:
+    text = "import os\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': raise ValueError('the cause')\n"
+    result = launch_sh("-n", "1", "--max-restarts", "1", env=_script(tmp_path, text))
+    assert (result.returncode, result.stdout) == (0, "")
     assert result.stderr.startswith("rank 0 failed, and all start again:\nTraceback (most recent call last):\n")
     assert result.stderr.endswith("ValueError: the cause\n")
-    theirs = run_torchrun(["--standalone", "--max-restarts=1", tmp_path / "script.py"], 1)
-    assert theirs.stdout == "attempt 0 False\nattempt 1 True\n"
 
 
 def _start(tmp_path: Path, text: str) -> tuple[subprocess.Popen[str], list[int]]:

@@ -90,7 +90,9 @@ def nodes(request: pytest.FixtureRequest) -> Iterator[list[Node]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def _launch(nodes: list[Node], script: Path, n: int, timeout: float = 120) -> list[subprocess.CompletedProcess[str]]:
+def _launch(
+    nodes: list[Node], script: Path, n: int, *options: str, timeout: float = 120
+) -> list[subprocess.CompletedProcess[str]]:
     """launch.sh on both nodes at once -> how each ended; none is left after `timeout` seconds."""
     port, running = str(free_port()), []
     for rank, node in enumerate(nodes):
@@ -99,7 +101,7 @@ def _launch(nodes: list[Node], script: Path, n: int, timeout: float = 120) -> li
             "NANOFINETUNE_LAUNCH_ENV": "/nonexistent", "NNODES": "2", "NODE_RANK": str(rank),
             "MASTER_ADDR": nodes[0].address, "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": node.interface,
         }  # fmt: skip
-        command = [*node.prefix, "bash", str(ROOT / "launch.sh"), "-n", str(n)]
+        command = [*node.prefix, "bash", str(ROOT / "launch.sh"), "-n", str(n), *options]
         running.append(
             subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         )
@@ -156,3 +158,17 @@ def test_a_failure_on_one_node_ends_both(tmp_path: Path) -> None:
     assert "launch.sh: rank 1 failed first on node 1 of 2:\n" in second.stderr
     assert second.stderr.endswith("AssertionError: the cause\n")
     assert "launch.sh: rank 0 failed first on node 0 of 2:\n" in first.stderr
+
+
+def test_two_nodes_restart_together(tmp_path: Path) -> None:
+    """A rank is killed: each node starts its own again, at its own time, and all four meet each other."""
+    if sys.platform != "linux":
+        pytest.skip("the loopback's name is Linux's")
+    script, mark = tmp_path / "train.py", tmp_path / "mark"
+    kill = f"\nimport pathlib, signal\nmark = pathlib.Path({str(mark)!r})\nif world.rank == 3 and not mark.exists():\n"
+    kill += "    mark.touch()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    script.write_text(TRAIN.replace("\nnames =", kill + "names ="))
+    first, second = _launch([Node([], "127.0.0.1", "lo")] * 2, script, 2, "--max-restarts", "3")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert mark.exists()
+    assert [rank["RANK"] for rank in json.loads(first.stdout)] == ["0", "1", "2", "3"]

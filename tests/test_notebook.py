@@ -259,7 +259,7 @@ notebook_launcher(function, num_processes=2, mixed_precision="bf16", use_port="{
 def test_mixed_precision_reaches_the_ranks_where_accelerate_loses_it(tmp_path: Path) -> None:
     """In Accelerate each of the two is alone (1 process), and trains without the bf16 that was asked for."""
     pytest.importorskip("accelerate", reason="accelerate is an optional extra: it is what this shows")
-    port = launch._free_port()
+    port = launch.free_port()
     ours = _python(PRECISION.format(library="nanofinetune", port=port), tmp_path, 90)
     assert sorted(ours.splitlines()) == ["0 of 2: 2 bf16", "1 of 2: 2 bf16"]
     theirs = _python(PRECISION.format(library="accelerate", port=port), tmp_path, 90)
