@@ -5,12 +5,14 @@
     torchrun --nproc_per_node=4 train.py                         the same on four (or: ./launch.sh -n 4)
     python train.py --data glue/cola --lr 2e-5 --output runs/cola
     python train.py --model ./my-bert --data reviews.csv --precision bf16 --group-by-length
+    python train.py --output runs/long --save-every 200 --resume auto        stop it, start it again: it goes on
     python train.py --dry-run                                    print the plan and stop
 
-The course imports its pieces from the libraries; here each comes from one file of nanofinetune/. The lines that
-Accelerate adds to the plain loop are marked `# accelerate`. Differs from the course on purpose: everything is seeded; a
-window of accumulated batches is divided by its true number of rows; N processes compute the gradient of one process
-with N times the batch; evaluation batches are sorted by length, and its ranks meet once, at the end.
+The course imports its pieces from the libraries; here each comes from one file of nanofinetune/. The lines that the
+course's Accelerate listing changes in its plain loop are marked `# accelerate`. Differs from the course on purpose:
+everything is seeded; no weight decays unless --weight-decay says so (torch's AdamW: all, by 0.01); a window of
+accumulated batches is divided by its true number of rows; N processes compute the gradient of one process with N times
+the batch; evaluation batches are sorted by length, and its ranks meet once, at the end.
 """
 
 from __future__ import annotations
@@ -19,23 +21,20 @@ import argparse
 import json
 import math
 import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader
-from tqdm import tqdm
 
 from nanofinetune.accelerator import Accelerator
 from nanofinetune.cli import Parser, number, run, steps_or_ratio
 from nanofinetune.collate import DataCollatorWithPadding
-from nanofinetune.data import Data, load_data, tokenize
+from nanofinetune.data import Data, load_tokens
 from nanofinetune.device import (
     end_step,
     fixed_lengths,
@@ -46,56 +45,67 @@ from nanofinetune.device import (
     spread_rows,
     state_on_host,
 )
-from nanofinetune.distributed import gather_object
-from nanofinetune.errors import UsageError
-from nanofinetune.loader import prepare_data_loader
+from nanofinetune.distributed import TIMEOUT, broadcast_object_list, gather_object
+from nanofinetune.dropout import use_fast_dropout
+from nanofinetune.errors import Halt, UsageError
+from nanofinetune.faults import ALL_WELL, Mishap, StopSignals, Watch, noted, preflight, smaller
+from nanofinetune.loader import prepare_data_loader, skip_first_batches
 from nanofinetune.metrics import Metric, UndefinedMetricWarning
 from nanofinetune.optim import AdamW, decay_groups
 from nanofinetune.pretrained import length_limit, load_model, load_tokenizer, resolve_default
-from nanofinetune.sampler import LengthGroupedBatchSampler, SeedableRandomSampler, SortedBatchSampler, mix
+from nanofinetune.progress import Log, Start, batch_plan, find_start, run_of, stopped
+from nanofinetune.sampler import (
+    LengthGroupedBatchSampler,
+    RebatchedSampler,
+    SeedableRandomSampler,
+    SortedBatchSampler,
+    mix,
+)
 from nanofinetune.schedule import get_scheduler, linear_factor
-
-LOG_EVERY = 50  # updates: ranks add up their losses, and metrics.jsonl grows, once in so many
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] | None:
     """The whole run -> the result, as it is printed; None for a dry run."""
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     keep_freed_memory()
+    preflight(accelerator.world)  # ranks that cannot talk are found before any long work
 
     # --- data and model: the data first, since the labels decide the model's head ---
+    start = Start()
+    if args.output is not None or args.resume is not None:  # rank 0 looks what is there, and tells the others
+        with accelerator.main_process_first():
+            found = [find_start(args) if accelerator.is_main_process else None]
+        start = broadcast_object_list(found, accelerator.world)[0]
+    output = None if args.output is None else Path(args.output).expanduser()
     with accelerator.local_main_process_first():  # one rank of a node tokenizes, the others read its cache
-        output = claim_output(args.output, accelerator.is_main_process)
         model_name, model_note = (args.model, "") if args.model is not None else resolve_default()
-        data = load_data(args.data, args.text_columns, args.label_column, args.seed)
-        notes = [note for note in (model_note, data.note) if note]
-        for note in notes:
-            accelerator.print(f"note: {note}", flush=True)
         tokenizer = load_tokenizer(model_name)
         limit = length_limit(model_name, tokenizer)
+        data, stores = load_tokens(args.data, args.text_columns, args.label_column, args.seed, tokenizer, limit)
+        notes = [note for note in (model_note, data.note, start.note) if note]
+        for note in notes:
+            accelerator.print(f"note: {note}", flush=True)
         torch.manual_seed(args.seed)  # the classification head is new, and random
-        with ThreadPoolExecutor(1) as pool:  # the model loads while the tokenizer works
-            loading = pool.submit(load_model, model_name, data.label_names)
-            stores = tokenize(data, tokenizer, limit)
-            model, made_anew = loading.result()
+        model, made_anew = load_model(model_name, data.label_names)
+        if args.fast_dropout:
+            if device.type != "cpu":
+                raise UsageError(f"--fast-dropout: only on a CPU, and the device is {device}; leave it out")
+            use_fast_dropout(model)
     model.config.text_columns = list(data.text_columns)  # saved with the model: predict.py asks it for one text or two
     train_store = stores.pop("train")
 
     # --- batches of all processes together; their order is a function of (seed, epoch) alone ---
-    rows_per_step = args.batch_size * world
-    batches: BatchSampler | LengthGroupedBatchSampler
-    if args.group_by_length:
-        batches = LengthGroupedBatchSampler(train_store.lengths, rows_per_step, args.seed)
-    else:
-        sampler = SeedableRandomSampler(train_store, data_seed=args.seed)
-        batches = BatchSampler(sampler, rows_per_step, drop_last=False)
+    rows_per_step, accelerator.gradient_accumulation_steps = batch_plan(args.batch_size, args.accumulate, world, start)
+    rows_per_update = rows_per_step * accelerator.gradient_accumulation_steps
     collator: Callable[[Any], Any] = DataCollatorWithPadding(tokenizer)
     if device.type == "xla":
         collator = partial(collate_to_fixed_length, tokenizer, fixed_lengths(limit))
+    rows_per_group = start.rows_per_step or rows_per_step
+    batches = batches_of(args, train_store, rows_per_step, rows_per_group)
     train_loader: Any = DataLoader(train_store, batch_sampler=batches, collate_fn=collator)
 
     # --- optimizer and schedule: the schedule counts updates, neither batches nor processes ---
-    updates_per_epoch = math.ceil(len(train_loader) / args.accumulate)
+    updates_per_epoch = math.ceil(len(train_store) / rows_per_update)
     updates = args.max_steps or args.epochs * updates_per_epoch
     optimizer = AdamW(decay_groups(model, args.weight_decay), lr=args.lr)
     if args.warmup_steps > updates:
@@ -105,53 +115,85 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     padding = padding_fraction(train_store.lengths, batches)
     if accelerator.is_main_process:
         print_plan(
-            args, accelerator, model_name, data, model, made_anew, optimizer, scheduler, train_store, limit, padding
+            args, accelerator, model_name, data, model, made_anew, optimizer, scheduler, train_store, limit, padding,
+            rows_per_step,
         )  # fmt: skip
     if args.dry_run:
         return None
     # accelerate
     model, optimizer, train_loader, scheduler = accelerator.prepare(model, optimizer, train_loader, scheduler)
 
+    # --- what went before, if anything: model, optimizer, schedule, and the log's place in the data ---
+    log = Log(output, updates, accelerator, start.run or run_of(vars(args), world))
+    accelerator.register_for_checkpointing(log)
+    if start.folder is not None:
+        accelerator.load_state(start.folder)
+
     # --- the loop ---
-    if output and accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-    log = Log(output / "metrics.jsonl" if output else None, updates, accelerator)
-    evaluations: list[dict[str, Any]] = []
-    batch_index, first_step_seconds, training_seconds = 0, 0.0, 0.0
-    for epoch in range(math.ceil(updates / updates_per_epoch)):
-        model.train()
-        began = time.perf_counter()
-        for batch in train_loader:  # accelerate: this rank's rows, on the device already
-            with accelerator.accumulate(model):  # accelerate: gradients travel, and optimizers step, once a window
-                manual_seed(mix(args.seed, batch_index, rank), device)  # dropout: masks of no other rank or batch
-                spread_rows(batch, device)  # over the devices of an XLA process; elsewhere nothing
-                loss = model(**batch).loss
-                accelerator.backward(loss)  # accelerate: in place of loss.backward()
-                if args.clip_norm is not None and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.clip_norm)
-                lr = scheduler.get_last_lr()[0]
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                end_step(device)  # XLA runs what was recorded; elsewhere nothing
-            batch_index += 1
-            log.add(loss.detach(), train_loader.valid_rows)
-            if accelerator.sync_gradients:
-                log.end_update(epoch, lr)
+    watch, stop = Watch(accelerator.world), StopSignals()
+    mishap = Mishap(accelerator, model, stop)
+    loader: Any = train_loader
+
+    def here() -> str:
+        return f"rank {rank}, update {log.update + 1}: {rows_of(loader, log.batches + 1)}"
+
+    with stop, watch, noted(here), log:
+        while log.epoch < math.ceil(updates / updates_per_epoch):
+            model.train()
+            train_loader.set_epoch(log.epoch)
+            loader = skip_first_batches(train_loader, math.ceil(log.rows / rows_per_step))  # 0 but for a resumed epoch
+            verdict = ALL_WELL
+            log.start_clock()
+            for batch in loader if log.update < updates else ():  # accelerate: this rank's rows, on the device already
+                watch.update = log.update + 1
+                with accelerator.accumulate(model):  # accelerate: gradients travel, and optimizers step, once a window
+                    if log.window_is_empty:  # dropout: masks of no other update or rank
+                        manual_seed(mix(args.seed, log.update, rank), device)
+                    with mishap:  # takes note of a lack of memory
+                        spread_rows(batch, device)  # over the devices of an XLA process; elsewhere nothing
+                        loss = model(**batch).loss
+                        accelerator.backward(loss)  # accelerate: in place of loss.backward()
+                        log.add(loss.detach(), loader.valid_rows)
+                    if accelerator.sync_gradients:
+                        verdict = mishap.verdict(log.is_finite(args.on_nan), loader.batch_index)
+                    if verdict.no_memory:
+                        break
+                    if args.clip_norm is not None and accelerator.sync_gradients and not verdict.nonfinite:
+                        accelerator.clip_grad_norm_(model.parameters(), args.clip_norm)
+                    lr = scheduler.get_last_lr()[0]
+                    if verdict.nonfinite:
+                        log.report_nonfinite(lr, rows_of(loader, log.batches), args.on_nan)
+                    else:
+                        optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                    end_step(device)  # XLA runs what was recorded; elsewhere nothing
+                if not accelerator.sync_gradients:
+                    continue
+                log.end_update(lr, rows_per_update, len(train_store))
                 if log.update == 1:
-                    first_step_seconds = seconds_since_start()
+                    log.first_step_seconds = seconds_since_start()
+                due = verdict.signal or (args.save_every and log.update % args.save_every == 0)
+                saved = save_checkpoint(accelerator, log, output, args.keep, verdict.signal) if due else ""
+                if verdict.signal:
+                    raise stopped(verdict.signal, log.update, saved)
+                verdict = ALL_WELL
                 if log.update == updates:
                     break
-        training_loss = log.end_epoch()
-        training_seconds += time.perf_counter() - began
-        scores: dict[str, Any] = {}
-        for name, store in stores.items():  # MNLI has two validation splits: the first one's scores have plain names
-            found = evaluate(accelerator, model, store, collator, args.eval_batch_size, Metric(data.metrics))
-            scores |= {f"{name}_{key}": value for key, value in found.items()} if scores else found
-        evaluations.append({"epoch": epoch + 1, "loss": training_loss, **scores})
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))
-        log.say(f"epoch {epoch + 1}: loss {training_loss:.4f}, {shown}")
-    log.close()
+            if verdict.no_memory:  # on one rank or more: all go back to the update's beginning, with smaller batches
+                optimizer.zero_grad()
+                log.drop_window()
+                rows_per_step = shrink(accelerator, rows_per_step, rows_per_update)
+                batches = batches_of(args, train_store, rows_per_step, rows_per_group)
+                accelerator.forget(train_loader)
+                train_loader = accelerator.prepare(DataLoader(train_store, batch_sampler=batches, collate_fn=collator))
+                continue
+            training_loss = log.mean_loss()
+            scores: dict[str, Any] = {}
+            for name, store in stores.items():  # MNLI has two validation splits: the first's scores have plain names
+                score = evaluate(accelerator, model, store, collator, args.eval_batch_size, Metric(data.metrics))
+                scores |= {f"{name}_{key}": value for key, value in score.items()} if scores else score
+            log.end_epoch({"epoch": log.epoch + 1, "loss": training_loss, **scores})
 
     main_metric = data.metrics[0]
     result = {
@@ -160,18 +202,18 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
         "world": world,
         "steps": log.update,
         "seconds": round(seconds_since_start(), 3),
-        "examples_per_second": round(log.examples / training_seconds, 2),
-        "first_step_seconds": round(first_step_seconds, 3),
+        "examples_per_second": round(log.examples / log.seconds, 2),
+        "first_step_seconds": round(log.first_step_seconds, 3),
         "peak_rss_mb": round(accelerator.gather(torch.tensor(peak_rss_mb(), device=device)).max().item(), 1),
         "padding": round(padding, 4),
-        **{key: value for key, value in evaluations[-1].items() if key != "epoch"},
-        "best": max(evaluations, key=lambda found: -2 if found[main_metric] is None else found[main_metric]),
+        **{key: value for key, value in log.evaluations[-1].items() if key != "epoch"},
+        "best": max(log.evaluations, key=lambda found: -2 if found[main_metric] is None else found[main_metric]),
         "device": str(device),
         "precision": accelerator.mixed_precision,
         "notes": notes,
     }
     if output and accelerator.is_main_process:
-        save(output, accelerator.unwrap_model(model, keep_fp32_wrapper=False), tokenizer, result, evaluations, args)
+        save(output, accelerator.unwrap_model(model, keep_fp32_wrapper=False), tokenizer, result, log.evaluations, args)
     accelerator.wait_for_everyone()
     return result
 
@@ -193,6 +235,7 @@ def evaluate(
         logits = model(**batch).logits.float()  # (B, classes), or (B, 1) to regress
         predictions = logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
         metric.add_batch(predictions=predictions, references=labels)
+        end_step(accelerator.device)
     if metric.reduction == "sum":
         counts = metric.state().to(accelerator.device)
         metric.load_state(accelerator.reduce(counts, "sum"))  # the one meeting of the ranks
@@ -214,71 +257,45 @@ def collate_to_fixed_length(tokenizer: Any, lengths: tuple[int, ...], rows: Any)
     return DataCollatorWithPadding(tokenizer, padding="max_length", max_length=width)(rows)
 
 
-class Log:
-    """The losses of a run: the progress bar, metrics.jsonl (one line an update) and the mean of an epoch.
+def batches_of(args: argparse.Namespace, store: Any, rows_per_step: int, rows_per_group: int) -> Any:
+    """The batch sampler of all processes together: the same rows in the same order, whatever the size of a batch."""
+    if not args.group_by_length:
+        return BatchSampler(SeedableRandomSampler(store, data_seed=args.seed), rows_per_step, drop_last=False)
+    grouped = LengthGroupedBatchSampler(store.lengths, rows_per_group, args.seed)
+    return grouped if rows_per_step == rows_per_group else RebatchedSampler(grouped, rows_per_step)
 
-    Losses stay on the device until they are shown: reading one waits for all the work before it.
-    """
 
-    def __init__(self, path: Path | None, updates: int, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.file = path.open("w") if path and accelerator.is_main_process else None
-        hidden = None if accelerator.is_main_process else True  # None: shown on a terminal only
-        self.progress = tqdm(total=updates, unit="update", disable=hidden, file=sys.stderr, dynamic_ncols=True)
-        self.began = time.perf_counter()
-        self.update, self.examples = 0, 0
-        self.pending: list[tuple[dict[str, Any], torch.Tensor]] = []  # (line, this rank's sum of losses and rows)
-        self.epoch = (0.0, 0.0)  # sum of losses, and rows
-        self._new_window()
+def shrink(accelerator: Accelerator, rows_per_step: int, rows_per_update: int) -> int:
+    """Smaller batches, and more of them an update -> rows of a step of all ranks from now on."""
+    rows, accumulate = smaller(rows_per_step // accelerator.num_processes, accelerator.gradient_accumulation_steps)
+    if rows * accelerator.num_processes == rows_per_step:
+        raise Halt(1, "out of memory with one row a batch: choose a smaller model, or a device with more memory")
+    accelerator.gradient_accumulation_steps, accelerator.step = accumulate, 0
+    accelerator.print(
+        f"note: out of memory: {rows} row(s) per process x {accelerator.num_processes} process(es) x {accumulate}"
+        f" accumulated from here on, {rows_per_update} rows an update as before",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    return rows * accelerator.num_processes
 
-    def add(self, loss: torch.Tensor, rows: int) -> None:
-        """Count one micro-batch: its mean loss over this rank's `rows`, which is NaN where there are none."""
-        total = loss * rows if rows else torch.zeros_like(loss)
-        self.window += torch.stack([total, total.new_tensor(rows)])
 
-    def end_update(self, epoch: int, lr: float) -> None:
-        self.update += 1
-        self.pending.append(({"step": self.update, "epoch": epoch + 1, "lr": lr}, self.window))
-        if self.progress.update():  # true where the bar was due to be drawn
-            loss, speed = self.window[0] / self.window[1], self.examples / (time.perf_counter() - self.began)
-            self.progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", examples_per_second=f"{speed:.1f}")
-        self._new_window()
-        if len(self.pending) == LOG_EVERY:
-            self._flush()
+def rows_of(loader: Any, batches: int) -> str:
+    """Which rows of the training split this rank's latest batches hold."""
+    ids = loader.sample_ids(batches)
+    return f"rows {', '.join(map(str, ids)) or 'none'} of the training split"
 
-    def end_epoch(self) -> float:
-        """The mean loss over the epoch's rows, of all ranks."""
-        self._flush()
-        mean = self.epoch[0] / self.epoch[1]
-        self.epoch = (0.0, 0.0)
-        return mean
 
-    def say(self, line: str) -> None:
-        if self.accelerator.is_main_process:
-            self.progress.write(line, file=sys.stdout)
-            sys.stdout.flush()
-
-    def close(self) -> None:
-        self.progress.close()
-        if self.file:
-            self.file.close()
-
-    def _flush(self) -> None:
-        """Add up what the ranks saw since the last time, and write it."""
-        if not self.pending:
-            return
-        table = self.accelerator.reduce(torch.stack([sums for _, sums in self.pending]), "sum").tolist()  # (n, 2)
-        for (line, _), (total, rows) in zip(self.pending, table, strict=True):
-            self.examples += int(rows)
-            self.epoch = (self.epoch[0] + total, self.epoch[1] + rows)
-            if self.file:
-                self.file.write(json.dumps(line | {"loss": total / rows, "rows": int(rows)}) + "\n")
-        if self.file:
-            self.file.flush()
-        self.pending = []
-
-    def _new_window(self) -> None:
-        self.window = torch.zeros(2, device=self.accelerator.device)
+def save_checkpoint(accelerator: Accelerator, log: Log, output: Path | None, keep: int, signal: int) -> str:
+    """Save, in the background unless a signal asked for it -> the folder, "" where there is none. A collective."""
+    if output is None:
+        return ""
+    log.flush()
+    folder = output / "checkpoints" / f"update-{log.update:08d}"
+    try:
+        return accelerator.save_state(folder, keep=keep, background=not signal)
+    except (OSError, RuntimeError) as error:
+        accelerator.print(f"{folder} was not saved: {error}", file=sys.stderr, flush=True)
+        return ""
 
 
 def padding_fraction(lengths: Any, batches: Iterable[list[int]]) -> float:
@@ -289,10 +306,11 @@ def padding_fraction(lengths: Any, batches: Iterable[list[int]]) -> float:
 def print_plan(
     args: argparse.Namespace, accelerator: Accelerator, model_name: str, data: Data, model: Any, made_anew: list[str],
     optimizer: AdamW, scheduler: Any, train_store: Any, limit: int, padding: float,
+    rows_per_step: int,
 ) -> None:  # fmt: skip
     """Everything that a setting may have got wrong, before the first step."""
     world, updates = accelerator.num_processes, scheduler.num_training_steps
-    batches = math.ceil(len(train_store) / (args.batch_size * world))
+    batches, accumulate = math.ceil(len(train_store) / rows_per_step), accelerator.gradient_accumulation_steps
     last_lr = args.lr * linear_factor(updates - 1, scheduler.num_warmup_steps, updates)
     splits = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
     names = data.label_names
@@ -300,46 +318,26 @@ def print_plan(
     decayed = sum(p.numel() for p in optimizer.param_groups[0]["params"])
     at_limit = int((train_store.lengths == limit).sum())
     grouped = ", grouped by length" if args.group_by_length else ""
+    dropout = ", fast dropout (masks of its own)" if args.fast_dropout else ""
     lines = {
         "model": f"{model_name}, {model.num_parameters():,} parameters, new: {', '.join(made_anew) or 'none'}",
         "data": f"{data.name}, {splits} rows; {' + '.join(data.text_columns)} -> {data.label_column} ({label})",
         "device": f"{accelerator.device}, {world} process(es) of {torch.get_num_threads()} thread(s)",
-        "batch": f"{args.batch_size} per process x {world} process(es) x {args.accumulate} accumulated = "
-        f"{args.batch_size * world * args.accumulate} rows an update",
+        "batch": f"{rows_per_step // world} per process x {world} process(es) x {accumulate} accumulated = "
+        f"{rows_per_step * accumulate} rows an update",
         "updates": f"{updates:,} ({batches:,} batches an epoch)",
         "lr": f"{scheduler.get_last_lr()[0]:.3g} first, {args.lr:.3g} peak, {last_lr:.3g} last; "
         f"warm-up {scheduler.num_warmup_steps:,} updates",
         "optimizer": f"AdamW ({optimizer.form(optimizer.param_groups[0])}), weight decay {args.weight_decay:g} on "
         f"{decayed:,} parameters, clip norm {'off' if args.clip_norm is None else args.clip_norm}",
         "padding": f"{padding:.1%} of all training tokens{grouped}; {at_limit:,} rows fill the limit of {limit} tokens",
-        "precision": "fp32" if accelerator.mixed_precision == "no" else f"{accelerator.mixed_precision} (autocast)",
+        "precision": ("fp32" if accelerator.mixed_precision == "no" else f"{accelerator.mixed_precision} (autocast)")
+        + dropout,
     }
     print("\n".join(f"{name:<10} {text}" for name, text in lines.items()), flush=True)
 
 
 # --- the folder that --output names -----------------------------------------------------------------------------------
-
-
-def claim_output(name: str | None, main_process: bool) -> Path | None:
-    """Make sure, before any long work, that the folder can be written and holds nothing that would be written over."""
-    if name is None or not main_process:
-        return None if name is None else Path(name).expanduser()
-    if not name:
-        raise UsageError("--output is empty: name a folder")
-    output = Path(name).expanduser()
-    try:
-        held = [
-            child for child in ("model", "metrics.jsonl", "result.json", "checkpoints") if (output / child).exists()
-        ]
-        if held:
-            raise UsageError(
-                f"--output {name}: it already holds {', '.join(held)} of an earlier run; name another folder"
-            )
-        there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-        tempfile.TemporaryFile(dir=there).close()  # the folder itself is made when there is something to put into it
-    except OSError as error:
-        raise UsageError(f"--output {name}: it cannot be written ({error.strerror}); name another folder") from error
-    return output
 
 
 def save(
@@ -349,7 +347,9 @@ def save(
     model.save_pretrained(output / "model", state_dict=state_on_host(model))
     tokenizer.save_pretrained(output / "model")
     whole = result | {"evaluations": evaluations, "arguments": vars(args)}
-    (output / "result.json").write_text(json.dumps(whole, indent=2) + "\n")
+    partial = output / ".result.json"
+    partial.write_text(json.dumps(whole, indent=2) + "\n")
+    partial.replace(output / "result.json")
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -369,10 +369,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", metavar="N", type=number(int, 1), default=3, help="passes over the training rows (default 3)")
     add("--max-steps", metavar="N", type=number(int, 1), help="updates, whatever --epochs says")
     add("--batch-size", metavar="ROWS", type=number(int, 1), default=8, help="rows a batch, per process (default 8)")
-    add("--eval-batch-size", metavar="ROWS", type=number(int, 1), default=64, help="rows a batch (default 64)")
+    add("--eval-batch-size", metavar="ROWS", type=number(int, 1), default=32, help="rows a batch (default 32)")
     add("--accumulate", metavar="N", type=number(int, 1), default=1, help="batches an update (default 1)")
     add("--group-by-length", action="store_true",
         help="batches of rows of similar length: less padding, another order")
+    add("--fast-dropout", action="store_true", help="cheaper random bits for a BERT on a CPU: other dropout masks")
     add = parser.add_argument_group("optimizer").add_argument
     add("--lr", metavar="RATE", type=number(float, 0, above=True), default=5e-5, help="at its peak (default 5e-5)")
     add("--weight-decay", metavar="RATE", type=number(float, 0), default=0.0, help="not on biases, LayerNorm (0)")
@@ -385,15 +386,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--uneven", choices=("mask", "wrap"), default="mask",
         help="the last batch of several processes: masked, or filled with the first rows again (default mask)")
     add = parser.add_argument_group("what is kept").add_argument
-    add("--output", metavar="DIR", help="gets model/, metrics.jsonl and result.json")
-    add("--save-every", metavar="N", type=number(int, 1), help="updates between two checkpoints (not built yet)")
+    add("--output", metavar="DIR", help="gets model/, metrics.jsonl, result.json and checkpoints/")
+    add("--save-every", metavar="N", type=number(int, 1), help="updates between two checkpoints (default: at a signal)")
     add("--keep", metavar="N", type=number(int, 1), default=2, help="checkpoints kept (default 2)")
-    add("--resume", metavar="auto|PATH", help="continue from a checkpoint (not built yet)")
+    add("--resume", metavar="auto|PATH",
+        help="go on from the newest whole checkpoint of --output, if any, or from the one named")
     add("--dry-run", action="store_true", help="print the plan and stop")
+    add = parser.add_argument_group("when something goes wrong").add_argument
+    add("--on-nan", choices=("stop", "skip"), default="stop",
+        help="an update whose loss is not finite: end there, or leave it out and say so (default stop)")
+    add("--timeout", metavar="SECONDS", type=number(float, 1), default=TIMEOUT.total_seconds(),
+        help=f"how long processes wait for each other (default {TIMEOUT.total_seconds():g})")
     args = parser.parse_args(argv)
-    for flag, value in (("--save-every", args.save_every), ("--resume", args.resume)):
-        if value is not None:  # an option is never ignored
-            raise UsageError(f"{flag} {value}: checkpoints are not written yet; leave it out")
+    for flag, value in (("--save-every", args.save_every), ("--resume", "auto" if args.resume == "auto" else None)):
+        if value is not None and args.output is None:
+            raise UsageError(f"{flag} {value} needs --output: name the folder that holds the checkpoints")
     return args
 # fmt: on
 
@@ -403,7 +410,7 @@ def main() -> None:
     args = parse_arguments()
     accelerator = Accelerator(
         mixed_precision=args.precision, gradient_accumulation_steps=args.accumulate, device=args.device,
-        split_batches=True, uneven=args.uneven,
+        split_batches=True, uneven=args.uneven, timeout=timedelta(seconds=args.timeout),
     )  # fmt: skip
     try:
         result = train(args, accelerator)

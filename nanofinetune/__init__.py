@@ -11,18 +11,23 @@ the import lines change. Importing this package loads torch and numpy, and neith
 until a model or data are named.
 
 Proof: test_course_manual_loop_matches_the_libraries in tests/test_course.py,
-test_importing_the_package_loads_neither_transformers_nor_datasets in tests/test_layers.py.
+test_importing_the_package_loads_neither_transformers_nor_datasets and
+test_notebook_launcher_is_there_when_it_is_asked_for in tests/test_layers.py.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from nanofinetune import metrics
 from nanofinetune.accelerator import Accelerator
 from nanofinetune.collate import DataCollatorWithPadding
 from nanofinetune.ddp import DistributedDataParallel
 from nanofinetune.distributed import set_seed
-from nanofinetune.launch import notebook_launcher
 from nanofinetune.loader import skip_first_batches
 from nanofinetune.optim import AdamW
 from nanofinetune.schedule import get_scheduler
+
+if TYPE_CHECKING:
+    from nanofinetune.launch import notebook_launcher
 
 __all__ = [
     "Accelerator",
@@ -36,3 +41,16 @@ __all__ = [
     "skip_first_batches",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported when it is asked for: launch.py, which is run as a program too, and not from here as a copy."""
+    if name != "notebook_launcher":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nanofinetune.launch import notebook_launcher
+
+    return notebook_launcher
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

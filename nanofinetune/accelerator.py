@@ -28,6 +28,7 @@
     gather, reduce, pad_across_processes               distributed.py
     gather_for_metrics                                 distributed.py  gather; loader.py  remainder
     wait_for_everyone, main_process_first              distributed.py
+    save_state, load_state                             here, which objects; checkpoint.py, how they are kept
     end_training                                       distributed.py  shutdown
 
 Underneath: `accelerate.Accelerator` (accelerate 1.15) keeps its state in dictionaries that all instances share
@@ -49,7 +50,7 @@ ticking of schedules; preparing twice changes nothing. Left out: other backends 
 Proof: test_windows_match_accelerate_but_for_the_short_one, test_broken_inner_loop_keeps_the_outer_flush,
 test_fused_skip_is_seen_where_accelerate_misses_it, test_scheduler_ticks_match_accelerate,
 test_mixed_precision_matches_accelerate, test_fp16_on_cpu_is_refused_where_accelerate_trains_fp32,
-test_accelerate_ignores_split_batches, test_gather_for_metrics_on_ranks,
+test_accelerate_ignores_split_batches, test_kwargs_handlers_match_accelerate, test_gather_for_metrics_on_ranks,
 test_public_names_and_signatures_match_accelerate in tests/test_accelerator.py;
 test_ranks_equal_one_process_where_accelerate_does_not, test_course_listing_matches_accelerate_under_torchrun in
 tests/test_equal_ranks.py.
@@ -61,10 +62,13 @@ import builtins
 import functools
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,11 +76,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from nanofinetune import distributed
-from nanofinetune.ddp import DistributedDataParallel
+from nanofinetune import checkpoint, distributed
+from nanofinetune.ddp import DistributedDataParallel, DistributedDataParallelKwargs
+from nanofinetune.distributed import InitProcessGroupKwargs
 from nanofinetune.errors import UsageError
 from nanofinetune.loader import DataLoaderShard, Position, prepare_data_loader, skip_first_batches
 
+_STATEFUL = ("state_dict", "load_state_dict")
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -93,6 +99,40 @@ class DataLoaderConfiguration:
     use_stateful_dataloader: bool = False
 
 
+@dataclass
+class ProjectConfiguration:
+    """Where states go (source: accelerate.utils.ProjectConfiguration)."""
+
+    project_dir: str | None = None
+    logging_dir: str | None = None  # for trackers of the caller's
+    automatic_checkpoint_naming: bool = False  # project_dir/checkpoints/checkpoint_0, checkpoint_1, ...
+    total_limit: int | None = None  # how many of these stay
+    iteration: int = 0  # the number of the next one
+    save_on_each_node: bool = False
+
+
+@dataclass
+class AutocastKwargs:
+    """What torch.autocast is told (source: accelerate.utils.AutocastKwargs)."""
+
+    enabled: bool = True
+    cache_enabled: bool | None = None
+
+
+@dataclass
+class GradScalerKwargs:
+    """What torch.amp.GradScaler is told, for fp16 (source: accelerate.utils.GradScalerKwargs)."""
+
+    init_scale: float = 65536.0
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    enabled: bool = True
+
+
+HANDLERS = (AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs)
+
+
 class Accelerator:
     """One training's world, precision and accumulation; several may exist at once.
 
@@ -103,6 +143,8 @@ class Accelerator:
             without a row in that step computes a loss that may be NaN, and that `backward` weighs with zero.
         device: "auto", "cpu", "cuda" or "mps".
         timeout: how long ranks wait for each other.
+        kwargs_handlers: at most one each of AutocastKwargs and GradScalerKwargs (here), DistributedDataParallelKwargs
+            (ddp.py) and InitProcessGroupKwargs (distributed.py).
 
     Raises NotImplementedError, with its name, for an argument of Accelerate's that is not supported, and UsageError for
     a precision that the device does not have.
@@ -118,6 +160,9 @@ class Accelerator:
         dataloader_config: DataLoaderConfiguration | None = None,
         *,
         rng_types: list[str] | None = None,
+        project_dir: str | os.PathLike[str] | None = None,
+        project_config: ProjectConfiguration | None = None,
+        kwargs_handlers: list[Any] | None = None,
         step_scheduler_with_optimizer: bool = True,
         uneven: str = "wrap",
         device: str = "auto",
@@ -131,7 +176,21 @@ class Accelerator:
             raise ValueError(f"cpu=True and device={device!r} contradict each other: pass one of them")
         if not isinstance(gradient_accumulation_steps, int) or gradient_accumulation_steps < 1:
             raise ValueError(f"gradient_accumulation_steps is {gradient_accumulation_steps!r}: it must be 1 or more")
+        handlers = _by_type(kwargs_handlers or [])
+        self.autocast_handler = handlers.get(AutocastKwargs)
+        self.ddp_handler = handlers.get(DistributedDataParallelKwargs, DistributedDataParallelKwargs())
+        self.ddp_handler.arguments()  # raises now for what is not supported
+        self.scaler_handler = handlers.get(GradScalerKwargs, GradScalerKwargs())
+        self.init_handler = handlers.get(InitProcessGroupKwargs)
+        if self.init_handler is not None:
+            if timeout != distributed.TIMEOUT:
+                raise ValueError("timeout and InitProcessGroupKwargs contradict each other: pass one of them")
+            timeout = self.init_handler.timeout
         self.world = world = distributed.init_world("cpu" if cpu else device, timeout)
+        backend = self.init_handler.backend if self.init_handler is not None else None
+        if backend not in (None, "nccl", world.backend or backend):  # nccl, the default, is gloo on a CPU, as there
+            distributed.shutdown(world)
+            raise ValueError(f"backend={backend!r}: on {world.device.type} it is {world.backend}; leave it out")
         self.device, self.num_processes = world.device, world.size
         self.process_index, self.local_process_index = world.rank, world.local_rank
         self.is_main_process, self.is_local_main_process = world.rank == 0, world.local_rank == 0
@@ -140,7 +199,11 @@ class Accelerator:
         self.distributed_type = multi if self.use_distributed else "NO"  # equal to accelerate.DistributedType
 
         self.mixed_precision = _precision(mixed_precision, world.device)
-        self.scaler = torch.amp.GradScaler(world.device.type) if self.mixed_precision == "fp16" else None
+        self.scaler = (
+            torch.amp.GradScaler(world.device.type, **vars(self.scaler_handler))
+            if self.mixed_precision == "fp16"
+            else None
+        )
         self.device_placement = device_placement
         self.dataloader_config = dataloader_config or DataLoaderConfiguration()
         self.split_batches = split_batches or self.dataloader_config.split_batches
@@ -153,8 +216,15 @@ class Accelerator:
         self.flag_tensor = torch.zeros((), dtype=torch.int64, device=world.device)
         self._place: int | None = None  # of the current micro-batch in its window; None outside of `accumulate`
         self._running: dict[Position, DataLoaderShard] = {}  # this Accelerator's loaders enter their iterations
+        self.project_configuration = project_config or ProjectConfiguration()
+        self.project_configuration.project_dir = self.project_configuration.project_dir or _text(project_dir)
+        _refuse(save_on_each_node=self.project_configuration.save_on_each_node or None)
         self._models: list[nn.Module] = []
         self._optimizers: list[AcceleratedOptimizer] = []
+        self._schedulers: list[AcceleratedScheduler] = []
+        self._loaders: list[DataLoaderShard] = []
+        self._custom: list[Any] = []
+        self._saver = checkpoint.Saver(lambda line: print(line, file=sys.stderr, flush=True))
 
     # ---- prepare -----------------------------------------------------------------------------------------------------
 
@@ -187,11 +257,13 @@ class Accelerator:
         if wrapped or any(inner is self.unwrap_model(prepared) for prepared in self._models):
             raise ValueError("this model is prepared already: pass what `prepare` returned, or unwrap_model it first")
         if self.mixed_precision != "no":
-            model.forward = MixedPrecisionForward(model.forward, self.device.type, self.mixed_precision)
+            model.forward = MixedPrecisionForward(
+                model.forward, self.device.type, self.mixed_precision, self.autocast_handler or AutocastKwargs()
+            )
         if self.device_placement if device_placement is None else device_placement:
             model.to(self.device)
         if self.use_distributed and not evaluation_mode and any(p.requires_grad for p in model.parameters()):
-            model = DistributedDataParallel(model)
+            model = DistributedDataParallel(model, on_send=self.world.calls.begin, **self.ddp_handler.arguments())
         self._models.append(model)
         return model
 
@@ -205,11 +277,13 @@ class Accelerator:
         if settings["data_seed"] is None and self.use_distributed:
             settings["data_seed"] = distributed.broadcast_object_list([_seed_of(data_loader)], self.world)[0]
         place = self.device_placement if device_placement is None else device_placement
-        return prepare_data_loader(
+        shard = prepare_data_loader(
             data_loader, self.device, self.num_processes, self.process_index, put_on_device=place,
             rng_types=self.rng_types, slice_fn_for_dispatch=slice_fn_for_dispatch,
             uneven=self.uneven, running=self._running, **settings,
         )  # fmt: skip
+        self._loaders.append(shard)
+        return shard
 
     def prepare_optimizer(self, optimizer: Any, device_placement: bool | None = None) -> AcceleratedOptimizer:
         """An optimizer that steps only at the end of a window, and through the scaler where there is one."""
@@ -226,7 +300,8 @@ class Accelerator:
     def prepare_scheduler(self, scheduler: LRScheduler) -> AcceleratedScheduler:
         """A schedule that ticks when its optimizer steps (those of all optimizers prepared, where it has another)."""
         own = [opt for opt in self._optimizers if scheduler.optimizer is opt or scheduler.optimizer is opt.optimizer]
-        return AcceleratedScheduler(scheduler, own or self._optimizers, self)
+        self._schedulers.append(AcceleratedScheduler(scheduler, own or self._optimizers, self))
+        return self._schedulers[-1]
 
     def skip_first_batches(self, dataloader: DataLoader, num_batches: int = 0) -> DataLoader:
         return skip_first_batches(dataloader, num_batches)
@@ -242,11 +317,18 @@ class Accelerator:
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget what was prepared -> one None for each object, for the caller to assign to its names."""
-        self._models, self._optimizers, self.step = [], [], 0
+        self._models, self._optimizers, self._schedulers, self._loaders, self._custom = [], [], [], [], []
+        self.step = 0
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return [None] * len(objects)
+
+    def forget(self, *objects: Any) -> None:
+        """Let go of prepared models, optimizers, schedulers or loaders: `save_state` saves them no more."""
+        prepared: tuple[list[Any], ...] = (self._models, self._optimizers, self._schedulers, self._loaders)
+        for held in prepared:
+            held[:] = [thing for thing in held if not any(thing is obj for obj in objects)]
 
     # ---- one accumulation window -------------------------------------------------------------------------------------
 
@@ -325,10 +407,127 @@ class Accelerator:
         return any(optimizer.step_was_skipped for optimizer in self._optimizers)
 
     def autocast(self, autocast_handler: Any = None) -> AbstractContextManager[Any]:
-        """A `with` block that computes in `mixed_precision`."""
-        _refuse(autocast_handler=autocast_handler)
+        """A `with` block that computes in `mixed_precision`; an AutocastKwargs replaces that of `kwargs_handlers`."""
+        _by_type([] if autocast_handler is None else [autocast_handler], AutocastKwargs)
+        settings = autocast_handler or self.autocast_handler or AutocastKwargs()
         dtype = PRECISIONS[self.mixed_precision]
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype, **vars(settings))
+
+    # ---- states ------------------------------------------------------------------------------------------------------
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Let `save_state` and `load_state` take care of these too: anything with `state_dict`, `load_state_dict`."""
+        wrong = [type(obj).__name__ for obj in objects if not all(map(partial(hasattr, obj), _STATEFUL))]
+        if wrong:
+            raise ValueError(f"register_for_checkpointing: {', '.join(wrong)} lacks one of {' and '.join(_STATEFUL)}")
+        self._custom.extend(objects)
+
+    def save_state(
+        self, output_dir: str | os.PathLike[str] | None = None, safe_serialization: bool = True,
+        *, keep: int | None = None, background: bool = False, **save_model_func_kwargs: Any,
+    ) -> str:  # fmt: skip
+        """Save all that was prepared or registered, and the random states, into a folder -> its path. A collective.
+
+        Rank 0 writes. `keep`, from 1 on, lets older folders beside it go, those named as it is but for the number at
+        the end; with `background` this returns as soon as the state is copied, and a failure to write is a line on
+        stderr. Raises ValueError for a folder of a whole checkpoint that is there already, OSError where it could not
+        be written, TypeError for a state that a checkpoint does not take (on the other ranks, RuntimeError).
+        """
+        _refuse(safe_serialization=None if safe_serialization else False, **save_model_func_kwargs)
+        project = self.project_configuration
+        if project.automatic_checkpoint_naming:
+            output_dir = os.path.join(project.project_dir or ".", "checkpoints", f"checkpoint_{project.iteration}")
+            keep = project.total_limit if keep is None else keep
+        if output_dir is None:
+            raise ValueError("save_state: name an output_dir, or choose automatic_checkpoint_naming")
+        folder = Path(output_dir)
+        random_states = distributed.gather_object([checkpoint.random_state()], self.world)
+        if keep is not None and keep < 1:
+            raise ValueError(f"save_state: keep (or total_limit) is {keep}: it must be 1 or more")
+        failure: Exception | None = None
+        if self.is_main_process:
+            try:
+                parts = {name: thing.state_dict() for name, thing in self._stateful().items()}
+                parts["random_states"] = random_states
+                if folder.exists() and not checkpoint.check(folder):
+                    raise ValueError(f"{folder} is there already: name another folder, or remove it")
+                self._saver.save(folder, parts, keep)
+                if not background:
+                    self._saver.wait(raising=True)
+            except Exception as error:  # whatever it is, the other ranks wait to hear of it
+                failure = error
+        failures = distributed.gather_object([str(failure or "")], self.world)
+        if failure is not None:
+            raise failure
+        if failures[0]:
+            raise RuntimeError(f"rank 0 could not save: {failures[0]}")
+        project.iteration += 1
+        return str(folder)
+
+    def load_state(
+        self, input_dir: str | os.PathLike[str] | None = None, load_kwargs: dict[str, Any] | None = None,
+        **load_model_func_kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Put all that was prepared or registered where `save_state` found it. A collective; all ranks read the folder.
+
+        Without `input_dir`: the newest whole one of those that automatic naming made; what is passed over is printed,
+        with the reason. The number of ranks may be another one. A loader begins the epoch in which it was: skip what
+        was read of it with `skip_first_batches`.
+        Raises (on all ranks) ValueError where the folder is not a whole checkpoint, or holds other objects.
+        """
+        _refuse(load_kwargs=load_kwargs, **load_model_func_kwargs)
+        project, found = self.project_configuration, [_text(input_dir)]
+        if input_dir is None and self.is_main_process:
+            parent = Path(project.project_dir or ".", "checkpoints")
+            newest, passed_over = checkpoint.newest(parent)
+            for line in passed_over:
+                print(f"passed over: {line}", file=sys.stderr)
+            found = [_text(newest)]
+        folder = distributed.broadcast_object_list(found, self.world)[0]
+        if folder is None:
+            raise ValueError(f"load_state: there is no whole checkpoint in {project.project_dir or '.'}/checkpoints")
+        states, reason = {}, ""
+        try:
+            states = checkpoint.load(Path(folder))
+            things = self._stateful()
+            if odd := sorted({"random_states", *things} ^ set(states)):
+                reason = f"{folder} and what was prepared differ in {', '.join(odd)}"
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        for rank, why in enumerate(distributed.gather_object([reason], self.world)):
+            if why:
+                raise ValueError(why if rank == self.process_index else f"rank {rank} cannot load: {why}")
+        random_states = states.pop("random_states")
+        for name, thing in things.items():
+            thing.load_state_dict(states[name])
+        checkpoint.set_random_state(random_states, self.process_index)
+        if project.automatic_checkpoint_naming and (number := checkpoint.number_of(Path(folder))) >= 0:
+            project.iteration = number + 1  # underneath: Accelerate begins at 0 again, over what is there
+
+    def _stateful(self) -> dict[str, Any]:
+        """Everything with a state, by the name of its part of a checkpoint: model, model_1, optimizer, ..."""
+        kinds = {
+            "model": [self.unwrap_model(model) for model in self._models],
+            "optimizer": self._optimizers,
+            "scheduler": self._schedulers,
+            "loader": self._loaders,
+            "scaler": [] if self.scaler is None else [self.scaler],
+            "custom": self._custom,
+        }
+        return {f"{kind}_{i}" if i else kind: thing for kind, things in kinds.items() for i, thing in enumerate(things)}
+
+    def save_model(
+        self, model: nn.Module, save_directory: str | os.PathLike[str], max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:  # fmt: skip
+        """Save the weights alone, unwrapped, in safetensors files of at most `max_shard_size`. Rank 0 writes."""
+        _refuse(safe_serialization=None if safe_serialization else False)
+        if self.is_main_process:
+            from huggingface_hub import save_torch_state_dict
+
+            os.makedirs(save_directory, exist_ok=True)
+            state = self.unwrap_model(model).state_dict()
+            save_torch_state_dict(state, Path(save_directory), max_shard_size=max_shard_size)
 
     # ---- between ranks -----------------------------------------------------------------------------------------------
 
@@ -405,7 +604,8 @@ class Accelerator:
 
     def end_training(self) -> None:
         """Destroy the process group, if this Accelerator made it. Belongs in a `finally`; may be called twice."""
-        self._models, self._optimizers = [], []  # a wrapped model must not outlive its group: see shutdown
+        self._saver.wait()
+        self._models, self._optimizers = [], []  # nothing of ours holds the group: see shutdown
         distributed.shutdown(self.world)
 
 
@@ -418,12 +618,12 @@ class MixedPrecisionForward:
     An object that holds the bound method, so that a copied model has a forward of its own.
     """
 
-    def __init__(self, forward: Callable[..., Any], device_type: str, precision: str) -> None:
+    def __init__(self, forward: Callable[..., Any], device_type: str, precision: str, settings: AutocastKwargs) -> None:
         functools.update_wrapper(self, forward)  # the signature: transformers asks it for the names of inputs
-        self.forward, self.device_type, self.precision = forward, device_type, precision
+        self.forward, self.device_type, self.precision, self.settings = forward, device_type, precision, settings
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(self.device_type, PRECISIONS[self.precision]):
+        with torch.autocast(self.device_type, PRECISIONS[self.precision], **vars(self.settings)):
             outputs = self.forward(*args, **kwargs)
         return distributed.recursively_apply(_to_float32, outputs)
 
@@ -527,6 +727,20 @@ def _refuse(**arguments: Any) -> None:
             raise NotImplementedError(f"{name}={value!r} is not supported here: leave it out, or use accelerate for it")
 
 
+def _by_type(handlers: list[Any], *allowed: type) -> dict[type, Any]:
+    """{AutocastKwargs: the one of that type, ...}. Raises for a second one, and for what is not supported, by name."""
+    known = allowed or HANDLERS
+    for handler in handlers:
+        if type(handler) not in known:
+            names = ", ".join(f"{kind.__module__}.{kind.__name__}" for kind in known)
+            kind = type(handler)
+            raise NotImplementedError(f"{kind.__module__}.{kind.__name__} is not supported here: choose among {names}")
+    found = {type(handler): handler for handler in handlers}
+    if len(found) < len(handlers):
+        raise ValueError("kwargs_handlers holds two of the same type: pass one of each")
+    return found
+
+
 def _precision(name: str | None, device: torch.device) -> str:
     """The precision in force, checked against what the device can do."""
     name = name or os.environ.get("NANOFINETUNE_MIXED_PRECISION") or "no"
@@ -538,6 +752,10 @@ def _precision(name: str | None, device: torch.device) -> str:
     if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UsageError(f"mixed_precision is 'bf16', which {torch.cuda.get_device_name(device)} lacks: choose fp16")
     return name
+
+
+def _text(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.fspath(path)
 
 
 def _seed_of(data_loader: DataLoader) -> int:

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from nanofinetune.errors import UsageError
+from nanofinetune.errors import Halt, UsageError
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(name: str, main: Callable[[], None]) -> int:
-    """Run a command -> its exit code; what the user got wrong is one line on stderr and 2, Ctrl-C is 130."""
+    """Run a command -> its exit code; what the user got wrong is one line on stderr and 2, a Halt is one too."""
     try:
         main()
         sys.stdout.flush()
@@ -48,6 +48,12 @@ def run(name: str, main: Callable[[], None]) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every rank meets the same mistake: say it once
             print(f"{name}: {' '.join(str(error).splitlines())}", file=sys.stderr)  # one line, whatever it quotes
         return 2
+    except Halt as halt:
+        if "NANOFINETUNE_WORKER" in os.environ:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name}: {halt}", file=sys.stderr)
+        return halt.code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130

@@ -48,6 +48,7 @@ def predict(
     lines: list[tuple[str, ...]], model: Any, tokenizer: Any, limit: int, batch_size: int
 ) -> list[tuple[str, float]]:
     """Texts or pairs -> for each (label, probability), or ("score", value) from a regression model."""
+    # underneath: the library's pipeline drops a second text that is empty, which in training was a text like others
     pairs = [line[1] for line in lines] if len(lines[0]) == 2 else None
     store = tokenize_texts([line[0] for line in lines], pairs, tokenizer, limit)
     collate = DataCollatorWithPadding(tokenizer)

@@ -6,11 +6,13 @@ Bit for bit, except where we differ on purpose: there the test shows what accele
 """
 
 import copy
+import dataclasses
 import gc
 import inspect
 import pickle
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 
 import pytest
 import torch
@@ -20,8 +22,16 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset
 
-from nanofinetune.accelerator import AcceleratedOptimizer, Accelerator, DataLoaderConfiguration
-from nanofinetune.ddp import DistributedDataParallel
+from nanofinetune import accelerator as facade
+from nanofinetune.accelerator import (
+    AcceleratedOptimizer,
+    Accelerator,
+    AutocastKwargs,
+    DataLoaderConfiguration,
+    GradScalerKwargs,
+)
+from nanofinetune.ddp import DDPCommunicationHookType, DistributedDataParallel, DistributedDataParallelKwargs
+from nanofinetune.distributed import InitProcessGroupKwargs
 from nanofinetune.errors import UsageError
 from nanofinetune.loader import DataLoaderShard
 from nanofinetune.optim import AdamW
@@ -509,7 +519,7 @@ def test_free_memory_forgets():
 
 
 def test_public_names_and_signatures_match_accelerate(theirs):
-    added = {"world", "uneven"}
+    added = {"world", "uneven", "forget"}
     reference, accelerator = theirs(), ours()
     names = {name for name in dir(accelerator) if not name.startswith("_")} - added
     assert len(names) > 40
@@ -517,7 +527,9 @@ def test_public_names_and_signatures_match_accelerate(theirs):
     for name in names:
         if callable(getattr(accelerator, name)):
             expected = inspect.signature(getattr(reference, name)).parameters
-            found = inspect.signature(getattr(accelerator, name)).parameters
+            found = dict(inspect.signature(getattr(accelerator, name)).parameters)
+            more = {"save_state": ["keep", "background"]}.get(name, [])  # keywords
+            found = {key: parameter for key, parameter in found.items() if key not in more}
             assert list(found) == list(expected), name
             for parameter in found.values():
                 default = expected[parameter.name].default
@@ -535,6 +547,10 @@ def test_constructor_matches_accelerate_and_refuses_the_rest_by_name(theirs):
     assert positional == list(expected)[: len(positional)]
     for name in set(found) - added - {"self", "split_batches"}:  # that one's default is an object that says nothing
         assert found[name].default == expected[name].default, name
+    with pytest.raises(
+        NotImplementedError, match=r"builtins.str is not supported here: choose among .*GradScalerKwargs"
+    ):
+        ours(kwargs_handlers="x")
     for name in set(expected) - set(found):
         with pytest.raises(NotImplementedError, match=f"{name}='x' is not supported here: leave it out"):
             ours(**{name: "x"})
@@ -562,13 +578,145 @@ def test_arguments_without_effect_are_refused():
         accelerator.reduce(torch.ones(1), scale=0.5)
     with pytest.raises(NotImplementedError, match=r"keep_torch_compile=False is not supported here"):
         accelerator.unwrap_model(line(), keep_torch_compile=False)
-    with pytest.raises(NotImplementedError, match=r"autocast_handler='x' is not supported here"):
+    with pytest.raises(
+        NotImplementedError, match=r"builtins.str is not supported here: choose among \S+AutocastKwargs$"
+    ):
         accelerator.autocast("x")
     config = DataLoaderConfiguration(use_seedable_sampler=False)
     with pytest.raises(NotImplementedError, match=r"use_seedable_sampler=False is not supported here"):
         ours(dataloader_config=config).prepare(loader_of(2, 1))
     with pytest.raises(NotImplementedError, match=r"rng_types=\['torch'\] is not supported here"):
         ours(rng_types=["torch"]).prepare(loader_of(2, 1))
+
+
+# ---- kwargs_handlers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", [AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs]
+)
+def test_kwargs_handlers_match_accelerate(kind):
+    """The same fields, in the same order, with the same values by default."""
+    reference = getattr(pytest.importorskip("accelerate.utils", reason="the oracle, extra `test`"), kind.__name__)
+    assert [field.name for field in dataclasses.fields(kind)] == [field.name for field in dataclasses.fields(reference)]
+    for name, expected in vars(reference()).items():
+        assert getattr(kind(), name) == getattr(expected, "value", expected), name
+    if kind is InitProcessGroupKwargs:
+        assert kind(backend="gloo").timeout == reference(backend="gloo").timeout
+
+
+def test_communication_hooks_match_accelerate_but_for_power_sgd():
+    theirs = pytest.importorskip("accelerate.utils", reason="the oracle, extra `test`").DDPCommunicationHookType
+    ours = {hook.name: hook.value for hook in DDPCommunicationHookType}
+    left_out = {"POWER_SGD": "power_sgd", "BATCHED_POWER_SGD": "batched_power_sgd"}
+    assert ours | left_out == {hook.name: hook.value for hook in theirs}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"dim": 1},
+        {"check_reduction": True},
+        {"static_graph": True},
+        {"comm_wrapper": "fp16"},
+        {"comm_state_option": {"a": 1}},
+        {"comm_hook": "power_sgd"},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_ddp_settings_without_effect_are_refused(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(NotImplementedError, match=f"{name}={value!r}.* is not supported"):
+        ours(kwargs_handlers=[DistributedDataParallelKwargs(**setting)])
+
+
+def test_other_handlers_are_refused_by_name():
+    theirs = pytest.importorskip("accelerate.utils", reason="Accelerate's own handlers are refused, extra `test`")
+    for handler in (theirs.ProfileKwargs(), theirs.DistributedDataParallelKwargs()):
+        with pytest.raises(
+            NotImplementedError, match=rf"accelerate\.\S+\.{type(handler).__name__} is not supported here"
+        ):
+            ours(kwargs_handlers=[handler])
+    with pytest.raises(ValueError, match="two of the same type"):
+        ours(kwargs_handlers=[GradScalerKwargs(), GradScalerKwargs(init_scale=1)])
+    with pytest.raises(NotImplementedError, match=r"init_method='tcp://a:1' is not supported"):
+        InitProcessGroupKwargs(init_method="tcp://a:1")
+    with pytest.raises(ValueError, match="timeout and InitProcessGroupKwargs contradict each other"):
+        ours(timeout=timedelta(1), kwargs_handlers=[InitProcessGroupKwargs()])
+
+
+def test_autocast_handler_matches_accelerate(theirs):
+    import accelerate.utils
+
+    for settings in ({}, {"enabled": False}, {"cache_enabled": False}):
+        seen = []
+        for make, kwargs in ((theirs, accelerate.utils.AutocastKwargs), (ours, AutocastKwargs)):
+            accelerator = make(mixed_precision="bf16", kwargs_handlers=[kwargs(**settings)])
+            model = accelerator.prepare(line())
+            handlers = [None, kwargs(enabled=False)]
+            states = []
+            for handler in handlers:
+                with accelerator.autocast(handler):
+                    states.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+            seen.append((states, model(torch.ones(2, 3)).tolist()))
+        assert seen[0] == seen[1]
+
+
+def test_scaler_and_group_get_their_settings(monkeypatch):
+    monkeypatch.setattr(facade, "_precision", lambda name, device: "fp16")  # else refused: this is a CPU
+    scaler = ours(kwargs_handlers=[GradScalerKwargs(8.0, 3.0, 0.25, 7)]).scaler
+    found = (scaler.get_scale(), scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval())
+    assert found == (8.0, 3.0, 0.25, 7)
+    asked = []
+    init_world = facade.distributed.init_world
+
+    def listen(*args):
+        asked.append(args)
+        return init_world(*args)
+
+    monkeypatch.setattr(facade.distributed, "init_world", listen)
+    ours(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=5))])
+    assert asked == [("cpu", timedelta(seconds=5))]
+
+
+class Sometimes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = line(), line(1)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def unused_through_the_facade():
+    import accelerate.utils
+
+    mine = ours(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, bucket_cap_mb=1)])
+    reset()
+    handler = accelerate.utils.DistributedDataParallelKwargs(find_unused_parameters=True, bucket_cap_mb=1)
+    reference = accelerate.Accelerator(cpu=True, kwargs_handlers=[handler])
+    grads = []
+    for accelerator in (mine, reference):
+        model = accelerator.prepare(Sometimes())
+        accelerator.backward(model(torch.full((2, 3), 1.0 + mine.process_index)).square().mean())
+        grads.append([None if p.grad is None else p.grad.tolist() for p in model.parameters()])
+    strict = Accelerator(cpu=True).prepare(Sometimes())
+    with pytest.raises(RuntimeError, match="no gradient for unused"):
+        strict(torch.ones(2, 3)).sum().backward()
+    compressed = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(comm_hook="bf16")])
+    dtype = compressed.prepare(line())._comm_dtype
+    with pytest.raises(ValueError, match="backend='mpi': on cpu it is gloo; leave it out"):
+        Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="mpi")])
+    del model, strict
+    mine.end_training()
+    return grads, dtype
+
+
+def test_find_unused_parameters_matches_accelerate_on_ranks():
+    pytest.importorskip("accelerate", reason="the oracle, extra `test`")
+    for (mine, reference), dtype in run_ranks(unused_through_the_facade, 2):
+        assert mine == reference and mine[2:] == [None, None]
+        assert dtype == torch.bfloat16
 
 
 # ---- one process ----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ COMMAND_LINE = {
     "--epochs": 3,
     "--max-steps": None,
     "--batch-size": 8,
-    "--eval-batch-size": 64,
+    "--eval-batch-size": 32,
     "--accumulate": 1,
     "--group-by-length": False,
     "--lr": 5e-5,
@@ -36,12 +36,15 @@ COMMAND_LINE = {
     "--device": "auto",
     "--precision": "no",
     "--seed": 42,
+    "--fast-dropout": False,
     "--uneven": "mask",
     "--output": None,
     "--save-every": None,
     "--keep": 2,
     "--resume": None,
     "--dry-run": False,
+    "--on-nan": "stop",
+    "--timeout": 300.0,
 }
 
 
@@ -67,7 +70,8 @@ def test_the_command_line_is_frozen(train, monkeypatch, capsys):
 
 
 def test_the_choices_are_frozen(train):
-    for option, choices in {"--precision": ("no", "bf16", "fp16"), "--uneven": ("mask", "wrap")}.items():
+    several = {"--precision": ("no", "bf16", "fp16"), "--uneven": ("mask", "wrap"), "--on-nan": ("stop", "skip")}
+    for option, choices in several.items():
         for choice in choices:
             assert choice in vars(train.parse_arguments([option, choice])).values()
         with pytest.raises(UsageError, match=f"{option}: invalid choice"):

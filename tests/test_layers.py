@@ -19,14 +19,26 @@ MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__
 
 # A file imports only from lower floors.
 FLOORS = {
-    0: {"errors", "cli", "device", "collate", "optim", "schedule", "metrics", "sampler", "tasks", "stdlib_pairs"},
+    0: {
+        "errors",
+        "cli",
+        "device",
+        "collate",
+        "optim",
+        "schedule",
+        "metrics",
+        "sampler",
+        "tasks",
+        "stdlib_pairs",
+        "dropout",
+    },
     1: {"distributed", "pretrained"},
     2: {"data", "ddp", "loader", "checkpoint"},
-    3: {"accelerator"},
+    3: {"accelerator", "faults", "progress"},
     4: {"launch", "predict", "trace", "exercise"},
 }
 # errors.py and cli.py are the ground that the ground floor stands on: who raises for people may import them.
-GROUND = {"errors": {"cli", "device", "metrics", "stdlib_pairs"}, "cli": set()}
+GROUND = {"errors": {"cli", "device", "dropout", "metrics", "stdlib_pairs"}, "cli": set()}
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 HEAVY = ("transformers", "datasets", "accelerate")
 
@@ -85,6 +97,19 @@ def test_importing_the_package_loads_neither_transformers_nor_datasets():
 
 def test_the_import_isolation_test_can_fail():
     assert loaded_by("import datasets") == ["datasets"]
+
+
+def test_notebook_launcher_is_there_when_it_is_asked_for():
+    """`launch` is imported late, since it is a program too; the name is the package's own like all others."""
+    code = (
+        "import sys, nanofinetune\n"
+        "assert 'nanofinetune.launch' not in sys.modules\n"
+        "assert set(nanofinetune.__all__) <= set(dir(nanofinetune))\n"
+        "from nanofinetune import *\n"
+        "assert notebook_launcher is sys.modules['nanofinetune.launch'].notebook_launcher\n"
+        "assert not hasattr(nanofinetune, 'notebook_launchers')\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def symbols(text: str) -> list[str]:

@@ -10,10 +10,9 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WORDS, load_script, tiny_bert
+from conftest import ROOT, load_script, save_tiny_model, tiny_bert
 from helpers import run_torchrun
 
 RESULT_KEYS = {
@@ -23,41 +22,6 @@ RESULT_KEYS = {
 
 
 train = load_script(ROOT / "train.py")
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory, tiny_tokenizer_dir):
-    from transformers import AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("tiny-model")
-    tiny_bert().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_tokenizer_dir).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """61 training and 23 validation pairs (numbers that divide by nothing); the label is whether both start alike."""
-    return write_pairs(tmp_path_factory.mktemp("pairs"), lambda same, rng: int(same))
-
-
-@pytest.fixture(scope="module")
-def scored_pairs(tmp_path_factory):
-    """The same with a float to regress on."""
-    return write_pairs(tmp_path_factory.mktemp("scored"), lambda same, rng: float(same) + 0.1 * rng.random())
-
-
-def write_pairs(folder, label):
-    rng = np.random.default_rng(0)
-    for split, rows in (("train", 61), ("validation", 23)):
-        with (folder / f"{split}.jsonl").open("w") as file:
-            for _ in range(rows):
-                first, second = (list(rng.choice(WORDS, rng.integers(2, 14))) for _ in range(2))
-                same = rng.random() < 0.5
-                second[0] = first[0] if same else next(word for word in WORDS if word != first[0])
-                row = {"sentence1": " ".join(first), "sentence2": " ".join(second), "label": label(same, rng)}
-                file.write(json.dumps(row) + "\n")
-    return str(folder)
 
 
 @pytest.fixture
@@ -103,6 +67,14 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, tiny_mod
     assert first != other
 
 
+def test_every_batch_ends_its_step(run, tiny_model, pairs, monkeypatch):
+    """XLA records until a step ends: 5 updates, and 23 rows to evaluate in batches of 8."""
+    ended: list[torch.device] = []
+    monkeypatch.setattr(train, "end_step", ended.append)
+    result_of(run("--model", tiny_model, "--data", pairs, "--max-steps", 5, "--eval-batch-size", 8))
+    assert ended == [torch.device("cpu")] * (5 + 3)
+
+
 def test_training_learns(run, tiny_model, pairs):
     """The loss after many epochs on 61 rows is far below chance's 0.693."""
     result = result_of(run("--model", tiny_model, "--data", pairs, "--epochs", 40, "--lr", "2e-3"))
@@ -112,11 +84,8 @@ def test_training_learns(run, tiny_model, pairs):
 def test_a_window_of_small_batches_equals_one_big_batch(run, pairs, tiny_model, tmp_path, tiny_tokenizer_dir):
     """4 x 4 rows give the losses and the weights of 16 rows, in the short last window too (61 = 3 x 16 + 13)."""
     from safetensors.torch import load_file
-    from transformers import AutoTokenizer
 
-    still = tmp_path / "no-dropout"
-    tiny_bert(dropout=0.0).save_pretrained(still)
-    AutoTokenizer.from_pretrained(tiny_tokenizer_dir).save_pretrained(still)
+    still = save_tiny_model(tmp_path / "no-dropout", tiny_tokenizer_dir, dropout=0.0)
     weights = {}
     for name, sizes in (("big", ("--batch-size", 16)), ("small", ("--batch-size", 4, "--accumulate", 4))):
         outcome = run("--model", still, "--data", pairs, "--epochs", 2, *sizes, "--output", tmp_path / name)

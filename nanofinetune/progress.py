@@ -1,0 +1,315 @@
+"""How far a run is: what it shows, what it writes, where in the data it stands, and from where it may go on.
+
+>>> batch_plan(8, 1, world=2, start=Start())  # rows of a step of all ranks, and batches accumulated
+(16, 1)
+>>> start = Start(folder=Path("update-40"), run={"batch_size": 8, "accumulate": 1, "world": 2})
+>>> batch_plan(8, 1, world=1, start=start)  # one rank goes on for two: as many rows an update as before
+(8, 2)
+
+Underneath: in the course's loop this is `tqdm` and a `print`. To go on after an end, Accelerate's users call
+`accelerate.Accelerator.load_state` (accelerate 1.15), read the epoch and the batch out of the folder's name, and skip
+that many batches with `accelerate.skip_first_batches`: of an order that may be another one, on another number of ranks
+of other batches. Here the place is (epoch, rows of it that all ranks together have used), which means the same for
+every number of ranks, and is saved with the model.
+
+Proof: test_resume_matches_the_uninterrupted_run, test_ranks_may_change_between_runs,
+test_resume_refuses_another_run in tests/test_resume.py; test_accelerate_resumes_in_another_order in
+tests/test_checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nanofinetune import checkpoint
+from nanofinetune.distributed import gather_object
+from nanofinetune.errors import Halt, UsageError
+
+LOG_EVERY = 50  # updates: ranks add up their losses, and metrics.jsonl grows, once in so many
+
+# A run goes on as the same run: these must be what they were. (The batch may differ if an update has as many rows.)
+IDENTITY = (
+    "model", "data", "text_columns", "label_column", "epochs", "max_steps", "group_by_length", "lr", "weight_decay",
+    "warmup_steps", "clip_norm", "precision", "fast_dropout", "seed", "uneven",
+)  # fmt: skip
+
+
+class Log:
+    """A run's losses and its place in the data; as a `with` block, the progress bar and metrics.jsonl too.
+
+    Losses stay on the device until they are shown: reading one waits for all the work before it.
+    """
+
+    def __init__(self, output: Path | None, updates: int, accelerator: Any, run: Mapping[str, Any]) -> None:
+        self.accelerator = accelerator
+        self.run = run  # what `run_of` says of it
+        self.path = output / "metrics.jsonl" if output and accelerator.is_main_process else None
+        self.updates = updates
+        self.update, self.examples, self.seconds, self.first_step_seconds = 0, 0, 0.0, 0.0
+        self.start_clock()
+        self.epoch, self.rows = 0, 0  # rows of this epoch that all ranks together have used
+        self.losses = (0.0, 0.0)  # of this epoch: their sum, and of how many rows
+        self.evaluations: list[dict[str, Any]] = []
+        self.pending: list[tuple[dict[str, Any], torch.Tensor]] = []  # (line, this rank's sum of losses and rows)
+        self.window, self.batches = torch.zeros(2, device=accelerator.device), 0
+
+    def __enter__(self) -> Log:
+        """Begin to show and to write; lines of updates after the one that is resumed go."""
+        self.file = None
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_text().splitlines(keepends=True) if self.update and self.path.exists() else []
+            kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.update)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(kept)
+            os.replace(partial, self.path)
+            self.file = self.path.open("a")
+        hidden = None if self.accelerator.is_main_process else True  # None: shown on a terminal only
+        self.progress = tqdm(
+            total=self.updates, initial=self.update, unit="update", disable=hidden, file=sys.stderr, dynamic_ncols=True
+        )
+        self.began, self.examples_before = time.perf_counter(), self.examples
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.close()
+        if self.file:
+            self.file.close()
+
+    # ---- one window of micro-batches: an update ----
+
+    @property
+    def window_is_empty(self) -> bool:
+        return self.batches == 0
+
+    def add(self, loss: torch.Tensor, rows: int) -> None:
+        """Count one micro-batch: its mean loss over this rank's `rows`, which is NaN where there are none."""
+        total = loss * rows if rows else torch.zeros_like(loss)
+        self.window += torch.stack([total, total.new_tensor(rows)])
+        self.batches += 1
+
+    def is_finite(self, on_nan: str) -> bool:
+        """Whether the window's loss is a number; on a device that would have to wait, the update before's."""
+        if self.window.device.type == "cpu" or on_nan == "skip":
+            return bool(self.window[0].isfinite())
+        return not self.pending or bool(self.pending[-1][1][0].isfinite())
+
+    def report_nonfinite(self, lr: float, rows: str, on_nan: str) -> None:
+        """Say where, on all ranks the same; go on only with `on_nan="skip"`. A collective."""
+        mine = "" if math.isfinite(self.window[0].item()) else f"rank {self.accelerator.process_index}: {rows}"
+        found = "; ".join(text for text in gather_object([mine], self.accelerator.world) if text)
+        where = found or "the update before this one"
+        text = f"update {self.update + 1}: the loss is not finite ({where}; learning rate {lr:.3g})"
+        if on_nan == "stop":
+            raise Halt(1, f"{text}; nothing was changed by it. --on-nan skip leaves such updates out")
+        if self.accelerator.is_main_process:
+            self.progress.write(f"{text}: left out", file=sys.stderr)
+        self.window = torch.zeros_like(self.window)  # none of its rows count
+
+    def end_update(self, lr: float, rows: int, rows_of_epoch: int) -> None:
+        """`rows`: those of a full update of all ranks."""
+        self.update += 1
+        self.rows = min(self.rows + rows, rows_of_epoch)
+        self.pending.append(({"step": self.update, "epoch": self.epoch + 1, "lr": lr}, self.window))
+        if self.progress.update():  # true where the bar was due to be drawn
+            loss, seconds = self.window[0] / self.window[1], time.perf_counter() - self.began
+            speed = (self.examples - self.examples_before) / seconds
+            self.progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", examples_per_second=f"{speed:.1f}")
+        self.drop_window()
+        if len(self.pending) >= LOG_EVERY:
+            self.flush()
+
+    def drop_window(self) -> None:
+        self.window, self.batches = torch.zeros(2, device=self.accelerator.device), 0
+
+    # ---- many updates ----
+
+    def start_clock(self) -> None:
+        """Count the time from here on to the next `flush` as training's."""
+        self.since = time.perf_counter()
+
+    def flush(self) -> None:
+        """Add up what the ranks saw since the last time, and write it. A collective."""
+        self.seconds += time.perf_counter() - self.since
+        self.start_clock()
+        if not self.pending:
+            return
+        table = self.accelerator.reduce(torch.stack([sums for _, sums in self.pending]), "sum").tolist()  # (n, 2)
+        for (line, _), (total, rows) in zip(self.pending, table, strict=True):
+            self.examples += int(rows)
+            self.losses = (self.losses[0] + total, self.losses[1] + rows)
+            if self.file:
+                loss = total / rows if rows else None  # of an update that was left out
+                self.file.write(json.dumps(line | {"loss": loss, "rows": int(rows)}) + "\n")
+        if self.file:
+            self.file.flush()
+        self.pending = []
+
+    def mean_loss(self) -> float | None:
+        """The mean loss over the epoch's rows, of all ranks."""
+        self.flush()
+        return self.losses[0] / self.losses[1] if self.losses[1] else None
+
+    def end_epoch(self, evaluation: dict[str, Any]) -> None:
+        self.epoch, self.rows, self.losses = self.epoch + 1, 0, (0.0, 0.0)
+        self.evaluations.append(evaluation)
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in evaluation.items() if isinstance(value, float))
+        if self.accelerator.is_main_process:
+            self.progress.write(f"epoch {self.epoch}: {shown}", file=sys.stdout)
+            sys.stdout.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it in plain numbers; call `flush` before."""
+        names = ("run", "update", "examples", "seconds", "first_step_seconds", "epoch", "rows", "losses", "evaluations")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+# ---- Where a run begins ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """From where a run goes on: a checkpoint and what `run_of` said of its run; or from nothing."""
+
+    folder: Path | None = None
+    run: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def rows_per_step(self) -> int | None:
+        """Rows of a step of all ranks when the run began: what --group-by-length makes its groups of."""
+        return self.run["batch_size"] * self.run["world"] if self.run else None
+
+
+def run_of(arguments: Mapping[str, Any], world: int) -> dict[str, Any]:
+    """What makes a run this run, to be saved with it."""
+    return {name: arguments[name] for name in (*IDENTITY, "batch_size", "accumulate")} | {"world": world}
+
+
+def batch_plan(batch_size: int, accumulate: int, world: int, start: Start) -> tuple[int, int]:
+    """(rows of a step of all ranks, batches accumulated) -> with as many rows an update as the run began with.
+
+    Raises UsageError where the ranks cannot share these rows equally.
+    """
+    if not start.run:
+        return batch_size * world, accumulate
+    before = start.run["batch_size"] * start.run["world"] * start.run["accumulate"]
+    if batch_size * world * accumulate == before:
+        return batch_size * world, accumulate
+    part = next((part for part in range(start.run["batch_size"], 0, -1) if before % (part * world) == 0), 0)
+    if not part or (batch_size, accumulate) != (start.run["batch_size"], start.run["accumulate"]):
+        raise UsageError(
+            f"--resume: the run has {before} rows an update, and {world} process(es) x --batch-size {batch_size} x"
+            f" --accumulate {accumulate} are {batch_size * world * accumulate}: choose values that give {before}"
+        )
+    return part * world, before // (part * world)
+
+
+def find_start(args: Any) -> Start:
+    """What --output and --resume ask for: the place to begin, once all is known to be there and writable.
+
+    Raises UsageError, before any long work, where something would be written over, or is not the same run.
+    """
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and args.output is not None
+    output = None if args.output is None else Path(args.output).expanduser()
+    if output is not None:
+        _claim(args.output, output, goes_on=restarted or args.resume is not None)
+    if args.resume is None and not restarted:
+        return Start()
+    folder: Path | None = None
+    passed_over: list[str] = []
+    named = args.resume not in (None, "auto")
+    if output is not None and (restarted or not named):  # what a restarted run has saved is newer than what it was told
+        folder, passed_over = checkpoint.newest(output / "checkpoints")
+    named = named and folder is None
+    if named:
+        folder, passed_over = _named(args.resume)
+    if folder is None:
+        return Start(note="; ".join([*map(_skipped, passed_over), f"no checkpoint in {args.output}: from the start"]))
+    state = checkpoint.read_part(folder, "custom")
+    run = state["run"]
+    for name in IDENTITY:
+        if run[name] != getattr(args, name):
+            flag, was = "--" + name.replace("_", "-"), "not given" if run[name] is None else run[name]
+            raise UsageError(f"{flag} {getattr(args, name)}: the run to resume had {was}; a run goes on as it was")
+    if output is not None and named:
+        there = checkpoint.numbered(output / "checkpoints")
+        later = [path for path in there if checkpoint.number_of(path) > checkpoint.number_of(folder)]
+        if later and not all(checkpoint.check(path) for path in later):
+            raise UsageError(
+                f"--resume {args.resume}: {args.output} holds later ones ({later[0].name}): say auto, or name another"
+                " --output"
+            )
+    resumed = f"resumed after update {state['update']}, from {folder}"
+    return Start(folder, run, "; ".join([*map(_skipped, passed_over), resumed]))
+
+
+def _skipped(reason: str) -> str:
+    return f"passed over {reason}"
+
+
+def _named(resume: str) -> tuple[Path, list[str]]:
+    """The checkpoint that --resume names: its own folder, or the newest in a run's."""
+    path = Path(resume).expanduser()
+    if (path / checkpoint.MANIFEST).exists():
+        if reason := checkpoint.check(path):
+            raise UsageError(f"--resume {resume}: {reason}; name another one, or its parent folder for the newest")
+        folder, passed_over = path, list[str]()
+    else:
+        inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        found, passed_over = checkpoint.newest(inside)
+        if found is None:
+            why = f" ({'; '.join(passed_over)})" if passed_over else ""
+            raise UsageError(f"--resume {resume}: there is no whole checkpoint{why}; name a folder that holds one")
+        folder = found
+    try:
+        checkpoint.read_part(folder, "custom")["run"]
+    except (KeyError, TypeError):
+        raise UsageError(f"--resume {resume}: train.py did not make this checkpoint; name one that it made") from None
+    return folder, passed_over
+
+
+def _claim(name: str, output: Path, goes_on: bool) -> None:
+    """Make sure, before any long work, that the folder can be written and holds nothing that would be written over."""
+    if not name:
+        raise UsageError("--output is empty: name a folder")
+    try:
+        there = [
+            child for child in ("model", "metrics.jsonl", "result.json", "checkpoints") if (output / child).exists()
+        ]
+        if "result.json" in there and goes_on:
+            raise UsageError(
+                f"--output {name}: this run is complete, there is nothing to resume; its result.json says how it ended"
+            )
+        if there and not goes_on:
+            raise UsageError(
+                f"--output {name}: it already holds {', '.join(there)} of an earlier run; name another folder"
+                + (", or go on with --resume auto" if "checkpoints" in there and "result.json" not in there else "")
+            )
+        existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+        tempfile.TemporaryFile(dir=existing).close()  # the folder is made when there is something to put into it
+    except OSError as error:
+        raise UsageError(f"--output {name}: it cannot be written ({error.strerror}); name another folder") from error
+
+
+def stopped(number: int, update: int, saved: str) -> Halt:
+    """The end by a signal. `saved`: the checkpoint's folder, "" if there is none."""
+    how = f"saved {saved}; --resume auto goes on from there" if saved else "nothing was saved"
+    return Halt(128 + number, f"stopped by {signal.Signals(number).name} after update {update}; {how}")

@@ -1,0 +1,617 @@
+"""A checkpoint is whole or is not there; and what accelerate 1.15 does with the same faults.
+
+OMP_NUM_THREADS=1 python -m pytest tests/test_checkpoint.py
+"""
+
+import importlib.util
+import inspect
+import json
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny_bert
+from helpers import run_ranks
+from torch import nn
+from torch.utils.data import DataLoader
+
+from nanofinetune import checkpoint
+from nanofinetune.accelerator import Accelerator, ProjectConfiguration
+from nanofinetune.optim import AdamW
+from nanofinetune.schedule import get_scheduler
+
+needs_accelerate = pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None, reason="accelerate (the extra `test`) is not installed"
+)
+
+
+@pytest.fixture
+def accelerate():
+    """The library, without the state that all its instances share."""
+    module = pytest.importorskip("accelerate", reason="accelerate (the extra `test`) is not installed")
+    module.state.AcceleratorState._reset_state(True)
+    module.state.GradientState._reset_state()
+    yield module
+    module.state.AcceleratorState._reset_state(True)
+    module.state.GradientState._reset_state()
+
+
+def parts(value=1.0):
+    tied = torch.full((3, 2), value)
+    return {
+        "model": {"embedding.weight": tied, "head.weight": tied, "bias": torch.arange(3.0) * value},
+        "scheduler": {"last_epoch": int(value), "_last_lr": [0.1 * value]},
+    }
+
+
+def same(one, other):
+    """Trees of the same containers, types and values, tensors bit for bit."""
+    assert type(one) is type(other) or (isinstance(one, dict) and isinstance(other, dict))  # an OrderedDict
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for first, second in zip(one, other, strict=True):
+            same(first, second)
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    else:
+        assert one == other or (one != one and other != other)
+
+
+# ---- state as tensors and JSON ----
+
+
+def adamw_state():
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+TREES = {
+    "an optimizer": adamw_state(),
+    "a model": tiny_bert().state_dict(),
+    "every dtype": {str(dtype): torch.ones(2, dtype=dtype) for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+        torch.uint8, torch.bool,
+    )},
+    "shapes": [torch.zeros(()), torch.zeros(0), torch.zeros(2, 0, 3), torch.arange(6).reshape(2, 3).t()],
+    "numbers": {"inf": float("inf"), "nan": float("nan"), "small": 5e-324, "large": 2**80, "none": None, "text": "a\n"},
+    "keys that look like ours": {"!tensor": "a", "!dict": [1], 3: (4, (5,)), "dotted.key": {"x": torch.ones(1)}},
+    "generators": {**checkpoint.random_state(), "torch generator": torch.Generator().get_state()},
+    "empty": {"": {}, "list": [], "tuple": ()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_trees_match_torch_save(name, tmp_path):
+    """What comes back is what torch.save and torch.load bring back."""
+    torch.save(TREES[name], tmp_path / "oracle.pt")
+    oracle = torch.load(tmp_path / "oracle.pt", weights_only=True)
+    checkpoint.save(tmp_path / "update-1", {"part": TREES[name]})
+    same(checkpoint.load(tmp_path / "update-1")["part"], oracle)
+    same(checkpoint.read_part(tmp_path / "update-1", "part"), oracle)
+
+
+def test_trees_come_back_as_they_were(tmp_path):
+    """numpy's numbers as Python's; tied tensors tied, stored once; nothing else is taken, and the place is named."""
+    checkpoint.save(tmp_path / "update-1", parts() | {"numpy": {"mean": np.float64(0.5), "n": np.int32(3)}})
+    loaded = checkpoint.load(tmp_path / "update-1")
+    assert loaded["numpy"] == {"mean": 0.5, "n": 3} and type(loaded["numpy"]["mean"]) is float
+    first, second = loaded["model"]["embedding.weight"], loaded["model"]["head.weight"]
+    assert first.data_ptr() == second.data_ptr()
+    from safetensors.torch import load_file
+
+    assert sorted(load_file(tmp_path / "update-1" / "model.safetensors")) == ["bias", "embedding.weight"]
+    with pytest.raises(TypeError, match=r"^hyper\.0\.path is a PosixPath: a checkpoint holds tensors, numbers, text"):
+        checkpoint.pack({"hyper": [{"path": Path("/")}]})
+    with pytest.raises(KeyError):
+        checkpoint.read_part(tmp_path / "update-1", "optimizer")
+
+
+def test_random_states_match_the_generators():
+    state = checkpoint.random_state()
+    drawn = [random.random(), np.random.rand(), torch.rand(1).item()]
+    for rank, equal in ((0, True), (1, False), (1, False)):  # rank 1 was not there
+        checkpoint.set_random_state([checkpoint.unpack(*checkpoint.pack(state))], rank)
+        again = [random.random(), np.random.rand(), torch.rand(1).item()]
+        assert [a == b for a, b in zip(again, drawn, strict=True)] == [equal] * 3
+
+
+# ---- faults ----
+
+
+KILLS = """
+import os, signal, sys
+from pathlib import Path
+import torch
+import safetensors.torch
+from nanofinetune import checkpoint
+
+folder = Path(sys.argv[1])
+EVENTS = {"open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "os.listdir", "os.scandir", "shutil.rmtree"}
+
+def state(update):
+    return {"model": {"w": torch.full((1000,), float(update))}, "schedule": {"update": update}}
+
+def save(update, kill_at):
+    count = 0
+    def operation(name):
+        nonlocal count
+        count += 1
+        if count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def audit(event, args):
+        if event in EVENTS and args and str(folder) in str(args[0]):
+            operation(event)
+    sys.addaudithook(audit)
+    fsync, save_file = os.fsync, safetensors.torch.save_file
+    def counted_fsync(descriptor):
+        operation("before fsync")
+        fsync(descriptor)
+        operation("after fsync")
+    def torn_save_file(tensors, file, metadata):
+        save_file(tensors, file, metadata=metadata)
+        whole = Path(file).read_bytes()
+        Path(file).write_bytes(whole[: len(whole) // 2])
+        operation("half of a file")
+        Path(file).write_bytes(whole)
+    os.fsync, safetensors.torch.save_file = counted_fsync, torn_save_file
+    checkpoint.save(folder / f"update-{update}", state(update), keep=2)
+
+for update in (1, 2):
+    checkpoint.save(folder / f"update-{update}", state(update), keep=2)
+for kill_at in range(1, 1000):
+    update = 2 + kill_at
+    before = checkpoint.newest(folder)[0].name
+    child = os.fork()
+    if child == 0:
+        save(update, kill_at)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    newest, passed_over = checkpoint.newest(folder)
+    assert newest.name in (before, f"update-{update}"), (kill_at, newest)
+    assert checkpoint.load(newest)["schedule"]["update"] == int(newest.name[7:])
+    assert not passed_over, passed_over  # what is half-done has no name that counts
+    checkpoint.save(folder / f"update-{update}", state(update), keep=2)  # what a resumed run does next
+    names = sorted(os.listdir(folder))
+    assert len(names) == 2 and not [name for name in names if name.startswith(".")], names
+    if status == 0:
+        print(kill_at - 1)
+        break
+"""
+
+
+def test_a_kill_at_every_file_operation_loses_nothing(tmp_path):
+    """SIGKILL before each open, write, fsync, rename and remove of a save: the one before or the new one is whole."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, str(tmp_path / "checkpoints")],
+        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 30  # operations, each one killed at
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from nanofinetune import checkpoint
+
+folder, limit = Path(sys.argv[1]), int(sys.argv[2])
+checkpoint.save(folder / "update-1", {"model": {"w": torch.zeros(1000)}}, keep=1)
+if limit:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+said = []
+saver = checkpoint.Saver(said.append)
+try:
+    checkpoint.save(folder / "update-2", {"model": {"w": torch.ones(500_000)}}, keep=1)
+    raise SystemExit("it was written")
+except OSError as error:
+    print(error.strerror)
+saver.save(folder / "update-2", {"model": {"w": torch.ones(500_000)}}, keep=1)
+assert not saver.wait()
+assert len(said) == 1 and "update-2 was not saved" in said[0], said
+assert said[0].endswith("what was saved before is still there"), said
+assert sorted(path.name for path in folder.iterdir()) == ["update-1"], list(folder.iterdir())
+assert checkpoint.load(folder / "update-1")["model"]["w"].sum() == 0
+saver.save(folder / "update-2", {"model": {"w": torch.ones(2000)}}, keep=1)  # and when there is room again
+assert saver.wait()
+assert [path.name for path in folder.iterdir()] == ["update-2"]
+"""
+
+
+@pytest.mark.parametrize("kind", ["file size limit", "small tmpfs"])
+def test_full_disk_keeps_what_was_there(kind, tmp_path):
+    limit = "100000" if kind == "file size limit" else "0"
+    if kind == "small tmpfs":
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(tmp_path)], capture_output=True, check=False
+        )
+        if mounted.returncode:
+            pytest.skip("mounting a small tmpfs needs root, and a machine that lets root mount")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", FULL, str(tmp_path / "checkpoints"), limit],
+            capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    finally:
+        if kind == "small tmpfs":
+            subprocess.run(["umount", str(tmp_path)], check=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == {"file size limit": "File too large", "small tmpfs": "No space left on device"}[kind]
+
+
+def half(file):
+    file.write_bytes(file.read_bytes()[:20])
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "truncated weights": ("model.safetensors", truncate, r"model\.safetensors has \d+ bytes, and its manifest says"),
+    "a flipped bit": ("model.safetensors", flip, r"model\.safetensors has been changed: its hash is not the"),
+    "a flipped bit in JSON": ("scheduler.json", flip, r"scheduler\.json has been changed"),
+    "a missing file": ("scheduler.json", Path.unlink, r"scheduler\.json is missing"),
+    "no manifest": ("manifest.json", Path.unlink, r"it has no manifest\.json: its save was interrupted"),
+    "half a manifest": ("manifest.json", half, r"its manifest\.json is damaged"),
+    "a list for a manifest": ("manifest.json", lambda file: file.write_text("[]"), r"its manifest\.json is damaged"),
+    "another format": ("manifest.json", lambda file: file.write_text('{"format": 2}'), r"its format is 2, and this"),
+    "a foreign file": ("extra.pkl", lambda file: file.write_bytes(b"x"), r"extra\.pkl does not belong to it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found(kind, tmp_path):
+    name, damage, reason = DAMAGE[kind]
+    for update in (8, 9, 10):  # 10 is newer than 9, though not by its text
+        checkpoint.save(tmp_path / f"update-{update}", parts(update))
+    damage(tmp_path / "update-10" / name)
+    found, passed_over = checkpoint.newest(tmp_path)
+    assert found == tmp_path / "update-9"
+    assert len(passed_over) == 1 and re.match(f"update-10: {reason}", passed_over[0])
+    with pytest.raises(ValueError, match=f"update-10 is not a whole checkpoint: {reason}"):
+        checkpoint.load(tmp_path / "update-10")
+    checkpoint.save(tmp_path / "update-10", parts(10), keep=2)  # the run comes by there again
+    assert checkpoint.newest(tmp_path) == (tmp_path / "update-10", [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["update-10", "update-9"]
+
+
+def test_a_damaged_one_does_not_count_among_those_kept(tmp_path):
+    for update in (1, 2, 3):
+        checkpoint.save(tmp_path / f"update-{update}", parts(update))
+    truncate(tmp_path / "update-3" / "model.safetensors")
+    checkpoint.save(tmp_path / "update-4", parts(4), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["update-2", "update-4"]
+
+
+def training(library, folder, **project):
+    """A small training under either library's Accelerator -> it, the model and the loader."""
+    torch.manual_seed(0)
+    configuration = library.utils.ProjectConfiguration if hasattr(library, "utils") else ProjectConfiguration
+    accelerator = library.Accelerator(
+        cpu=True, project_config=configuration(project_dir=str(folder), automatic_checkpoint_naming=True, **project)
+    )
+    model = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    rows: Any = torch.randn(12, 2)
+    data: Any = DataLoader(rows, batch_size=4, shuffle=True)
+    return accelerator, *accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), data)
+
+
+class Ours:
+    Accelerator = Accelerator
+
+
+def test_accelerate_loads_a_flipped_bit_and_stops_at_a_partial_folder(accelerate, tmp_path):
+    for name, library in (("theirs", accelerate), ("ours", Ours)):
+        accelerator, model, *_ = training(library, tmp_path / name)
+        for _ in range(2):
+            with torch.no_grad():
+                accelerator.unwrap_model(model)[0].weight.add_(1.0)
+            accelerator.save_state()
+        newest = tmp_path / name / "checkpoints" / "checkpoint_1"
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        content = bytearray((newest / "model.safetensors").read_bytes())
+        content[-2] ^= 64
+        (newest / "model.safetensors").write_bytes(content)
+        accelerator.load_state()
+        after = model.state_dict()
+        if library is Ours:
+            assert torch.allclose(after["0.weight"], before["0.weight"] - 1.0)  # checkpoint_0's, and whole
+        else:
+            changed = [key for key in before if not torch.equal(after[key], before[key])]
+            assert len(changed) == 1  # in silence
+        for file in newest.iterdir():
+            file.unlink()  # what a kill leaves just after the folder was made
+        if library is Ours:
+            accelerator.load_state()
+        else:
+            with pytest.raises(FileNotFoundError):
+                accelerator.load_state()
+
+
+def test_accelerate_deletes_the_last_checkpoint_first(accelerate, tmp_path, monkeypatch):
+    """The next save dies at its first file: there, with total_limit=1, nothing is left."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_, **__):
+        raise Killed
+
+    import safetensors.torch
+
+    for name, library in (("theirs", accelerate), ("ours", Ours)):
+        accelerator, *_ = training(library, tmp_path / name, total_limit=1)
+        accelerator.save_state()
+        with monkeypatch.context() as patch:
+            patch.setattr(safetensors.torch, "save_file", die)
+            patch.setattr(accelerate.accelerator, "save_accelerator_state", die)
+            with pytest.raises(Killed):
+                accelerator.save_state()
+        left = [path for path in (tmp_path / name / "checkpoints").iterdir() if (path / "model.safetensors").exists()]
+        assert [path.name for path in left] == (["checkpoint_0"] if library is Ours else [])
+
+
+class Malicious:
+    def __init__(self, victim):
+        self.victim = victim
+
+    def __reduce__(self):
+        return (Path.touch, (self.victim,))
+
+
+def test_malicious_pickle_is_refused_where_accelerate_runs_it(accelerate, tmp_path):
+    class Registered:
+        def state_dict(self):
+            return {"epoch": 1}
+
+        def load_state_dict(self, state):
+            pass
+
+    for name, library in (("theirs", accelerate), ("ours", Ours)):
+        victim = tmp_path / f"{name} was here"
+        accelerator, *_ = training(library, tmp_path / name)
+        accelerator.register_for_checkpointing(Registered())
+        accelerator.save_state()
+        folder = tmp_path / name / "checkpoints" / "checkpoint_0"
+        code = pickle.dumps(Malicious(victim))
+        if library is Ours:
+            file = folder / "custom.json"
+            manifest = json.loads((folder / "manifest.json").read_text())
+            for swapped in ("custom.json", "model.safetensors"):  # and a forged manifest, which agrees
+                file = folder / swapped
+                file.write_bytes(code)
+                manifest["files"][swapped] = {"bytes": len(code), "sha256": checkpoint._sha256(file)}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+            with pytest.raises(ValueError):
+                accelerator.load_state(folder)
+            assert not victim.exists()
+        else:
+            (folder / "custom_checkpoint_0.pkl").write_bytes(code)
+            with pytest.raises((RuntimeError, TypeError, AttributeError, pickle.UnpicklingError)) as refused:
+                accelerator.load_state(str(folder))
+            del refused
+    # accelerate 1.15 loads registered objects with weights_only=False: torch.load as it calls it runs the code.
+    torch.save(Malicious(tmp_path / "torch was here"), tmp_path / "custom_checkpoint_0.pkl")
+    torch.load(tmp_path / "custom_checkpoint_0.pkl", weights_only=False)
+    assert (tmp_path / "torch was here").exists()
+    assert 'load(load_location, map_location="cpu", weights_only=False)' in inspect.getsource(
+        accelerate.checkpointing.load_custom_state
+    )
+
+
+# ---- the facade ----
+
+
+def test_state_methods_match_accelerate_signatures(accelerate):
+    for name in ("save_state", "load_state", "save_model", "register_for_checkpointing"):
+        theirs = [
+            p.name
+            for p in inspect.signature(getattr(accelerate.Accelerator, name)).parameters.values()
+            if p.kind != p.VAR_KEYWORD
+        ]
+        ours = list(inspect.signature(getattr(Accelerator, name)).parameters)
+        assert [p for p in theirs if p not in ours] == []
+    fields = accelerate.utils.ProjectConfiguration.__dataclass_fields__
+    assert {name: field.default for name, field in fields.items()} == vars(ProjectConfiguration())
+
+
+def five_and_five(folder, interrupted):
+    """10 updates with dropout and a shuffled loader, in one go or with a new Accelerator after 5 -> the weights."""
+    weights = None
+    for first, last in ((0, 5), (5, 10)) if interrupted else ((0, 10),):
+        torch.manual_seed(first + 3)  # a new process has other random numbers; the first one's count
+        accelerator = Accelerator(cpu=True, project_dir=folder)
+        model = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        optimizer = AdamW(model.parameters(), lr=0.05)
+        scheduler = get_scheduler("linear", optimizer, 2, 40)
+        generator = torch.Generator().manual_seed(11)
+        rows: Any = torch.randn(12, 2, generator=generator)
+        data: Any = DataLoader(rows, batch_size=2, shuffle=True, generator=generator)
+        model, optimizer, data, scheduler = accelerator.prepare(model, optimizer, data, scheduler)
+        batches, done = iter(()), first
+        if first:
+            accelerator.load_state(os.path.join(folder, "five"))
+            state = checkpoint.read_part(Path(folder, "five"), "loader")
+            batches = iter(accelerator.skip_first_batches(data, state["rows"] // data.total_batch_size))
+        while done < last:
+            batch = next(batches, None)
+            if batch is None:
+                batches = iter(data)
+                continue
+            accelerator.backward(model(batch).pow(2).mean())
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            done += 1
+            if done == 5 and interrupted:
+                accelerator.save_state(os.path.join(folder, "five"))
+        weights = [p.detach().clone() for p in accelerator.unwrap_model(model).parameters()]
+        batches = iter(())
+        accelerator.end_training()
+    return weights
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_loaded_state_continues_bit_for_bit(world, tmp_path):
+    """Through the facade: model, AdamW, schedule, the loader's epoch, each rank's random numbers."""
+    whole = run_ranks(five_and_five, world, str(tmp_path), False)
+    parts_of = run_ranks(five_and_five, world, str(tmp_path), True)
+    for rank in range(world):
+        assert all(torch.equal(a, b) for a, b in zip(whole[rank], parts_of[rank], strict=True))
+
+
+def test_accelerate_resumes_in_another_order(accelerate, tmp_path):
+    """Saved in epoch 2 and loaded into a new Accelerator: there, an ordinary data set begins with epoch 0's order."""
+    orders = {}
+    for name, library in (("theirs", accelerate), ("ours", Ours)):
+        seen = []
+        for new in (False, True):
+            if library is not Ours:
+                accelerate.state.AcceleratorState._reset_state(True)
+                settings = {
+                    "dataloader_config": accelerate.utils.DataLoaderConfiguration(
+                        use_seedable_sampler=True, data_seed=1
+                    )
+                }
+            else:
+                settings = {}
+            accelerator = library.Accelerator(cpu=True, **settings)
+            generator = torch.Generator().manual_seed(1)
+            twelve: Any = torch.arange(12)
+            loader = accelerator.prepare(DataLoader(twelve, batch_size=4, shuffle=True, generator=generator))
+            if new:
+                accelerator.load_state(str(tmp_path / name))
+            else:
+                for _ in range(2):
+                    list(loader)
+                accelerator.save_state(str(tmp_path / name))
+            seen.append(torch.cat(list(loader)).tolist())
+        orders[name] = seen
+    assert orders["ours"][0] == orders["ours"][1]
+    assert orders["theirs"][0] != orders["theirs"][1]
+
+
+def test_numbers_go_on_after_load_where_accelerate_begins_again(accelerate, tmp_path):
+    for name, library in (("theirs", accelerate), ("ours", Ours)):
+        accelerator, *_ = training(library, tmp_path / name)
+        for _ in range(2):
+            accelerator.save_state()
+        if library is not Ours:
+            accelerate.state.AcceleratorState._reset_state(True)
+        accelerator, *_ = training(library, tmp_path / name)
+        accelerator.load_state()
+        if library is Ours:
+            assert accelerator.save_state().endswith("checkpoint_2")
+        else:
+            with pytest.raises(ValueError, match="already exists"):
+                accelerator.save_state()
+
+
+def test_save_state_says_what_is_wrong(tmp_path):
+    accelerator, model, *_ = training(Ours, tmp_path)
+    accelerator.project_configuration.automatic_checkpoint_naming = False
+    with pytest.raises(ValueError, match="name an output_dir, or choose automatic_checkpoint_naming"):
+        accelerator.save_state()
+    with pytest.raises(NotImplementedError, match="safe_serialization=False"):
+        accelerator.save_state(tmp_path / "a", safe_serialization=False)
+    with pytest.raises(ValueError, match="object lacks one of state_dict and load_state_dict"):
+        accelerator.register_for_checkpointing(object())
+    with pytest.raises(ValueError, match="there is no whole checkpoint in"):
+        accelerator.load_state()
+    accelerator.save_state(tmp_path / "a")
+    with pytest.raises(ValueError, match="is there already"):
+        accelerator.save_state(tmp_path / "a")
+    accelerator.prepare(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="differ in model_1"):
+        accelerator.load_state(tmp_path / "a")
+    accelerator.save_model(model, tmp_path / "weights")
+    from safetensors.torch import load_file
+
+    assert sorted(load_file(tmp_path / "weights" / "model.safetensors")) == sorted(model.state_dict())
+
+
+def test_background_save_holds_the_state_of_its_moment(tmp_path, monkeypatch):
+    """The write is held up until training has gone on."""
+    go_on = threading.Event()
+    write = checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *args: go_on.wait(30) and write(*args))
+    accelerator, model, *_ = training(Ours, tmp_path)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    folder = accelerator.save_state(background=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert not os.path.exists(folder)
+    go_on.set()
+    accelerator.end_training()  # waits
+    saved = checkpoint.load(Path(folder))["model"]
+    assert all(torch.equal(saved[key], before[key]) for key in before)
+
+
+def test_the_order_of_a_save(tmp_path, monkeypatch):
+    """Files, their syncs, the manifest, the folder, the rename, its folder; only then older ones go."""
+    calls: list[str] = []
+    sync, rename, rmtree = checkpoint._sync, os.rename, checkpoint.shutil.rmtree
+
+    def noting(word, function):
+        def noted(*paths, **options):
+            calls.append(" ".join([word, *(path.name for path in paths)]))
+            return function(*paths, **options)
+
+        return noted
+
+    monkeypatch.setattr(checkpoint, "_sync", noting("sync", sync))
+    monkeypatch.setattr(os, "rename", noting("rename", rename))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", noting("remove", rmtree))
+    checkpoint.save(tmp_path / "update-1", parts(1), keep=1)
+    calls.clear()
+    checkpoint.save(tmp_path / "update-2", parts(2), keep=1)
+    assert (
+        calls
+        == textwrap.dedent(f"""\
+        sync model.safetensors
+        sync scheduler.json
+        sync manifest.json
+        sync .saving-update-2
+        rename .saving-update-2 update-2
+        sync {tmp_path.name}
+        rename update-1 .leaving-update-1
+        remove .leaving-update-1""").splitlines()
+    )
+
+
+def test_keep_touches_only_its_own(tmp_path):
+    """Folders of another name beside it, with a number at the end too, are nobody's old checkpoints."""
+    for name in ("v1", "fold3", "update-x-1"):
+        (tmp_path / name).mkdir()
+    for update in (1, 2, 3):
+        checkpoint.save(tmp_path / f"update-{update}", parts(update), keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fold3", "update-3", "update-x-1", "v1"]
+    accelerator, *_ = training(Ours, tmp_path / "run", total_limit=0)
+    with pytest.raises(ValueError, match=r"keep .or total_limit. is 0: it must be 1 or more"):
+        accelerator.save_state()

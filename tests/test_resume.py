@@ -1,0 +1,357 @@
+"""A run that is stopped and goes on is the run that was not stopped: weights bit for bit, and each row once.
+
+Most runs call train.py's `main` in this process, or in forked ranks, with a tiny model; a signal is sent by the process
+to itself after an update of our choice. The last tests kill real processes under torchrun.
+
+    OMP_NUM_THREADS=1 python -m pytest tests/test_resume.py
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, load_script, save_tiny_model
+from helpers import run_ranks, run_torchrun
+from safetensors.torch import load_file
+
+train = load_script(ROOT / "train.py")
+
+
+def call(*arguments, stop_after=None, seen=None, forward=None):
+    """train.py's main with arguments -> its exit code.
+
+    `stop_after`: this process gets SIGTERM after that update. `seen`: gets (epoch, update, rows) of each batch of this
+    rank. `forward`: called with each training batch before the model is.
+    """
+    verdict = train.Mishap.verdict
+    patch = pytest.MonkeyPatch()
+
+    def see(mishap, finite, batch):
+        log, loader = current["log"], current["loader"]
+        if seen is not None:
+            seen.append((log.epoch, log.update, loader.sample_ids(log.batches)))
+        if log.update + 1 == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return verdict(mishap, finite, batch)
+
+    current: dict[str, Any] = {}
+
+    class Log(train.Log):  # type: ignore[name-defined]
+        def __init__(self, *args):
+            super().__init__(*args)
+            current["log"] = self
+
+    skip = train.skip_first_batches
+
+    def skip_and_keep(loader, number):
+        current["loader"] = skip(loader, number)
+        return current["loader"]
+
+    patch.setattr(train, "Log", Log)
+    patch.setattr(train, "skip_first_batches", skip_and_keep)
+    patch.setattr(train.Mishap, "verdict", see)
+    patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    if forward is not None:
+        from transformers import BertForSequenceClassification as Bert
+
+        original = Bert.forward
+
+        def patched(model, *args, **kwargs):
+            return forward(original, model, current.get("log"), *args, **kwargs)
+
+        patch.setattr(Bert, "forward", patched)
+    try:
+        return train.run("train.py", train.main)
+    finally:
+        patch.undo()
+
+
+def weights(output):
+    return load_file(output / "model" / "model.safetensors")
+
+
+def losses(output):
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_run(one, other):
+    """Two output folders hold the same run, bit for bit."""
+    assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+    first, second = weights(one), weights(other)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    results = [json.loads((output / "result.json").read_text()) for output in (one, other)]
+    assert results[0]["evaluations"] == results[1]["evaluations"]
+
+
+@pytest.fixture
+def still_model(tmp_path, tiny_tokenizer_dir):
+    """Without dropout, whose masks depend on the number of ranks."""
+    return save_tiny_model(tmp_path / "still", tiny_tokenizer_dir, dropout=0.0)
+
+
+CASES = {
+    "plain": [],
+    "accumulate, clip, warm-up": ["--accumulate", "3", "--clip-norm", "0.5", "--warmup-steps", "4"],
+    "grouped by length": ["--group-by-length"],
+    "bf16": ["--precision", "bf16"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_matches_the_uninterrupted_run(case, tiny_model, pairs, tmp_path):
+    """Dropout on. Stopped in the first epoch, at the end of an epoch, in the last: three times in one run."""
+    arguments = ["--model", tiny_model, "--data", pairs, "--lr", "1e-3", *CASES[case]]
+    assert call(*arguments, "--output", tmp_path / "whole") == 0
+    updates = len(losses(tmp_path / "whole"))
+    parts = [*arguments, "--output", tmp_path / "parts", "--resume", "auto"]
+    for update in (2, updates // 3, updates - 1):
+        assert call(*parts, stop_after=update) == 143
+        assert (tmp_path / "parts" / "checkpoints" / f"update-{update:08d}").is_dir()
+    assert call(*parts) == 0
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_signal_saves_and_resume_continues(tiny_model, pairs, tmp_path, capfd):
+    """One plain line on stderr; the last update too can be the one after which a run is stopped."""
+    arguments = ["--model", tiny_model, "--data", pairs, "--max-steps", "5"]
+    assert call(*arguments, "--output", tmp_path / "whole") == 0
+    parts = [*arguments, "--output", tmp_path / "parts"]
+    assert call(*parts, stop_after=5) == 143
+    folder = tmp_path / "parts" / "checkpoints" / "update-00000005"
+    assert (
+        f"train.py: stopped by SIGTERM after update 5; saved {folder}; --resume auto goes on from there"
+        in capfd.readouterr().err
+    )
+    assert call(*parts, "--resume", "auto") == 0
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    assert call("--model", tiny_model, "--data", pairs, stop_after=2) == 143
+    assert "stopped by SIGTERM after update 2; nothing was saved" in capfd.readouterr().err
+
+
+def test_damaged_newest_is_passed_over_with_the_reason(tiny_model, pairs, tmp_path, capfd):
+    arguments = ["--model", tiny_model, "--data", pairs, "--lr", "1e-3", "--save-every", "2"]
+    assert call(*arguments, "--output", tmp_path / "whole") == 0
+    parts = [*arguments, "--output", tmp_path / "parts"]
+    assert call(*parts, stop_after=8) == 143
+    file = tmp_path / "parts" / "checkpoints" / "update-00000008" / "model.safetensors"
+    bytes_of = bytearray(file.read_bytes())
+    bytes_of[-1] ^= 1
+    file.write_bytes(bytes_of)
+    capfd.readouterr()
+    assert call(*parts, "--resume", "auto") == 0
+    shown = capfd.readouterr().out
+    assert "note: passed over update-00000008: model.safetensors has been changed" in shown
+    assert "resumed after update 6" in shown
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    kept = sorted(path.name for path in (tmp_path / "parts" / "checkpoints").iterdir())
+    assert kept == ["update-00000022", "update-00000024"]  # --keep 2
+
+
+MISTAKES = {
+    "another seed": (["--seed", "7"], "--seed 7: the run to resume had 42; a run goes on as it was"),
+    "another learning rate": (["--lr", "1e-4"], "--lr 0.0001: the run to resume had 0.001; a run goes on as it was"),
+    "another length": (["--epochs", "5"], "--epochs 5: the run to resume had 3; a run goes on as it was"),
+    "another batch": (
+        ["--batch-size", "4"],
+        "--resume: the run has 8 rows an update, and 1 process(es) x --batch-size 4 x --accumulate 1 are 4: choose"
+        " values that give 8",
+    ),
+}
+
+
+def test_resume_refuses_another_run(tiny_model, pairs, tmp_path, capfd):
+    output = tmp_path / "out"
+    arguments = ["--model", tiny_model, "--data", pairs, "--lr", "1e-3", "--output", output]
+    assert call(*arguments, stop_after=3) == 143
+    before = sorted(str(path) for path in output.rglob("*"))
+    for options, line in MISTAKES.values():
+        capfd.readouterr()
+        assert call(*arguments, "--resume", "auto", *options) == 2
+        assert capfd.readouterr().err.splitlines() == [f"train.py: {line}"]
+    assert call(*arguments) == 2  # without --resume nothing is written over
+    assert "it already holds metrics.jsonl, checkpoints of an earlier run" in capfd.readouterr().err
+    for wrong in (tmp_path / "nowhere", tmp_path):
+        assert call(*arguments, "--resume", wrong) == 2
+        assert "there is no whole checkpoint; name a folder that holds one" in capfd.readouterr().err
+    assert sorted(str(path) for path in output.rglob("*")) == before
+    assert call(*arguments, "--resume", "auto", "--batch-size", "4", "--accumulate", "2") == 0  # 8 rows an update
+    assert call(*arguments, "--resume", "auto") == 2
+    assert "this run is complete" in capfd.readouterr().err
+
+
+def test_resume_from_a_named_checkpoint_into_another_folder(tiny_model, pairs, tmp_path, capfd, monkeypatch):
+    arguments = ["--model", tiny_model, "--data", pairs, "--save-every", "3", "--keep", "9"]
+    assert call(*arguments, "--output", tmp_path / "whole") == 0
+    third = tmp_path / "whole" / "checkpoints" / "update-00000003"
+    assert call(*arguments, "--resume", third, "--output", tmp_path / "branch") == 0
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "branch")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert losses(tmp_path / "branch") == losses(tmp_path / "whole")[3:]
+    (tmp_path / "whole" / "result.json").unlink()
+    assert call(*arguments, "--resume", third, "--output", tmp_path / "whole") == 2
+    assert "holds later ones (update-00000024): say auto, or name another --output" in capfd.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the same command, started again by torchrun
+    assert call(*arguments, "--resume", third, "--output", tmp_path / "whole") == 0
+    assert "resumed after update 24" in capfd.readouterr().out
+
+
+def on_ranks(arguments, stop_after):
+    """One rank's (exit code, [(epoch, update, rows)])."""
+    seen: list[tuple[int, int, list[int]]] = []
+    return call(*arguments, stop_after=stop_after, seen=seen), seen
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["random", "grouped"])
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (4, 3)])
+def test_ranks_may_change_between_runs(before, after, grouped, still_model, pairs, tmp_path):
+    """Stopped in the second epoch: each row once an epoch, and the loss curve of the uninterrupted run."""
+    batch = {1: 12, 2: 6, 4: 3}[before]  # 12 rows an update
+    arguments = ["--model", still_model, "--data", pairs, "--lr", "1e-3", "--batch-size", batch, "--epochs", "2"]
+    arguments += ["--group-by-length"] if grouped else []
+    arguments += ["--output", str(tmp_path / "parts")]
+    whole = [*arguments[:-1], str(tmp_path / "whole")]
+    assert all(code == 0 for code, _ in run_ranks(on_ranks, before, whole, None, timeout=240))
+    stopped = run_ranks(on_ranks, before, arguments, 9, timeout=240)
+    assert [code for code, _ in stopped] == [143] * before
+    resumed = run_ranks(on_ranks, after, [*arguments, "--resume", "auto"], None, timeout=240)
+    assert [code for code, _ in resumed] == [0] * after
+    for epoch in range(2):
+        used = [row for _, seen in (*stopped, *resumed) for at, _, rows in seen if at == epoch for row in rows]
+        assert sorted(used) == list(range(61))
+    assert torch.tensor(losses(tmp_path / "parts")).allclose(
+        torch.tensor(losses(tmp_path / "whole")), rtol=0, atol=1e-5
+    )
+
+
+def nan_once(original, model, log, *args, **kwargs):
+    output = original(model, *args, **kwargs)
+    if model.training and log.update == 2:
+        output.loss = output.loss * float("nan")
+    return output
+
+
+def test_nonfinite_loss_is_named(tiny_model, pairs, tmp_path, capfd):
+    """By update, rows and learning rate; nothing of it reaches the weights."""
+    arguments = ["--model", tiny_model, "--data", pairs, "--max-steps", "5", "--output", tmp_path / "out"]
+    seen: list[tuple[int, int, list[int]]] = []
+    assert call(*arguments, forward=nan_once, seen=seen) == 1
+    _, _, rows = seen[-1]
+    line = (
+        f"train.py: update 3: the loss is not finite (rank 0: rows {', '.join(map(str, rows))} of the training split;"
+        " learning rate 3e-05); nothing was changed by it. --on-nan skip leaves such updates out"
+    )
+    assert capfd.readouterr().err.splitlines()[-1] == line
+    arguments[-1] = tmp_path / "skipped"
+    assert call(*arguments, "--on-nan", "skip", forward=nan_once) == 0
+    assert [loss is None for loss in losses(tmp_path / "skipped")] == [False, False, True, False, False]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "skipped").values())
+
+
+def broken(original, model, log, *args, **kwargs):
+    if model.training and log.update == 2:
+        raise ZeroDivisionError("division by zero")
+    return original(model, *args, **kwargs)
+
+
+def test_an_exception_carries_the_rows_of_its_batch(tiny_model, pairs):
+    """At the end of the traceback, which launch.sh shows last: what to look at first."""
+    whole: list[tuple[int, int, list[int]]] = []
+    assert call("--model", tiny_model, "--data", pairs, "--max-steps", 3, seen=whole) == 0
+    with pytest.raises(ZeroDivisionError) as raised:
+        call("--model", tiny_model, "--data", pairs, "--max-steps", 3, forward=broken)
+    rows = ", ".join(map(str, whole[2][2]))
+    assert raised.value.__notes__ == [f"rank 0, update 3: rows {rows} of the training split"]
+
+
+def too_large(original, model, log, *args, **kwargs):
+    """Rank 1 has memory for two rows."""
+    if model.training and len(kwargs["labels"]) > 2 and os.environ.get("RANK", "1") == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return original(model, *args, **kwargs)
+
+
+def without_memory(arguments, forward=None):
+    return call(*arguments, forward=forward)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_out_of_memory_on_one_rank_halves_on_all(world, still_model, pairs, tmp_path):
+    """From 8 rows to 2: twice a note, as many rows an update, the losses of the run that had memory."""
+    arguments = ["--model", still_model, "--data", pairs, "--lr", "1e-3", "--epochs", "2"]
+    whole, small = ([*arguments, "--output", str(tmp_path / name)] for name in ("whole", "small"))
+    assert run_ranks(without_memory, world, whole, timeout=240) == [0] * world
+    assert run_ranks(without_memory, world, small, too_large, timeout=240) == [0] * world
+    rows = [json.loads(line)["rows"] for line in (tmp_path / "small" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [
+        json.loads(line)["rows"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert torch.tensor(losses(tmp_path / "small")).allclose(
+        torch.tensor(losses(tmp_path / "whole")), rtol=0, atol=1e-5
+    )
+
+
+KILLER = """
+import os, signal, sys
+sys.argv = ["train.py", *sys.argv[1:]]
+sys.path.insert(0, {root!r})
+import train
+verdict = train.Mishap.verdict
+def killed(mishap, finite, batch):
+    once = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1"
+    if once and mishap.accelerator._schedulers[0].scheduler.last_epoch == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return verdict(mishap, finite, batch)
+train.Mishap.verdict = killed
+sys.exit(train.run("train.py", train.main))
+"""
+
+
+def test_a_killed_rank_restarts_the_group_which_resumes(tiny_model, pairs, tmp_path):
+    """torchrun --max-restarts: without a word more the group goes on from the newest checkpoint, bit for bit."""
+    script = tmp_path / "killer.py"
+    script.write_text(KILLER.format(root=str(ROOT)))
+    arguments = ["--model", tiny_model, "--data", pairs, "--lr", "1e-3", "--save-every", "3"]
+    whole = [*arguments, "--output", str(tmp_path / "whole")]
+    assert run_torchrun([ROOT / "train.py", *whole], 2).returncode == 0
+    parts = [*arguments, "--output", str(tmp_path / "parts")]
+    done = run_torchrun(["--max-restarts=2", script, *parts], 2, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "note: resumed after update 6" in done.stdout
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_worker_whose_launcher_died_ends(tiny_model, pairs, tmp_path):
+    import subprocess
+    import time
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    command += ["--model", tiny_model, "--data", pairs, "--epochs", "100000", "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as launcher:
+        assert launcher.stdout is not None
+        for line in launcher.stdout:
+            if line.startswith("epoch 1"):
+                break
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
+        workers = [int(pid) for pid in children.split()]
+        assert len(workers) == 2
+        launcher.kill()
+    deadline = time.monotonic() + 60
+    while any(_runs(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not [pid for pid in workers if _runs(pid)]
+
+
+def _runs(pid):
+    """Whether a process lives; who waits for its exit code, where its parent is gone, is not our matter."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
