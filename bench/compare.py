@@ -1,0 +1,194 @@
+"""Step through one run on both sides and show the first step and tensor that differ.
+
+    python bench/compare.py                                    20 steps on the packaged checkpoint and stdlib-pairs
+    python bench/compare.py --data ./mrpc --steps 100 --adamw loop
+    python bench/compare.py --precision bf16 --tolerance 1e-2
+
+Both sides are the loops that bench/throughput.py times: transformers' collator and schedule, torch's AdamW and
+Accelerate on one side, this package on the other, in one process, with the same initial weights, rows and dropout
+seeds. After each part of a step what it made is compared: batch, loss, gradient, learning rate, weight. Parts are
+compared in the order in which they are computed, so the first that differs names the piece that is wrong. With
+`--adamw loop` or `foreach` everything has to be equal bit for bit; AdamW's fused kernel rounds otherwise than torch's
+default loop, so there the tolerance is 1e-6 of the largest number of that part, times the steps that went before.
+
+The last line of stdout is one JSON object. The exit code is 1 where the sides differ.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pieces import BATCH, LR, SEED, Job, model_of, shuffled
+
+from nanofinetune.accelerator import Accelerator
+from nanofinetune.cli import Parser, number, run
+from nanofinetune.collate import DataCollatorWithPadding
+from nanofinetune.errors import UsageError
+from nanofinetune.optim import AdamW
+from nanofinetune.sampler import mix
+from nanofinetune.schedule import get_scheduler
+
+# What a part of a step is made by, for the one who looks for the mistake.
+MADE_BY = {
+    "weight at the start": "load_model (nanofinetune/pretrained.py)",
+    "batch": "TokenStore (nanofinetune/data.py), the collator (nanofinetune/collate.py) or the loader (loader.py)",
+    "loss": "the forward pass: dropout's seed, autocast (nanofinetune/accelerator.py)",
+    "gradient": "Accelerator.backward (nanofinetune/accelerator.py), or zero_grad before it",
+    "learning rate": "the schedule (nanofinetune/schedule.py) or who ticks it (AcceleratedScheduler)",
+    "weight": "AdamW (nanofinetune/optim.py)",
+}
+Part = tuple[str, Mapping[str, Tensor]]  # a key of MADE_BY, and the tensors by name
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first tensor that is not the same on both sides."""
+
+    step: int  # from 1; 0: before the first one
+    part: str
+    tensor: str
+    how: str
+
+    def __str__(self) -> str:
+        where = f"step {self.step}: " if self.step else ""
+        return f"{where}{self.part} {self.tensor}: {self.how}; made by {MADE_BY[self.part]}"
+
+
+def library_parts(job: Job, precision: str, adamw: str) -> Iterator[Part]:
+    """The course's loop with the libraries, stopped after each part of a step."""
+    import accelerate
+    import transformers
+
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
+    data = job.course_data()["train"]
+    collator = transformers.DataCollatorWithPadding(job.tokenizer())
+    batches = BatchSampler(shuffled(len(data)), BATCH, drop_last=False)
+    loader = DataLoader(data, batch_sampler=batches, collate_fn=collator)
+    model = job.classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, **FORMS[adamw])  # type: ignore[arg-type]
+    schedule = transformers.get_scheduler(
+        "linear", optimizer, num_warmup_steps=WARM_UP, num_training_steps=3 * len(loader)
+    )
+    yield from parts(accelerator, model, optimizer, loader, schedule)
+
+
+def our_parts(job: Job, precision: str, adamw: str) -> Iterator[Part]:
+    """The same loop with this package."""
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    data = job.our_data()["train"]
+    batches = BatchSampler(shuffled(len(data)), BATCH, drop_last=False)
+    loader = DataLoader(data, batch_sampler=batches, collate_fn=DataCollatorWithPadding(job.tokenizer()))
+    model = job.classifier()
+    optimizer = AdamW(model.parameters(), lr=LR, **OUR_FORMS[adamw])  # type: ignore[arg-type]
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=WARM_UP, num_training_steps=3 * len(loader))
+    yield from parts(accelerator, model, optimizer, loader, schedule)
+
+
+WARM_UP = 3  # updates, so that the rate changes in both directions within a few steps
+FORMS: dict[str, dict[str, bool]] = {"default": {}, "loop": {"foreach": False}, "foreach": {"foreach": True}}
+OUR_FORMS: dict[str, dict[str, bool]] = {**FORMS, "loop": {"foreach": False, "fused": False}}
+
+
+def parts(accelerator: Any, model: Any, optimizer: Any, loader: Any, schedule: Any) -> Iterator[Part]:
+    """The loop itself, one text for both sides: whatever differs is in what it was given."""
+    yield "weight at the start", dict(model.named_parameters())
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    model.train()
+    for step, batch in enumerate(loader):
+        yield "batch", batch
+        torch.manual_seed(mix(SEED, step, 0))
+        loss = model(**batch).loss
+        yield "loss", {"": loss.detach()}
+        accelerator.backward(loss)
+        yield "gradient", {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        yield "learning rate", {f"of group {i}": rate(group["lr"]) for i, group in enumerate(optimizer.param_groups)}
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield "weight", {name: p.detach() for name, p in model.named_parameters()}
+
+
+def rate(lr: float) -> Tensor:
+    return torch.tensor(lr, dtype=torch.float64)
+
+
+PARTS_A_STEP = len(MADE_BY) - 1
+
+
+def first_difference(library: Iterator[Part], ours: Iterator[Part], steps: int, tolerance: float) -> Difference | None:
+    """Walk both sides part by part -> the first tensor that differs; None after `steps` steps without one."""
+    count = 1 + steps * PARTS_A_STEP
+    compared = 0
+    for i, ((part, theirs), (_, own)) in enumerate(zip(islice(library, count), islice(ours, count), strict=True)):
+        step = (i + PARTS_A_STEP - 1) // PARTS_A_STEP
+        allowed = 0.0 if part in ("weight at the start", "batch", "learning rate") else tolerance * max(0, step - 1)
+        if part == "weight":
+            allowed = tolerance * step  # the update itself may round otherwise, from the first one on
+        if list(theirs) != list(own) and set(theirs) != set(own):
+            odd = sorted(set(theirs) ^ set(own))
+            return Difference(step, part, odd[0], f"only {'the library has' if odd[0] in theirs else 'we have'} it")
+        if allowed:  # of the largest number of all: a key's bias has a gradient of nothing but rounding
+            allowed *= max(float(tensor.abs().max()) for tensor in theirs.values())
+        for name in theirs:
+            if how := differ(theirs[name], own[name], allowed):
+                return Difference(step, part, name, how)
+        compared += 1
+    if compared < count:
+        raise UsageError(f"--steps {steps}: an epoch has only {(compared - 1) // PARTS_A_STEP} steps; choose fewer")
+    return None
+
+
+def differ(theirs: Tensor, own: Tensor, allowed: float) -> str:
+    """How two tensors differ, in words; "" where they lie no further apart than `allowed`."""
+    if theirs.shape != own.shape or theirs.dtype != own.dtype:
+        return f"{tuple(theirs.shape)} {theirs.dtype} with the library and {tuple(own.shape)} {own.dtype} with us"
+    if torch.equal(theirs, own):
+        return ""
+    a, b = theirs.double(), own.double()
+    distance = (a - b).abs()
+    worst = int(distance.nan_to_num(nan=torch.inf).argmax())
+    if distance.flatten()[worst] <= allowed:  # NaN is never allowed
+        return ""
+    index = [int(i) for i in torch.unravel_index(torch.tensor(worst), theirs.shape)]
+    values = f"{a.flatten()[worst]:.9g} with the library and {b.flatten()[worst]:.9g} with us"
+    return f"{values} at {index}" if index else values
+
+
+def main() -> None:
+    parser = Parser(prog="compare.py", description=__doc__)
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="a folder or a name on the Hub (default: the packaged checkpoint)")
+    add("--data", metavar="DIR", default="stdlib-pairs", help="what train.py takes (default stdlib-pairs)")
+    add("--steps", metavar="N", type=number(int, 1), default=20, help="updates (default 20)")
+    add("--precision", choices=("no", "bf16"), default="no", help="no is fp32 (default no)")
+    add("--adamw", choices=tuple(FORMS), default="default", help="the form on both sides (default: each one's own)")
+    add("--tolerance", metavar="PART", type=number(float, 0), help="of the largest number of a part (see above)")
+    args = parser.parse_args()
+    model = model_of(args.model)
+    tolerance = args.tolerance if args.tolerance is not None else 1e-6 if args.adamw == "default" else 0.0
+    job = Job(model, args.data)
+    job.check()
+    library, ours = (side(job, args.precision, args.adamw) for side in (library_parts, our_parts))
+    found = first_difference(library, ours, args.steps, tolerance)
+    how = "bit for bit" if tolerance == 0 else f"to {tolerance:g} of the largest number of a part, for each step"
+    print(str(found) if found else f"{args.steps} steps: batches, losses, gradients, rates and weights agree, {how}")
+    print(json.dumps({"steps": args.steps, "tolerance": tolerance, "difference": vars(found) if found else None}))
+    sys.stdout.flush()
+    if found:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(run("compare.py", main))

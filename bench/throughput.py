@@ -1,0 +1,479 @@
+"""The course's job through Accelerate (bench/peer.py) and through train.py, in turns, each turn a fresh process.
+
+    python bench/throughput.py                            every setup, on the packaged checkpoint and stdlib-pairs
+    python bench/throughput.py fp32 bf16 --data ./mrpc --record speed
+    python bench/throughput.py best --pairs 9 --steps 100
+
+Before a setup of equal work is timed, both sides run a few steps with the same initial weights, batches and dropout
+seeds, and their losses have to agree; otherwise nothing is timed, the difference is named and the exit code is 1. Then
+they take turns. A pair's ratio is Accelerate's time over ours, so that above 1 is ours ahead; of memory and of the time
+to the first step it is ours over Accelerate's, so that below 1 is. Shown are the median of the ratios, and the lowest
+and the highest. One run of both sides gives all figures of a setup: time per 1,000 tokens that are no padding,
+evaluation, time from the command to the end of the first step, and the peak memory of the process tree.
+
+The last line of stdout is one JSON object. `--record NAME` writes bench/records/DATE_DEVICE_NAME.json, .md and .png;
+setups that are in today's record already and not measured again stay in it, each with its own pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pieces import NotEqual, machine, model_of
+from readme import machine_text, measured, reached
+
+from nanofinetune.cli import Parser, number, run
+from nanofinetune.device import peak_rss_mb
+from nanofinetune.errors import UsageError
+from nanofinetune.pretrained import packaged_model
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = 42
+GATE_STEPS = 5  # whose losses both sides must agree on
+WARM_UP = 4  # steps of a run that do not count for the time of a step
+SIDES = {"library": ROOT / "bench" / "peer.py", "ours": ROOT / "bench" / "ours.py"}
+# How far the losses of equal work may lie apart. In fp32 the two AdamW forms round differently, and train.py decays no
+# bias and no LayerNorm; in bf16 such a difference in the seventh digit of a weight may turn over its third.
+TOLERANCE = {"no": 2e-5, "bf16": 5e-3}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What both sides are asked to do."""
+
+    name: str
+    what: str
+    precision: str = "no"
+    nproc: int = 1
+    batch: int = 8
+    steps: int = 40
+    same_work: bool = True
+    library: tuple[str, ...] = ()  # options of bench/peer.py
+    ours: tuple[str, ...] = ()  # options of train.py
+    targets: tuple[tuple[str, str], ...] = ()  # measure -> aim
+    length: int = 0  # tokens of every row of made-up data; 0: the data as they are
+    size: str = ""  # of a model with random weights; "": the model as it is
+
+
+# measure -> (what, unit)
+MEASURES = {
+    "step": ("1,000 tokens of training", "ms"),
+    "evaluation": ("evaluation", "s"),
+    "first step": ("command to first step", "s"),
+    "memory": ("peak memory, process tree", "MiB"),
+}
+OURS_OVER_THEIRS = ("first step", "memory")  # whose ratio is ours over the library's
+SIZES = {"2 x 128": (2, 128), "6 x 384": (6, 384), "12 x 768": (12, 768)}  # layers x width
+
+
+def setups(nproc: Sequence[int], precisions: Sequence[str], steps: int) -> dict[str, Setup]:
+    """All that can be measured, by name."""
+    equal = "the same work"
+    found: list[Setup] = []
+    whole = (("evaluation", ">= 1.5"), ("first step", "<= 0.7"), ("memory", "<= 0.95"))
+    if "no" in precisions and 1 in nproc:
+        found.append(Setup("fp32", f"{equal}, fp32", targets=(("step", ">= 1.25"), *whole)))
+    if "bf16" in precisions and 1 in nproc:
+        found.append(Setup("bf16", f"{equal}, bf16", "bf16", targets=(("step", ">= 1.35"),)))
+        best = Setup(
+            "best", "best against best", "bf16", same_work=False, library=("--fused", "--eval-batch-size", "64"),
+            ours=BEST, targets=(("step", ">= 1.8"),),
+        )  # fmt: skip
+        found += [best, replace(best, name="bestplain", what="best against bf16 as the course has it", library=())]
+    for n in nproc:
+        if n > 1:
+            found.append(Setup(f"ranks{n}", f"{equal}, fp32, {n} processes", nproc=n, targets=(("step", ">= 1.2"),)))
+    cost = Setup("", "", length=64)
+    for batch in (4, 8, 16, 32):
+        found.append(replace(cost, name=f"batch{batch}", what=f"batches of {batch} rows of 64 tokens", batch=batch))
+    for length in (32, 128, 256):
+        found.append(replace(cost, name=f"length{length}", what=f"8 rows of {length} tokens", length=length))
+    for size in SIZES:
+        name = "size" + size.replace(" ", "")
+        found.append(replace(cost, name=name, what=f"8 rows of 64 tokens, {size} model", size=size))
+    for n in (2, 4):
+        if n in nproc:
+            found.append(replace(cost, name=f"nproc{n}", what=f"{n} processes of 8 rows of 64 tokens", nproc=n))
+    return {s.name: replace(s, steps=steps if not s.length else max(GATE_STEPS + WARM_UP, steps // 4)) for s in found}
+
+
+BEST = ("--group-by-length", "--fast-dropout")
+
+
+# --- one run of one side ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the runs find model and data, which device they use, and where they may write."""
+
+    model: str
+    data: str
+    device: str
+    folder: Path
+
+
+def command(side: str, setup: Setup, place: Place, steps: int, trace: Path) -> list[str]:
+    """The command line of one run."""
+    model = made_model(setup, place) if setup.size else place.model
+    data = made_data(setup, place) if setup.length else place.data
+    launch = [sys.executable]
+    if setup.nproc > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={setup.nproc}"]
+    common = ["--model", model, "--data", data, "--seed", str(SEED), "--max-steps", str(steps), "--batch-size"]
+    common += [str(setup.batch), "--precision", setup.precision]
+    if side == "library":
+        options = ["--trace", str(trace), *common, *setup.library, *(["--same-work"] if setup.same_work else [])]
+        options += ["--cpu"] if place.device == "cpu" else []
+    else:
+        # AdamW's own default in the course's listing; on biases and LayerNorm, too, which train.py leaves out.
+        options = [str(trace), *common, *setup.ours, "--weight-decay", "0.01", "--device", place.device]
+        options += ["--uneven", "wrap"] if setup.nproc > 1 else []
+    return [*launch, str(SIDES[side]), *options]
+
+
+def measure(side: str, setup: Setup, place: Place, steps: int) -> dict[str, Any]:
+    """Run one side in fresh processes -> its figures and its losses."""
+    trace = place.folder / f"{side}.json"
+    trace.unlink(missing_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // setup.nproc)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "HF_DATASETS_CACHE": str(place.folder / "cache"), "NANOFINETUNE_CACHE": str(place.folder / "tokens"),
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    with open(place.folder / f"{side}.log", "w+") as log:
+        line = command(side, setup, place, steps, trace)
+        began = time.time()
+        process = subprocess.Popen(line, stdout=log, stderr=log, env=environment, cwd=place.folder)
+        peak = watch(process)
+        if process.returncode != 0 or not trace.exists():
+            log.seek(0)
+            last = "\n".join(log.read().splitlines()[-15:])
+            raise RuntimeError(f"{setup.name}: {side} ended with {process.returncode}:\n{last}")
+    return figures(json.loads(trace.read_text()), began, peak)
+
+
+def figures(trace: dict[str, Any], began: float, peak: float) -> dict[str, Any]:
+    """The four measures of a run, from what it wrote (times in seconds since 1970) and what was seen from outside."""
+    times, tokens = trace["times"], trace["tokens"]
+    warm = min(WARM_UP, len(tokens) - 1)
+    seconds, counted = times[-1] - times[warm], len(tokens) - warm
+    return {
+        "step": seconds * 1e6 / sum(tokens[warm:]),
+        "ms a step": seconds * 1e3 / counted,
+        "evaluation": trace["evaluation"],
+        "first step": times[1] - began,
+        "memory": peak,
+        "losses": trace["losses"],
+        "scores": {name: trace[name] for name in ("accuracy", "f1")},
+    }
+
+
+def watch(process: subprocess.Popen[Any], interval: float = 0.05) -> float:
+    """Wait for a process -> the most MiB that it and all its descendants held: the sum of each one's peak so far."""
+    most = 0.0
+    while process.poll() is None:
+        most = max(most, sum(peak_rss_mb(pid) for pid in tree(process.pid)))
+        time.sleep(interval)
+    return most
+
+
+def tree(pid: int) -> Iterator[int]:
+    """A process and its descendants, as far as they still run (Linux)."""
+    yield pid
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = tasks.read_text().split()
+        except OSError:  # it has ended
+            continue
+        for child in children:
+            yield from tree(int(child))
+
+
+# --- made-up models and data, for the cost of one thing at a time -----------------------------------------------------
+
+
+def made_data(setup: Setup, place: Place) -> str:
+    """A folder of rows that all have `length` tokens: as many words as fit beside the two special tokens."""
+    folder = place.folder / f"rows-{setup.length}"
+    if not folder.exists():
+        folder.mkdir()
+        for split, rows in (("train", 64 * 32), ("validation", 16)):
+            words = ["the", "of", "and", "in", "to"]  # each one a token
+            with open(folder / f"{split}.jsonl", "w") as file:
+                for i in range(rows):
+                    text = " ".join(words[(i + k) % len(words)] for k in range(setup.length - 2))
+                    file.write(json.dumps({"sentence": text, "label": i % 2}) + "\n")
+    return str(folder)
+
+
+def made_model(setup: Setup, place: Place) -> str:
+    """A BERT of that size with random weights, beside the tokenizer of the model."""
+    folder = place.folder / f"model-{setup.size.replace(' ', '')}"
+    if not folder.exists():
+        import torch
+        from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+        layers, width = SIZES[setup.size]
+        tokenizer = AutoTokenizer.from_pretrained(place.model)
+        torch.manual_seed(SEED)
+        config = BertConfig(
+            vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers,
+            num_attention_heads=max(2, width // 64), intermediate_size=4 * width,
+        )  # fmt: skip
+        BertForSequenceClassification(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+# --- the gate, and the pairs ------------------------------------------------------------------------------------------
+
+Measure = Callable[[str, Setup, Place, int], dict[str, Any]]
+
+
+def need_equal_work(setup: Setup, library: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise NotEqual where the first losses of the two sides lie further apart than rounding explains."""
+    pairs = list(zip(library["losses"][:GATE_STEPS], ours["losses"][:GATE_STEPS], strict=True))
+    if not pairs:
+        raise NotEqual(f"{setup.name}: no step was taken")
+    for step, (a, b) in enumerate(pairs, 1):
+        # The first loss is computed before any update: there only the batch, the weights and dropout count.
+        if not abs(a - b) <= (1e-6 if step == 1 else TOLERANCE[setup.precision]):
+            raise NotEqual(f"{setup.name}: the loss of step {step} is {a:.7f} with the library and {b:.7f} with us")
+
+
+def compare(setup: Setup, place: Place, pairs: int, take: Measure = measure) -> dict[str, Any]:
+    """Gate, then so many pairs in strict turns -> the setup's part of the record."""
+    # The gate's runs are also what fills the caches of both sides. Where the work differs on purpose, weights and
+    # batches are still made equal for them.
+    gate = replace(setup, same_work=True, library=(), ours=())
+    first = {side: take(side, gate, place, GATE_STEPS) for side in SIDES}
+    need_equal_work(gate, first["library"], first["ours"])
+    taken: list[dict[str, Any]] = []
+    for _ in range(pairs):
+        pair = {side: take(side, setup, place, setup.steps) for side in SIDES}
+        if setup.same_work:
+            need_equal_work(setup, pair["library"], pair["ours"])
+        taken.append(pair)
+    return {
+        "setup": asdict(setup),
+        "gate": {side: found["losses"] for side, found in first.items()},
+        "pairs": taken,
+        "rows": rows(setup, taken),
+    }
+
+
+def rows(setup: Setup, taken: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table's lines of a setup: for each measure both medians, and the ratio pair by pair."""
+    targets, found = dict(setup.targets), []
+    for name, (what, unit) in MEASURES.items():
+        if setup.length and name != "step":
+            continue  # 16 rows to evaluate: only the step is measured
+        sides = {side: [pair[side][name] for pair in taken] for side in SIDES}
+        if not all(sides["library"]) or not all(sides["ours"]):
+            continue  # the system does not tell
+        ratios = [a / b for a, b in zip(sides["library"], sides["ours"], strict=True)]
+        if name in OURS_OVER_THEIRS:
+            ratios = [1 / ratio for ratio in ratios]
+        found.append({
+            "setup": setup.name, "measure": name, "what": f"{setup.what}: {what}", "unit": unit,
+            "library": statistics.median(sides["library"]), "ours": statistics.median(sides["ours"]),
+            "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
+            "target": targets.get(name, ""),
+        })  # fmt: skip
+    return found
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+HEADER = f"{'what':<66} {'library':>12} {'ours':>12}  {'ratio (lowest to highest)':<26} aim"
+
+
+def line(row: dict[str, Any]) -> str:
+    values = " ".join(f"{row[side]:>8.4g} {row['unit']:<3}" for side in SIDES)
+    ratio = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+    return f"{row['what']:<66} {values}  {ratio:<26} {row['target']}".rstrip()
+
+
+def all_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for found in record["setups"].values() for row in found["rows"]]
+
+
+def markdown(record: dict[str, Any], picture: str) -> str:
+    """The report of a record: made from it alone, so that it can be made again."""
+    text = [
+        f"# Throughput: Accelerate and nanofinetune, {record['machine']['date']}",
+        "",
+        f"{machine_text(record['machine'])};"
+        f" model {record['model']}, data {record['data']}, device {record['device']}.",
+        "Each pair is a run of either side in fresh processes, in turns. A ratio above 1 is ours ahead; of memory and"
+        " of the time to the first step it is ours over the library's, and below 1 is ours ahead.",
+        "",
+        "| what | library | ours | ratio | aim | reached | pairs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for found in record["setups"].values():
+        for row in found["rows"]:
+            cells = f"{measured(row)} | {row['target']} | {reached(row)} | {len(found['pairs'])}"
+            text.append(f"| {row['what']} | {cells} |")
+    text += ["", f"![ratios and costs]({picture})", "", "## Settings and losses", ""]
+    for name, found in record["setups"].items():
+        setup = found["setup"]
+        options = {side: " ".join(setup[side]) or "none" for side in SIDES}
+        losses = {side: ", ".join(f"{loss:.5f}" for loss in found["gate"][side]) for side in SIDES}
+        ends = {side: statistics.median(pair[side]["losses"][-1] for pair in found["pairs"]) for side in SIDES}
+        text += [
+            f"- **{name}** ({found['measured']}): {setup['nproc']} process(es), batch {setup['batch']},"
+            f" precision {setup['precision']}, {setup['steps']} steps, the first {WARM_UP} left out;"
+            f" options: library {options['library']}, ours {options['ours']}.",
+            f"  Gate: library {losses['library']}; ours {losses['ours']}."
+            f" Last loss: library {ends['library']:.5f}, ours {ends['ours']:.5f}.",
+        ]
+    return "\n".join(text) + "\n"
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Left the ratios with their spread, right what a step costs against one setting at a time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in all_rows(record) if not record["setups"][row["setup"]]["setup"]["length"]]
+    costs = [row for row in all_rows(record) if record["setups"][row["setup"]]["setup"]["length"]]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 1.5 + 0.32 * max(len(shown), len(costs), 6)))
+    for axis, chosen in ((left, shown), (right, costs)):
+        names = [row["what"].removesuffix(": " + MEASURES["step"][0]) for row in chosen]
+        places = range(len(chosen))
+        if axis is left:
+            low = [row["ratio"] - row["low"] for row in chosen]
+            high = [row["high"] - row["ratio"] for row in chosen]
+            axis.barh(places, [row["ratio"] for row in chosen], xerr=[low, high], color="#4878a8", capsize=2)
+            axis.axvline(1, color="black", linewidth=0.8)
+            axis.set_title("ratio: above 1 ours ahead (first step, memory: below 1)")
+        else:
+            for side, shift, color in (("library", -0.2, "#b0b0b0"), ("ours", 0.2, "#4878a8")):
+                heights = [row[side] for row in chosen]
+                axis.barh([p + shift for p in places], heights, height=0.4, color=color, label=side)
+            axis.set_title("ms for 1,000 tokens of training")
+            axis.set_xscale("log")
+            if chosen:
+                axis.legend()
+        axis.set_yticks(list(places), names, fontsize=7)
+        axis.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def write(record: dict[str, Any], base: Path) -> None:
+    """base.json, base.md and base.png."""
+    base.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    plot(record, base.with_suffix(".png"))
+    base.with_suffix(".md").write_text(markdown(record, base.with_suffix(".png").name))
+
+
+def merged(base: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The record with those setups of an earlier one of the same file that were not measured again."""
+    path = base.with_suffix(".json")
+    if not path.exists():
+        return record
+    earlier = json.loads(path.read_text())
+    for name in ("machine", "model", "data", "device"):
+        if earlier[name] != record[name]:
+            raise UsageError(f"--record: {path.name} has another {name}; choose another name")
+    return record | {"setups": earlier["setups"] | record["setups"]}
+
+
+def short(name: str, packaged: str | None) -> str:
+    """A model or data set for a record, which names no place on a disk."""
+    if name == packaged:
+        return "the packaged checkpoint"
+    return "/".join(Path(name).parts[-2:]).lstrip("/") if Path(name).exists() else name
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def numbers(text: str) -> list[int]:
+    return [number(int, 1)(part) for part in text.split(",")]
+
+
+def parse(argv: list[str] | None = None) -> Any:
+    parser = Parser(prog="throughput.py", description=__doc__)
+    add = parser.add_argument
+    add("setups", metavar="SETUP", nargs="*", help="fp32, bf16, best ... (default: all; --list names them)")
+    add("--list", action="store_true", help="name the setups and stop")
+    add("--model", metavar="DIR", help="a folder or a name on the Hub (default: the packaged checkpoint)")
+    add("--data", metavar="DIR", default="stdlib-pairs", help="what train.py takes (default stdlib-pairs)")
+    add("--nproc", metavar="N,N", type=numbers, default=[1, 2, 4], help="numbers of processes (default 1,2,4)")
+    add("--precision", metavar="KIND,KIND", default="no,bf16", help="no, bf16 or both (default no,bf16)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="of both sides (default cpu)")
+    add("--pairs", metavar="N", type=number(int, 1), default=5, help="runs of either side that count (default 5)")
+    add("--steps", metavar="N", type=number(int, GATE_STEPS + WARM_UP), default=40, help="updates a run (default 40)")
+    add("--quick", action="store_true", help="one pair of few steps: whether it works, not how fast it is")
+    add("--record", metavar="NAME", help="write bench/records/DATE_DEVICE_NAME.{json,md,png}")
+    args = parser.parse_args(argv)
+    args.precision = args.precision.split(",")
+    for precision in args.precision:
+        if precision not in TOLERANCE:
+            raise UsageError(f"--precision {precision}: choose no, bf16 or no,bf16")
+    if args.quick:
+        args.pairs, args.steps = 1, GATE_STEPS + WARM_UP
+        if args.record:
+            raise UsageError("--record: a quick run is no measurement; leave --quick out")
+    if args.record is not None and not args.record.isidentifier():
+        raise UsageError(f"--record {args.record}: a name of letters, digits and underscores")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    known = setups(args.nproc, args.precision, args.steps)
+    if args.list:
+        print("\n".join(f"{setup.name:<12} {setup.what}" for setup in known.values()))
+        return
+    for name in args.setups:
+        if name not in known:
+            raise UsageError(f"{name}: there is no such setup; choose from {', '.join(known)}")
+    names = (model_of(args.model), args.data)
+    model, data = (str(Path(name).absolute()) if Path(name).exists() else name for name in names)
+    record = {
+        "what": "throughput", "machine": machine(), "model": short(model, packaged_model()),
+        "data": short(data, None), "device": args.device, "setups": {},
+    }  # fmt: skip
+    base = ROOT / "bench" / "records" / f"{date.today().isoformat()}_{args.device}_{args.record}"
+    if args.record:
+        merged(base, record)  # refuse now what would be refused after the measuring
+    print(HEADER, flush=True)
+    with tempfile.TemporaryDirectory(prefix="nanofinetune-bench-") as folder:
+        place = Place(model, data, args.device, Path(folder))
+        for name in args.setups or known:
+            found = compare(known[name], place, args.pairs)
+            record["setups"][name] = found | {"measured": time.strftime("%Y-%m-%d %H:%M")}
+            for row in found["rows"]:
+                print(line(row), flush=True)
+            if args.record:
+                write(merged(base, record), base)
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run("throughput.py", main))
+    except NotEqual as error:
+        sys.exit(f"throughput.py: {error}")  # on stderr, with exit code 1

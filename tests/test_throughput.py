@@ -1,0 +1,286 @@
+"""bench/throughput.py: its gate, its arithmetic, its record and report; and, slowly, the real command. Never a time.
+
+    python -m pytest tests/test_throughput.py            with made-up runs in place of processes
+    python -m pytest tests/test_throughput.py -m slow    the two real programs on a tiny model
+
+The gate is shown to refuse: a difference in the initial weights, and one in AdamW, end the command before any pair.
+References: accelerate 1.15 and transformers 5.23, through bench/peer.py.
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import ROOT, write_job
+
+sys.path.insert(0, str(ROOT / "bench"))
+
+import faults
+import throughput
+from throughput import NotEqual, Place, Setup
+
+PLACE = Place("model", "data", "cpu", ROOT)
+LOSSES = [0.7, 0.6, 0.5, 0.4, 0.3]
+
+
+def made_up(losses=LOSSES, **figures):
+    base = {"step": 1.0, "ms a step": 1.0, "evaluation": 1.0, "first step": 1.0, "memory": 1.0, "scores": {}}
+    return base | figures | {"losses": losses}
+
+
+def record_of(*found):
+    names = ("python", "torch", "transformers", "accelerate", "datasets")
+    here = {"cpu": "a CPU", "cores": 2, "threads": 2, "date": "2026-01-02"} | dict.fromkeys(names, "1.0")
+    setups = {part["setup"]["name"]: part | {"measured": "2026-01-02 03:04"} for part in found}
+    return {"what": "throughput", "machine": here, "model": "m", "data": "d", "device": "cpu", "setups": setups}
+
+
+def taken(setup, pairs=3):
+    speed = iter([3.0, 1.0, 8.0, 2.0, 5.0, 5.0] * 9)
+    return throughput.compare(setup, PLACE, pairs, lambda *_: made_up(step=next(speed)))
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+def test_sides_take_strict_turns_after_the_gate():
+    order = []
+
+    def take(side, setup, place, steps):
+        order.append((side, steps))
+        return made_up()
+
+    throughput.compare(Setup("fp32", "", steps=40), PLACE, 2, take)
+    gate = [("library", throughput.GATE_STEPS), ("ours", throughput.GATE_STEPS)]
+    assert order == gate + [("library", 40), ("ours", 40)] * 2
+
+
+@pytest.mark.parametrize("same_work", [True, False])
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_difference_is_refused_before_any_pair(step, same_work):
+    order = []
+
+    def take(side, setup, place, steps):
+        order.append(side)
+        assert setup.same_work and not setup.ours and not setup.library, "the gate compares equal work"
+        differing = [loss + 1e-4 * (side == "ours" and i + 1 == step) for i, loss in enumerate(LOSSES)]
+        return made_up(differing)
+
+    setup = Setup("x", "", same_work=same_work, ours=("--group-by-length",), library=("--fused",))
+    with pytest.raises(NotEqual, match=f"x: the loss of step {step} is .* with the library and .* with us"):
+        throughput.compare(setup, PLACE, 5, take)
+    assert order == ["library", "ours"]
+
+
+def test_every_pair_of_equal_work_has_to_agree():
+    def take(side, setup, place, steps):
+        return made_up([0.9, *LOSSES[1:]] if side == "ours" and steps == 40 else LOSSES)
+
+    with pytest.raises(NotEqual, match="the loss of step 1"):
+        throughput.compare(Setup("x", "", steps=40), PLACE, 5, take)
+    throughput.compare(Setup("x", "", steps=40, same_work=False), PLACE, 5, take)
+
+
+def test_the_first_loss_is_compared_more_strictly_and_nan_never_agrees():
+    setup = Setup("x", "", "bf16")
+    throughput.need_equal_work(setup, made_up(), made_up([0.7, 0.602, *LOSSES[2:]]))
+    for wrong in ([0.70001, *LOSSES[1:]], [*LOSSES[:4], float("nan")]):
+        with pytest.raises(NotEqual):
+            throughput.need_equal_work(setup, made_up(), made_up(wrong))
+    with pytest.raises(NotEqual, match="no step was taken"):
+        throughput.need_equal_work(setup, made_up([]), made_up([]))
+
+
+# --- the arithmetic ---------------------------------------------------------------------------------------------------
+
+
+def test_ratio_is_the_median_over_pairs():
+    found = {row["measure"]: row for row in taken(Setup("x", "", targets=(("step", ">= 1.25"),)))["rows"]}
+    # the two runs of the gate took the first two speeds
+    assert (found["step"]["ratio"], found["step"]["low"], found["step"]["high"]) == (3.0, 1.0, 4.0)
+    assert found["step"]["library"] == statistics.median([8.0, 5.0, 3.0])
+    assert throughput.reached(found["step"]) == "yes"
+    assert throughput.reached(found["step"] | {"target": ">= 3.1"}) == "**no**"
+    assert throughput.reached(found["evaluation"]) == ""
+
+
+def test_memory_and_first_step_are_ours_over_the_library():
+    pairs = [{"library": made_up(memory=400.0), "ours": made_up(memory=300.0, **{"first step": 0.5})}]
+    found = {row["measure"]: row for row in throughput.rows(Setup("x", ""), pairs)}
+    assert found["memory"]["ratio"] == 0.75 and found["first step"]["ratio"] == 0.5
+    assert throughput.reached(found["memory"] | {"target": "<= 0.95"}) == "yes"
+    pairs = [{"library": made_up(memory=0.0), "ours": made_up(memory=0.0)}]  # a system that does not tell
+    assert "memory" not in {row["measure"] for row in throughput.rows(Setup("x", ""), pairs)}
+
+
+def test_figures_leave_the_warm_up_out_and_count_from_the_command():
+    times = [100.0, 103.0, 104.0, 105.0, 106.0, 106.5, 107.5]  # the loop began, then six steps
+    trace = {"times": times, "tokens": [9, 9, 9, 9, 100, 200], "losses": LOSSES, "evaluation": 2.0}
+    found = throughput.figures(trace | {"accuracy": 0.5, "f1": None}, began=98.0, peak=10.0)
+    assert found["first step"] == 5.0
+    assert found["ms a step"] == 1.5e3 / 2
+    assert found["step"] == pytest.approx(1.5 / 300 * 1e6)  # ms for 1,000 tokens
+
+
+def test_watch_adds_up_a_process_and_its_children(tmp_path):
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("only Linux tells another process's peak")
+    child = "x = bytearray(60 << 20); import time; time.sleep(1.5)"
+    parent = f"import subprocess, sys; x = bytearray(40 << 20); subprocess.run([sys.executable, '-c', {child!r}])"
+    together = throughput.watch(subprocess.Popen([sys.executable, "-c", parent]))
+    alone = throughput.watch(subprocess.Popen([sys.executable, "-c", child]))
+    assert alone > 60 and together > alone + 40
+
+
+# --- the command line and the record ----------------------------------------------------------------------------------
+
+
+def test_names_and_settings_of_the_setups():
+    known = throughput.setups([1, 2, 4], ["no", "bf16"], 40)
+    assert {"fp32", "bf16", "best", "ranks2", "ranks4", "batch32", "length256", "size12x768", "nproc4"} <= set(known)
+    assert not {"ranks2", "nproc2", "bf16", "best"} & set(throughput.setups([1], ["no"], 40))
+    line = throughput.command("library", known["ranks2"], PLACE, 40, ROOT / "t.json")
+    assert "--nproc_per_node=2" in line and "--same-work" in line and "--cpu" in line
+    line = throughput.command("ours", known["best"], PLACE, 40, ROOT / "t.json")
+    assert line[line.index("--precision") + 1] == "bf16" and set(throughput.BEST) <= set(line)
+    assert "--same-work" not in throughput.command("library", known["best"], PLACE, 40, ROOT / "t.json")
+
+
+def test_train_py_takes_the_options_of_every_setup():
+    from conftest import load_script
+
+    train = load_script(ROOT / "train.py")
+    for setup in throughput.setups([1, 2, 4], ["no", "bf16"], 40).values():
+        plain = replace(setup, length=0, size="")
+        words = throughput.command("ours", plain, PLACE, 9, ROOT / "t.json")
+        train.parse_arguments(words[words.index(str(throughput.SIDES["ours"])) + 2 :])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["fp31"], "fp31: there is no such setup; choose from fp32, bf16,"),
+        (["--precision", "fp8"], "--precision fp8: choose no, bf16 or no,bf16"),
+        (["--quick", "--record", "x"], "--record: a quick run is no measurement; leave --quick out"),
+        (["--record", "a/b"], "--record a/b: a name of letters, digits and underscores"),
+        (["--nproc", "0"], "--nproc: 0 is not a whole number from 1"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(args, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *args])
+    assert throughput.run("throughput.py", throughput.main) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"throughput.py: {message}") and err.count("\n") == 1
+
+
+def test_a_record_is_merged_setup_by_setup_and_written_three_ways(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib (extra `bench`)")
+    base = tmp_path / "2026-01-02_cpu_speed"
+    fp32 = taken(Setup("fp32", "the same work, fp32", targets=(("step", ">= 99"),)))
+    throughput.write(throughput.merged(base, record_of(fp32)), base)
+    other = taken(Setup("batch4", "batches of 4", length=64), pairs=5)
+    throughput.write(throughput.merged(base, record_of(other)), base)
+    record = json.loads((base.with_suffix(".json")).read_text())
+    assert list(record["setups"]) == ["fp32", "batch4"]
+    assert [len(found["pairs"]) for found in record["setups"].values()] == [3, 5]
+    text = base.with_suffix(".md").read_text()
+    assert text == throughput.markdown(record, "2026-01-02_cpu_speed.png")
+    assert "| >= 99 | **no** | 3 |" in text, "where we lose, it stands there"
+    assert "Gate: library 0.70000, 0.60000" in text
+    assert base.with_suffix(".png").stat().st_size > 10_000
+    with pytest.raises(throughput.UsageError, match="has another model"):
+        throughput.merged(base, record_of(other) | {"model": "another"})
+
+
+def test_a_record_names_no_place(tmp_path):
+    (tmp_path / "glue" / "mrpc").mkdir(parents=True)
+    assert throughput.short(str(tmp_path / "glue" / "mrpc"), None) == "glue/mrpc"
+    assert throughput.short("glue/mrpc", None) == "glue/mrpc"
+    assert throughput.short("/somewhere", "/somewhere") == "the packaged checkpoint"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "records").glob("*.md")), ids=lambda path: path.stem)
+def test_reports_are_those_of_their_records(path):
+    record = json.loads(path.with_suffix(".json").read_text())
+    if record["what"] == "faults":
+        assert path.read_text() == faults.table_of(record) + "\n"
+        return
+    assert path.read_text() == throughput.markdown(record, path.with_suffix(".png").name)
+    assert path.with_suffix(".png").is_file()
+    for found in record["setups"].values():
+        assert found["rows"] == json.loads(json.dumps(throughput.rows(setup_of(found), found["pairs"])))
+        assert len(found["pairs"]) >= 5
+
+
+def setup_of(found):
+    values: dict[str, Any] = {key: tuple(map(tuple, v)) if key == "targets" else v for key, v in found["setup"].items()}
+    return Setup(**values)
+
+
+# --- the real programs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory, tiny_tokenizer_dir):
+    """A saved tiny BERT with its tokenizer, and a folder of pairs of its words."""
+    folder = tmp_path_factory.mktemp("throughput")
+    write_job(folder, tiny_tokenizer_dir, {"train": 160, "validation": 30})
+    return folder
+
+
+def quick(folder, *setups):
+    script, model, data = ROOT / "bench" / "throughput.py", folder / "model", folder / "data"
+    return [str(script), *setups, "--quick", "--model", str(model), "--data", str(data)]
+
+
+@pytest.mark.slow
+def test_the_command_measures_equal_and_best_work_on_one_and_two_processes(tiny_folder):
+    pytest.importorskip("accelerate", reason="the course's side (extra `bench`)")
+    pytest.importorskip("sklearn", reason="the course's side (extra `test`)")
+    words = [sys.executable, *quick(tiny_folder, "bf16", "best", "ranks2")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert list(record["setups"]) == ["bf16", "best", "ranks2"]
+    for found in record["setups"].values():
+        (pair,) = found["pairs"]
+        for side in ("library", "ours"):
+            assert len(pair[side]["losses"]) == throughput.GATE_STEPS + throughput.WARM_UP
+            assert pair[side]["memory"] > 100
+        assert {row["measure"] for row in found["rows"]} == set(throughput.MEASURES)
+    same = record["setups"]["bf16"]["pairs"][0]
+    assert same["library"]["scores"].keys() == same["ours"]["scores"].keys()
+    assert not re.search(r'"(?:\.\.)?/', done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "step"),
+    [
+        ("kind = train.AdamW; train.AdamW = lambda groups, lr: kind(groups, lr=0.1)", 2),
+        ("train.manual_seed = lambda seed, device: torch.manual_seed(seed + 1)", 1),
+        ("train.mix = lambda *parts: 7", 1),
+    ],
+)
+def test_the_command_refuses_an_injected_difference(change, step, tiny_folder, tmp_path):
+    """bench/ours.py with one line changed: the learning rate, the dropout seed, and the key of that seed."""
+    changed = tmp_path / "changed.py"
+    changed.write_text(
+        f"import runpy, sys\nsys.path[:0] = [{str(ROOT)!r}]\nimport torch, train\n{change}\n"
+        f"runpy.run_path({str(ROOT / 'bench' / 'ours.py')!r}, run_name='__main__')\n"
+    )
+    main = tmp_path / "main.py"
+    main.write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT / 'bench')!r}]\nimport throughput\n"
+        f"throughput.SIDES['ours'] = {str(changed)!r}\nsys.argv = {quick(tiny_folder, 'fp32')!r}\n"
+        "try:\n    throughput.main()\nexcept throughput.NotEqual as error:\n    sys.exit(f'refused: {error}')\n"
+    )
+    done = subprocess.run([sys.executable, main], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 1 and f"refused: fp32: the loss of step {step} is" in done.stderr, done.stderr[-2000:]
+    assert "1,000 tokens" not in done.stdout, "timed before the gate refused"
