@@ -1,0 +1,168 @@
+"""Rebuild a module: `python -m nanofinetune.exercise collate --to DIR` gives it emptied, and how to test your version.
+
+>>> print(emptied('''
+... def double(x: int) -> int:
+...     "Twice x."
+...     return _sum(x, x)
+...
+...
+... def _sum(a, b):
+...     return a + b
+... ''').strip())
+def double(x: int) -> int:
+    "Twice x."
+    raise NotImplementedError
+
+Underneath: nothing of a library is replaced here. `ast.parse` (Python's own) says where each body begins and ends, and
+the text between stays as it is, comments of constants included: `ast.unparse` would lose them. Private functions go,
+since they are one way to do it. The file is made from the module as it is at that moment. To test yours, the project is
+copied into a temporary folder with your file in the module's place, so that every test, and every process that a test
+starts, imports yours.
+
+Proof: test_an_emptied_module_fails_its_tests_and_the_real_one_passes, test_emptied_keeps_what_others_need,
+test_nothing_is_written_over in tests/test_exercise.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from nanofinetune.cli import Parser, run
+from nanofinetune.errors import UsageError
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+NEEDED = ("pyproject.toml", "README.md", "train.py", "launch.sh", "nanofinetune", "tests", "bench")  # by the tests
+
+
+def modules() -> dict[str, Path]:
+    """The modules that can be rebuilt alone, by name: no commands, and importing at most `errors` and `cli` of ours."""
+    return {path.stem: path for path in sorted(PACKAGE.glob("[a-z]*.py")) if _stands_alone(path.read_text())}
+
+
+def emptied(source: str) -> str:
+    """A module's text without what its functions do: docstrings, imports, constants, classes and signatures remain.
+
+    A body becomes `raise NotImplementedError`; private functions and methods are left out.
+    """
+    lines = source.splitlines(keepends=True)
+    for node in sorted(_functions(ast.parse(source)), key=lambda node: -node.lineno):  # from the end: numbers hold
+        begin = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+        if node.name.startswith("_") and not node.name.endswith("__"):
+            above = (
+                begin - 1 if begin and lines[begin - 1].strip() else begin - 2
+            )  # its comment, a blank line between or not
+            while above > 0 and lines[above].strip().startswith("# ") and "---" not in lines[above]:
+                begin, above = above, above - 1
+            lines[begin : node.end_lineno] = []
+            continue
+        first = node.body[0]
+        documented = ast.get_docstring(node) is not None
+        kept = (first.end_lineno or first.lineno) if documented else first.lineno - 1
+        while lines[kept - 1].strip().startswith("#"):
+            kept -= 1  # a comment of the body
+        lines[kept : node.end_lineno] = [" " * first.col_offset + "raise NotImplementedError\n"]
+    return re.sub(r"\n{4,}", "\n\n\n", "".join(lines)).rstrip() + "\n"
+
+
+def proof_of(module: str) -> list[str]:
+    """What pytest is to run for a module: its own test file, the tests elsewhere that its docstring names, doctests."""
+    path = PACKAGE / f"{module}.py"
+    own = f"tests/test_{module}.py"
+    proof = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\nProof:")[2]
+    found = [own] if (ROOT / own).is_file() else []
+    for file in sorted((ROOT / "tests").glob("test_*.py")):
+        text, name = file.read_text(), f"tests/{file.name}"
+        if name != own:
+            found += [
+                f"{name}::{test}" for test in re.findall(r"\btest_\w+\b(?!\.py)", proof) if f"def {test}(" in text
+            ]
+    return [*found, f"nanofinetune/{module}.py"]
+
+
+def check(module: str, file: Path, arguments: list[str]) -> int:
+    """Run the module's tests, with `file` in its place -> pytest's exit code."""
+    with tempfile.TemporaryDirectory(prefix="nanofinetune-exercise-") as folder:
+        for name in NEEDED:
+            source, target = ROOT / name, Path(folder, name)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, target)
+        shutil.copy(file, Path(folder, "nanofinetune", f"{module}.py"))
+        glue = os.environ.get("NANOFINETUNE_GLUE", str(ROOT.parent / "shared" / "data" / "glue"))
+        environment = os.environ | {"PYTHONPATH": folder, "NANOFINETUNE_GLUE": glue, "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *proof_of(module), *arguments]
+        return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+
+
+def _functions(node: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions and methods; not what is inside of them."""
+    found: list[ast.FunctionDef | ast.AsyncFunctionDef] = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            found.append(child)
+        elif isinstance(child, ast.ClassDef):
+            found += _functions(child)
+    return found
+
+
+def _stands_alone(source: str) -> bool:
+    if "__main__" in source:
+        return False
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    own = {name.split(".")[1] for name in imported if name.startswith("nanofinetune.")}
+    return own <= {"errors", "cli"}
+
+
+def main() -> None:
+    """List the modules, write one emptied, or test a rebuilt one."""
+    parser = Parser(prog="python -m nanofinetune.exercise", description=__doc__)
+    parser.add_argument("module", metavar="MODULE", nargs="?", help="which one; without it, all are listed")
+    parser.add_argument("--to", metavar="DIR", help="write it there, emptied; never over a file (default: here)")
+    parser.add_argument("--check", metavar="FILE", help="run the module's tests with FILE in its place")
+    args, others = parser.parse_known_args()
+    if others and args.check is None:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    known = modules()
+    if args.module is None:
+        for name, path in known.items():
+            doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+            print(f"{name:<13} {len(path.read_text().splitlines()):>4} lines   {doc.splitlines()[0]}")
+        return
+    if args.module not in known:
+        raise UsageError(f"{args.module}: choose one of {', '.join(known)}")
+    if args.check is not None:
+        file = Path(args.check).expanduser()
+        if not file.is_file():
+            raise UsageError(f"--check {args.check}: there is no such file")
+        if not (ROOT / "tests").is_dir():
+            raise UsageError(f"--check {args.check}: the tests are not beside the package; clone the repository")
+        sys.exit(check(args.module, file, others))
+    target = Path(args.to or ".").expanduser() / f"{args.module}.py"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("x") as file_made:
+            file_made.write(emptied(known[args.module].read_text()))
+    except FileExistsError:
+        raise UsageError(f"--to {args.to or '.'}: {target} is there already, and is not written over") from None
+    except OSError as error:
+        raise UsageError(f"--to {args.to}: {target} cannot be written ({error.strerror})") from error
+    print(f"wrote {target}; fill it in until this passes:\n")
+    print(f"python -m nanofinetune.exercise {args.module} --check {target}")
+
+
+if __name__ == "__main__":
+    sys.exit(run("nanofinetune.exercise", main))

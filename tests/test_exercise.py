@@ -1,0 +1,115 @@
+"""The rebuild-it exercises: an emptied module fails its tests, the real file in its place passes them.
+
+    python -m pytest tests/test_exercise.py            one module; all of them: -m slow (minutes)
+
+Nothing is compared with a library here: the reference is the repository itself.
+"""
+
+import ast
+import sys
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from test_layers import FLOOR_OF
+
+from nanofinetune.cli import run
+from nanofinetune.exercise import emptied, main, modules, proof_of
+
+FAST = "schedule"
+
+
+@pytest.fixture
+def exercise(monkeypatch, capfd):
+    """Call the command in this process -> (exit code, stdout, stderr); the tests that it starts are a real process."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["exercise", *map(str, arguments)])
+        code: Any
+        try:
+            code = run("nanofinetune.exercise", main)
+        except SystemExit as ended:  # pytest's exit code
+            code = ended.code
+        return code, *capfd.readouterr()
+
+    return call
+
+
+def test_every_module_of_the_ground_floor_can_be_rebuilt(exercise):
+    """And DDP, which needs nothing of the package either, though it stands higher."""
+    assert {name for name, floor in FLOOR_OF.items() if floor == 0} | {"ddp"} <= set(modules())
+    code, listed, _ = exercise()
+    assert code == 0 and [line.split()[0] for line in listed.splitlines()] == list(modules())
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in modules()]
+)
+def test_an_emptied_module_fails_its_tests_and_the_real_one_passes(name, tmp_path, exercise):
+    """By the very command that is printed."""
+    code, written, _ = exercise(name, "--to", tmp_path)
+    command = written.strip().splitlines()[-1].split()
+    assert code == 0 and command[:3] == ["python", "-m", "nanofinetune.exercise"]
+    code, failed, _ = exercise(*command[3:], "-x", "-q")
+    assert code in (1, 2) and "NotImplementedError" in failed, failed  # 2: it could not even collect them
+
+    (tmp_path / f"{name}.py").write_text((ROOT / "nanofinetune" / f"{name}.py").read_text())
+    code, passed, _ = exercise(*command[3:], "-x", "-q")
+    assert code == 0, passed[-3000:]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_emptied_keeps_what_others_need(name):
+    """Docstrings, constants, classes and public signatures, word for word; and nothing of what the functions do."""
+    whole = ast.parse(modules()[name].read_text())
+    left = ast.parse(emptied(modules()[name].read_text()))
+    assert ast.get_docstring(left) == ast.get_docstring(whole)
+
+    def outline(tree, prefix=""):
+        found: dict[str, Any] = {}
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                found[prefix + node.name] = [ast.unparse(part) for part in (*node.bases, *node.decorator_list)]
+                found |= outline(node, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.FunctionDef):
+                if not node.name.startswith("_") or node.name.endswith("__"):
+                    found[prefix + node.name] = [ast.unparse(node.args), ast.get_docstring(node)]
+            else:
+                found[f"{prefix}{ast.unparse(node)}"] = []
+        return found
+
+    assert outline(left) == outline(whole)
+    functions = [node for node in ast.walk(left) if isinstance(node, ast.FunctionDef)]
+    assert functions
+    for node in functions:
+        assert ast.unparse(node.body[-1]) == "raise NotImplementedError" and len(node.body) <= 2
+
+
+def test_the_proof_of_a_module_are_those_that_its_docstring_names():
+    assert proof_of("tasks") == [
+        "tests/test_data.py::test_glue_tasks_match_the_metric_of_that_name",
+        "tests/test_data.py::test_local_glue_matches_the_task_table",
+        "nanofinetune/tasks.py",
+    ]
+    assert proof_of("collate") == ["tests/test_collate.py", "nanofinetune/collate.py"]
+
+
+def test_nothing_is_written_over(tmp_path, exercise):
+    kept = tmp_path / "collate.py"
+    kept.write_text("mine")
+    code, _, said = exercise("collate", "--to", tmp_path)
+    assert code == 2 and "is there already" in said and len(said.splitlines()) == 1
+    assert kept.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["nothing"], "nothing: choose one of cli, collate"),
+        (["collate", "--check", "no/such.py"], "there is no such file"),
+        (["collate", "--bogus"], "unrecognized arguments: --bogus"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, text, exercise):
+    code, _, said = exercise(*arguments)
+    assert code == 2 and text in said and len(said.splitlines()) == 1

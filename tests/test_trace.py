@@ -1,0 +1,159 @@
+"""The trace: it tells what really happened, in order, and changes nothing.
+
+Real ranks over gloo with a tiny model; the reference is the same train.py that nobody watches.
+
+    python -m pytest tests/test_trace.py
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+from conftest import ROOT, tiny_bert
+
+from nanofinetune import trace
+from nanofinetune.optim import AdamW
+
+UPDATES = 3
+
+
+@pytest.fixture(scope="module")
+def job(tiny_model, pairs):
+    """The arguments of a small job."""
+    return ["--model", tiny_model, "--data", pairs, "--clip-norm", "1", "--lr", "1e-3"]
+
+
+def run(command, folder):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def traced(job, tmp_path_factory):
+    """A traced run on two ranks -> (its folder, its report, its events)."""
+    folder = tmp_path_factory.mktemp("traced")
+    options = ["--updates", UPDATES, "--json", "trace.json", "--output", "run", "--device", "cpu", *job]
+    done = run([sys.executable, "-m", "nanofinetune.trace", *map(str, options)], folder)
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((folder / "trace.json").read_text())
+    return folder, done.stdout, [[trace.Event(**event) for event in rank] for rank in saved["ranks"]]
+
+
+def test_losses_are_those_of_an_unwatched_run(job, traced, tmp_path):
+    """Bit for bit: the file of losses is the same, and so are the weights."""
+    options = ["--max-steps", str(UPDATES), "--output", "run", "--device", "cpu", *job]
+    done = run([str(ROOT / "launch.sh"), "-n", "2", *options], tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (traced[0] / "run" / name).read_bytes()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(set(losses)) == UPDATES
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_ranks_tell_what_happens_in_order(traced, rank):
+    events = traced[2][rank]
+    names = [name for name, _ in trace.phases(events)]
+    assert names == ["set-up", *(f"update {k + 1}" for k in range(UPDATES)), "afterwards"]
+    phases = dict(trace.phases(events))
+    assert [e.text for e in phases["set-up"] if e.what == "world"] == [f"rank {rank} of 2, gloo, cpu, 1 thread"]
+    for k in range(UPDATES):
+        update = phases[f"update {k + 1}"]
+        first = {what: min(e.begin for e in update if e.what == what) for what in {e.what for e in update}}
+        order = ["collate", "to device", "forward", "backward", "gradient", "all-reduce", "wait", "clip", "optimizer"]
+        order += ["schedule", "zero_grad"]
+        assert sorted(order, key=first.__getitem__) == order
+        # One batch ahead: the first update fetches two, the others the one after theirs.
+        assert sum(e.what == "collate" for e in update) == (2 if k == 0 else 1)
+        gradients = [e for e in update if e.what == "gradient"]
+        parameters = [name for name, p in tiny_bert().named_parameters() if p.requires_grad]
+        assert sorted(e.text for e in gradients) == sorted(parameters), "each parameter, once"
+        (sent,) = [e for e in update if e.what == "all-reduce"]  # all of a tiny model is one bucket
+        size = sum(p.numel() for p in tiny_bert().parameters())
+        assert sent.text == f"bucket 1 of 1, ({size},) float32, {4 * size:,} bytes"
+        assert max(e.end for e in gradients) <= sent.end, "a bucket leaves when its last gradient is there"
+        backward = next(e for e in update if e.what == "backward")
+        wait = next(e for e in update if e.what == "wait")
+        assert backward.begin <= wait.begin and sent.end <= wait.end + 0.05 and wait.end <= backward.end
+        rate = next(e for e in update if e.what == "schedule")
+        assert rate.text == f"lr is {1e-3 * (UPDATES - k - 1) / UPDATES:.3g} after {k + 1} of {UPDATES} updates"
+    rows = [int(e.text.split()[0]) for e in phases["afterwards"] if e.what == "count"]
+    assert sum(rows) in range(24), "this rank's validation rows"
+    assert [e.text for e in phases["afterwards"] if e.what == "reduce"] == [
+        f"({UPDATES}, 2) float32, {8 * UPDATES} bytes",  # the losses
+        "(3, 130) int64, 3,120 bytes",  # the counts of evaluation: the last all-reduce
+    ]
+
+
+def test_the_two_ranks_validate_every_row_once(traced):
+    counted = [e for events in traced[2] for e in events if e.what == "count"]
+    assert sum(int(e.text.split()[0]) for e in counted) == 23
+
+
+def test_the_report_names_places_that_exist(traced):
+    report = traced[1]
+    places = re.findall(r"(\w+)\.py::([\w.]+)$", report.partition("where that is:")[2], re.MULTILINE)
+    assert len(places) > 15
+    for module, symbol in places:
+        if (path := ROOT / "nanofinetune" / f"{module}.py").is_file():  # not transformers' model
+            assert re.search(rf"(def|class) {symbol.rpartition('.')[2]}\b", path.read_text()), (module, symbol)
+    for k in range(UPDATES):
+        assert f"\nupdate {k + 1}\n" in report
+    assert "while backward still ran" in report and "bucket 1 of 1" in report
+
+
+def test_the_picture_holds_what_was_measured(traced):
+    folder, _, ranks = traced
+    svg = (folder / "trace.svg").read_text()
+    root = ElementTree.fromstring(svg)
+    assert svg == trace.picture(ranks, trace.title_of(ranks))
+    space = {"": "http://www.w3.org/2000/svg"}
+    bars = [bar for bar in root.findall("rect", space) if bar.find("title", space) is not None]
+    hints = [bar.find("title", space).text or "" for bar in bars]  # type: ignore[union-attr]
+    for what in ("forward", "backward", "all-reduce", "wait", "optimizer"):
+        assert sum(hint.startswith(f"{what} ") for hint in hints) == 2, what
+    # One axis: where a bar stands is when its rank did it.
+    begins = [dict(trace.phases(events))[f"update {UPDATES}"] for events in ranks]
+    forwards = [next(e.begin for e in events if e.what == "forward") for events in begins]
+    lefts = [float(bar.get("x", 0)) for bar, hint in zip(bars, hints, strict=True) if hint.startswith("forward")]
+    shown = [e for events in begins for e in events if e.what in trace.COLOURS or e.bucket is not None]
+    first, last = min(e.begin for e in shown), max(e.end for e in shown)
+    scale = (trace.WIDTH - trace.LEFT - trace.RIGHT) / (last - first)
+    assert lefts == [float(f"{trace.LEFT + (begin - first) * scale:.1f}") for begin in forwards]
+    assert all(float(bar.get("x", 0)) + float(bar.get("width", 0)) <= trace.WIDTH for bar in bars)
+
+
+def test_one_process_has_no_buckets(job, tmp_path):
+    options = ["-n", "1", "--updates", "1", "--device", "cpu", *job]
+    done = run([sys.executable, "-m", "nanofinetune.trace", *options], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "optimizer" in done.stdout and "all-reduce" not in done.stdout
+    ElementTree.fromstring((tmp_path / "trace.svg").read_text())
+
+
+def test_observing_ends():
+    before = AdamW.step
+    observer = trace.Observer()
+    trace.observe_all(observer)
+    assert AdamW.step is not before
+    observer.close()
+    assert AdamW.step is before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--updates", "0"], "--updates: 0 is not a whole number from 1"),
+        (["--dry-run"], "--dry-run: there is nothing to trace"),
+        (["--lr", "-1"], "--lr: -1 is not a number above 0"),  # train.py's own
+    ],
+)
+def test_a_mistake_is_one_line(arguments, said, tmp_path):
+    done = run([sys.executable, "-m", "nanofinetune.trace", *arguments], tmp_path)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
