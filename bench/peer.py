@@ -148,6 +148,8 @@ def main() -> None:
     if accelerator.is_main_process:
         print(json.dumps(result))
     if accelerator.num_processes > 1:
+        del outputs, loss  # with the model: torch's DDP that outlives its group aborts the interpreter now and then
+        model, optimizer, lr_scheduler = accelerator.free_memory(model, optimizer, lr_scheduler)
         accelerator.end_training()
 
 
