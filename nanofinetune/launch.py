@@ -11,7 +11,8 @@ process for `--cpu --num_processes 2`. Its notebook launcher forks; on a CPU it 
 mpirun. Different on purpose: (1) N processes are N ranks on a CPU as well, also when the notebook has used threads;
 (2) a free port on one node, never 29500; (3) the last thing on the screen is the traceback of the rank that failed
 *first*, where torchrun has `error_file: <N/A>`; (4) what the user got wrong is one line and exit code 2, not a trace;
-(5) no rank outlives its launcher (Linux); (6) what the user got wrong is not started again: torchrun alone repeats it.
+(5) no rank outlives its launcher (Linux); (6) what the user got wrong, or a `Halt` (a loss that is no number), is not
+started again: torchrun alone repeats it.
 
 Proof: test_launch_sh_table, test_first_failing_rank_is_printed_last_where_torchrun_hides_it,
 test_usage_error_is_one_line_and_exit_2, test_usage_error_is_not_started_again_where_torchrun_repeats_it,
@@ -152,6 +153,9 @@ def launch(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     args = torchrun.parse_args(argv)
+    if "SLURM_JOB_ID" in os.environ:
+        # underneath: torchrun hands on what is in this list; SLURM's warning (--signal=USR1) would end it instead.
+        args.signals_to_handle += ",SIGUSR1"
     if not os.path.isfile(args.training_script):
         raise UsageError(f"{args.training_script}: there is no such script")
     itself = ["-u", "-m", "nanofinetune.launch", "work"]
@@ -161,8 +165,8 @@ def launch(argv: list[str]) -> int:
         logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
         logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
     folder = tempfile.TemporaryDirectory()
-    mistake = Path(folder.name, "mistake")  # of the user's: see `work`
-    os.environ["NANOFINETUNE_MISTAKE"] = str(mistake)
+    final = Path(folder.name, "final")  # an end that no restart would mend, as `work` writes it: exit code and text
+    os.environ["NANOFINETUNE_FINAL"] = str(final)
     try:
         torchrun.run(args)
     except ChildFailedError as error:
@@ -174,10 +178,11 @@ def launch(argv: list[str]) -> int:
         print(text.rstrip(), end="\n" if text else "", file=sys.stderr)
         return code
     except SignalException as error:
-        if not mistake.exists():
+        if not final.exists():
             return 128 + error.sigval
-        print(mistake.read_text(), end="", file=sys.stderr)
-        return 2
+        final_code, _, final_text = final.read_text().partition("\n")
+        print(final_text, end="", file=sys.stderr)
+        return int(final_code)
     except DistNetworkError as error:
         raise UsageError(f"MASTER_PORT {args.master_port}: {str(error).splitlines()[0]}") from error
     finally:
@@ -229,24 +234,24 @@ def work(script: str, args: Sequence[str]) -> int:
         runpy.run_path(script, run_name="__main__")
         return 0
     except UsageError as error:
-        code, text = 2, f"{Path(script).name}: {error}\n"
+        final, code, text = True, 2, f"{Path(script).name}: {error}\n"
     except Halt as halt:
-        code, text = halt.code, f"{Path(script).name}: {halt}\n"
+        final, code, text = True, halt.code, f"{Path(script).name}: {halt}\n"
     except SystemExit as error:
         if error.code != 2:
             raise
-        code, text = 2, ""  # it has said what the user got wrong, as argparse does
+        final, code, text = True, 2, ""  # it has said what the user got wrong, as argparse does
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        code, text = 1, _traceback(error, script)
+        final, code, text = False, 1, _traceback(error, script)
     # The launcher prints the text at the very end, but not that of a failure that a restart mended.
     if os.environ["TORCHELASTIC_RESTART_COUNT"] != os.environ["TORCHELASTIC_MAX_RESTARTS"]:
-        if code == 2:
+        if final:
             # underneath: torchrun starts again whatever has failed; a signal is the one way to tell it not to.
             with contextlib.suppress(FileExistsError):  # one rank says it
-                with open(os.environ["NANOFINETUNE_MISTAKE"], "x") as file:
-                    file.write(text)
+                with open(os.environ["NANOFINETUNE_FINAL"], "x") as file:
+                    file.write(f"{code}\n{text}")
                 os.kill(os.getppid(), signal.SIGTERM)
             return code
         sys.stderr.write(f"rank {os.environ['RANK']} failed, and all start again:\n{text.rstrip()}\n")

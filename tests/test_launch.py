@@ -353,22 +353,54 @@ def test_usage_error_is_one_line_and_exit_2(tmp_path: Path) -> None:
     assert result.stderr == "script.py: --lr is -1: it must be above 0\n"
 
 
-@pytest.mark.parametrize("raised", ["UsageError('--lr is -1: it must be above 0')", "SystemExit(2)"])
-def test_usage_error_is_not_started_again_where_torchrun_repeats_it(raised: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        ("UsageError('--lr is -1: it must be above 0')", 2, "script.py: --lr is -1: it must be above 0\n"),
+        ("SystemExit(2)", 2, ""),
+        ("Halt(3, 'update 7: the loss is not finite')", 3, "script.py: update 7: the loss is not finite\n"),
+    ],
+    ids=["UsageError", "argparse", "Halt"],
+)
+def test_usage_error_is_not_started_again_where_torchrun_repeats_it(raised, code, said, tmp_path: Path) -> None:
+    """Nor is another end that would only come again."""
     starts = tmp_path / "starts"
     text = (
-        "import os, time\nfrom nanofinetune.errors import UsageError\n"
+        "import os, time\nfrom nanofinetune.errors import Halt, UsageError\n"
         f"with open({str(starts)!r}, 'a') as file: file.write(os.environ['RANK'])\n"
         "if os.environ['RANK'] == '0': time.sleep(60)\n"  # it is ended, and does not meet the mistake itself
         f"raise {raised}\n"
     )
     result = launch_sh("-n", "2", "--max-restarts", "2", env=_script(tmp_path, text))
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == ("script.py: --lr is -1: it must be above 0\n" if "Usage" in raised else "")
+    assert (result.returncode, result.stdout, result.stderr) == (code, "", said)
     assert starts.read_text().count("1") == 1
     if "Usage" in raised:
         run_torchrun(["--max-restarts=1", tmp_path / "script.py"], 2)
         assert starts.read_text().count("1") == 3
+
+
+WARNED = """
+import os, signal, time
+from nanofinetune.errors import Halt
+from nanofinetune.faults import StopSignals
+with StopSignals() as stop:
+    if os.environ["RANK"] == "0":
+        time.sleep(0.5)  # the other rank has its handler by then
+        os.kill(os.getppid(), signal.SIGUSR1)  # as SLURM does to what `srun` has started, which is torchrun
+    until = time.monotonic() + 20
+    while not stop.number and time.monotonic() < until:
+        time.sleep(0.05)
+with open(f"{__file__}.{os.environ['RANK']}", "w") as file:
+    file.write(str(stop.number))
+raise Halt(stop.exit_code, "saved")
+"""
+
+
+def test_slurms_warning_reaches_every_rank(tmp_path: Path) -> None:
+    """--signal=USR1@90: torchrun alone would be ended by it."""
+    result = launch_sh("-n", "2", env=_script(tmp_path, WARNED) | {"SLURM_JOB_ID": "7"})
+    assert result.returncode == 128 + signal.SIGUSR1, result.stderr
+    assert [(tmp_path / f"script.py.{rank}").read_text() for rank in range(2)] == [str(int(signal.SIGUSR1))] * 2
 
 
 def test_missing_script_is_one_line_and_exit_2() -> None:
