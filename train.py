@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import BatchSampler, DataLoader
 
 from nanofinetune.accelerator import Accelerator
@@ -45,15 +47,15 @@ from nanofinetune.device import (
     spread_rows,
     state_on_host,
 )
-from nanofinetune.distributed import TIMEOUT, broadcast_object_list, gather_object
+from nanofinetune.distributed import TIMEOUT, agree, broadcast_object_list, gather_object
 from nanofinetune.dropout import use_fast_dropout
-from nanofinetune.errors import Halt, UsageError
+from nanofinetune.errors import Halt, UsageError, first_line
 from nanofinetune.faults import ALL_WELL, Mishap, StopSignals, Watch, noted, preflight, smaller
 from nanofinetune.loader import prepare_data_loader, skip_first_batches
 from nanofinetune.metrics import Metric, UndefinedMetricWarning
 from nanofinetune.optim import AdamW, decay_groups
 from nanofinetune.pretrained import length_limit, load_model, load_tokenizer, resolve_default
-from nanofinetune.progress import Log, Start, batch_plan, find_start, run_of, stopped
+from nanofinetune.progress import Log, Start, batch_plan, find_start, halted, run_of, stopped
 from nanofinetune.sampler import (
     LengthGroupedBatchSampler,
     RebatchedSampler,
@@ -73,8 +75,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     # --- data and model: the data first, since the labels decide the model's head ---
     start = Start()
     if args.output is not None or args.resume is not None:  # rank 0 looks what is there, and tells the others
+        # A node counts its own restarts: another one's ranks may know of none.
+        restarted = bool(agree([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"], accelerator.world)[0])
         with accelerator.main_process_first():
-            found = [find_start(args) if accelerator.is_main_process else None]
+            found = [find_start(args, restarted) if accelerator.is_main_process else None]
         start = broadcast_object_list(found, accelerator.world)[0]
     output = None if args.output is None else Path(args.output).expanduser()
     with accelerator.local_main_process_first():  # one rank of a node tokenizes, the others read its cache
@@ -93,6 +97,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
             use_fast_dropout(model)
     model.config.text_columns = list(data.text_columns)  # saved with the model: predict.py asks it for one text or two
     train_store = stores.pop("train")
+    meant = {"the model": model_name, "the data set": data.name, "the hash of the training rows": train_store.digest()}
+    run_identity = run_of(vars(args), world, meant, start)
 
     # --- batches of all processes together; their order is a function of (seed, epoch) alone ---
     rows_per_step, accelerator.gradient_accumulation_steps = batch_plan(args.batch_size, args.accumulate, world, start)
@@ -124,10 +130,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     model, optimizer, train_loader, scheduler = accelerator.prepare(model, optimizer, train_loader, scheduler)
 
     # --- what went before, if anything: model, optimizer, schedule, and the log's place in the data ---
-    log = Log(output, updates, accelerator, start.run or run_of(vars(args), world))
+    log = Log(output, updates, accelerator, run_identity)
     accelerator.register_for_checkpointing(log)
     if start.folder is not None:
         accelerator.load_state(start.folder)
+        log.saved = log.update if output is not None and start.folder.parent == output / "checkpoints" else -1
+    save_now = partial(save_checkpoint, accelerator, log, output, args.keep)
 
     # --- the loop ---
     watch, stop = Watch(accelerator.world), StopSignals()
@@ -135,9 +143,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     loader: Any = train_loader
 
     def here() -> str:
+        if not accelerator.unwrap_model(model).training:
+            return f"rank {rank}, in the evaluation after update {log.update}"
         return f"rank {rank}, update {log.update + 1}: {rows_of(loader, log.batches + 1)}"
 
-    with stop, watch, noted(here), log:
+    with stop, watch, log, noted(here):
         while log.epoch < math.ceil(updates / updates_per_epoch):
             model.train()
             train_loader.set_epoch(log.epoch)
@@ -151,6 +161,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
                         manual_seed(mix(args.seed, log.update, rank), device)
                     with mishap:  # takes note of a lack of memory
                         spread_rows(batch, device)  # over the devices of an XLA process; elsewhere nothing
+                        loss = None  # of the batch before: it holds all of its forward, if memory ran out in backward
                         loss = model(**batch).loss
                         accelerator.backward(loss)  # accelerate: in place of loss.backward()
                         log.add(loss.detach(), loader.valid_rows)
@@ -162,7 +173,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
                         accelerator.clip_grad_norm_(model.parameters(), args.clip_norm)
                     lr = scheduler.get_last_lr()[0]
                     if verdict.nonfinite:
-                        log.report_nonfinite(lr, rows_of(loader, log.batches), args.on_nan)
+                        place = log.nonfinite(lr, rows_of(loader, log.batches))
+                        if args.on_nan == "stop":
+                            why = f"{place}; nothing was changed by it, and --on-nan skip leaves such updates out"
+                            raise halted(1, why, save_now())
+                        log.say(f"{place}: left out")
                     else:
                         optimizer.step()
                     scheduler.step()
@@ -174,7 +189,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
                 if log.update == 1:
                     log.first_step_seconds = seconds_since_start()
                 due = verdict.signal or (args.save_every and log.update % args.save_every == 0)
-                saved = save_checkpoint(accelerator, log, output, args.keep, verdict.signal) if due else ""
+                saved = save_now(background=not verdict.signal) if due else ""
                 if verdict.signal:
                     raise stopped(verdict.signal, log.update, saved)
                 verdict = ALL_WELL
@@ -183,7 +198,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
             if verdict.no_memory:  # on one rank or more: all go back to the update's beginning, with smaller batches
                 optimizer.zero_grad()
                 log.drop_window()
+                log.flush()
+                if rows_per_step == world:
+                    why = "out of memory with one row a batch: choose a smaller model, or a device with more memory"
+                    raise halted(1, why, save_now())
                 rows_per_step = shrink(accelerator, rows_per_step, rows_per_update)
+                log.run["fits"] = rows_per_step // world
                 batches = batches_of(args, train_store, rows_per_step, rows_per_group)
                 accelerator.forget(train_loader)
                 train_loader = accelerator.prepare(DataLoader(train_store, batch_sampler=batches, collate_fn=collator))
@@ -194,6 +214,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
                 score = evaluate(accelerator, model, store, collator, args.eval_batch_size, Metric(data.metrics))
                 scores |= {f"{name}_{key}": value for key, value in score.items()} if scores else score
             log.end_epoch({"epoch": log.epoch + 1, "loss": training_loss, **scores})
+        accelerator.wait_for_everyone()  # the last checkpoint too is written, while signals are only noted
 
     main_metric = data.metrics[0]
     result = {
@@ -268,8 +289,6 @@ def batches_of(args: argparse.Namespace, store: Any, rows_per_step: int, rows_pe
 def shrink(accelerator: Accelerator, rows_per_step: int, rows_per_update: int) -> int:
     """Smaller batches, and more of them an update -> rows of a step of all ranks from now on."""
     rows, accumulate = smaller(rows_per_step // accelerator.num_processes, accelerator.gradient_accumulation_steps)
-    if rows * accelerator.num_processes == rows_per_step:
-        raise Halt(1, "out of memory with one row a batch: choose a smaller model, or a device with more memory")
     accelerator.gradient_accumulation_steps, accelerator.step = accumulate, 0
     accelerator.print(
         f"note: out of memory: {rows} row(s) per process x {accelerator.num_processes} process(es) x {accumulate}"
@@ -285,15 +304,21 @@ def rows_of(loader: Any, batches: int) -> str:
     return f"rows {', '.join(map(str, ids)) or 'none'} of the training split"
 
 
-def save_checkpoint(accelerator: Accelerator, log: Log, output: Path | None, keep: int, signal: int) -> str:
-    """Save, in the background unless a signal asked for it -> the folder, "" where there is none. A collective."""
-    if output is None:
+def save_checkpoint(
+    accelerator: Accelerator, log: Log, output: Path | None, keep: int, background: bool = False
+) -> str:  # fmt: skip
+    """Save the state after the latest update -> the folder, "" where there is none. A collective."""
+    if output is None or log.update == 0:
         return ""
-    log.flush()
     folder = output / "checkpoints" / f"update-{log.update:08d}"
+    if log.saved == log.update:
+        accelerator.wait_for_everyone()
+        return str(folder) if folder.exists() else ""
+    log.flush()
+    log.saved = log.update
     try:
-        return accelerator.save_state(folder, keep=keep, background=not signal)
-    except (OSError, RuntimeError) as error:
+        return accelerator.save_state(folder, keep=keep, background=background)
+    except (OSError, RuntimeError, MemoryError) as error:
         accelerator.print(f"{folder} was not saved: {error}", file=sys.stderr, flush=True)
         return ""
 
@@ -344,12 +369,16 @@ def save(
     output: Path, model: Any, tokenizer: Any, result: dict[str, Any], evaluations: list[Any], args: argparse.Namespace
 ) -> None:
     """model/ (what transformers.pipeline loads) and result.json, the latter last: where it is, the run is complete."""
-    model.save_pretrained(output / "model", state_dict=state_on_host(model))
-    tokenizer.save_pretrained(output / "model")
     whole = result | {"evaluations": evaluations, "arguments": vars(args)}
     partial = output / ".result.json"
-    partial.write_text(json.dumps(whole, indent=2) + "\n")
-    partial.replace(output / "result.json")
+    try:
+        model.save_pretrained(output / "model", state_dict=state_on_host(model))
+        tokenizer.save_pretrained(output / "model")
+        partial.write_text(json.dumps(whole, indent=2) + "\n")
+        partial.replace(output / "result.json")
+    except (OSError, SafetensorError) as error:
+        why = f"--output {output}: the model cannot be written ({first_line(error)})"
+        raise Halt(1, f"{why}; make room, and --resume auto goes on from the newest checkpoint") from error
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

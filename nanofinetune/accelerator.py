@@ -575,6 +575,8 @@ class Accelerator:
         yield _part(inputs, self.process_index, self.num_processes, apply_padding)
 
     def wait_for_everyone(self) -> None:
+        """Return when every rank has come here, and what `save_state` began in the background is written."""
+        self._saver.wait()
         distributed.wait_for_everyone(self.world)
 
     def main_process_first(self) -> AbstractContextManager[None]:

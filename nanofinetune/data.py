@@ -85,6 +85,15 @@ class TokenStore(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def digest(self) -> str:
+        """A hash of all tokens and labels: another one, where the data or the tokenizer has changed."""
+        whole = hashlib.sha256()
+        for name, (flat, offsets) in sorted(self.ragged.items()):
+            whole.update(name.encode() + flat.tobytes() + offsets.tobytes())
+        for name, column in sorted(self.dense.items()):
+            whole.update(name.encode() + column.tobytes())
+        return whole.hexdigest()[:16]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 

@@ -61,6 +61,7 @@ class StopSignals:
         self.number = 0  # of the first signal that came; 0: none
         self._when = 0.0
         self._before: dict[int, Any] = {}
+        self._wakeup_before = -1
         self._pipe: tuple[int, int] | None = None
 
     @property
@@ -77,7 +78,7 @@ class StopSignals:
             # The interpreter writes the number into this pipe at once, and a thread reads it.
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
-            signal.set_wakeup_fd(self._pipe[1])
+            self._wakeup_before = signal.set_wakeup_fd(self._pipe[1])
             threading.Thread(target=self._read, args=(self._pipe[0],), daemon=True).start()
         return self
 
@@ -85,7 +86,7 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._pipe is not None:
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self._wakeup_before)
             os.close(self._pipe[1])  # the thread reads the end, closes its own side, and ends
             self._pipe = None
 
@@ -99,9 +100,9 @@ class StopSignals:
                 continue
             if not self._when:
                 self.number, self._when = self.number or number, time.monotonic()
-                sys.stderr.write(
-                    f"\n{signal.Signals(number).name}: stopping after this update; once more to stop now\n"
-                )
+                if os.environ.get("RANK", "0") == "0":  # a launcher hands it to every rank
+                    name = signal.Signals(number).name
+                    sys.stderr.write(f"\n{name}: stopping after this update; once more to stop now\n")
             elif time.monotonic() - self._when > SECOND:
                 sys.stderr.write(f"{signal.Signals(number).name} again: stopped at once\n")
                 os._exit(128 + number)

@@ -2,7 +2,7 @@
 
 >>> batch_plan(8, 1, world=2, start=Start())  # rows of a step of all ranks, and batches accumulated
 (16, 1)
->>> start = Start(folder=Path("update-40"), run={"batch_size": 8, "accumulate": 1, "world": 2})
+>>> start = Start(folder=Path("update-40"), run={"batch_size": 8, "accumulate": 1, "world": 2, "fits": 8})
 >>> batch_plan(8, 1, world=1, start=start)  # one rank goes on for two: as many rows an update as before
 (8, 2)
 
@@ -21,15 +21,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
@@ -55,7 +56,7 @@ class Log:
 
     def __init__(self, output: Path | None, updates: int, accelerator: Any, run: Mapping[str, Any]) -> None:
         self.accelerator = accelerator
-        self.run = run  # what `run_of` says of it
+        self.run = dict(run)  # what `run_of` says of it
         self.path = output / "metrics.jsonl" if output and accelerator.is_main_process else None
         self.updates = updates
         self.update, self.examples, self.seconds, self.first_step_seconds = 0, 0, 0.0, 0.0
@@ -65,18 +66,21 @@ class Log:
         self.evaluations: list[dict[str, Any]] = []
         self.pending: list[tuple[dict[str, Any], torch.Tensor]] = []  # (line, this rank's sum of losses and rows)
         self.window, self.batches = torch.zeros(2, device=accelerator.device), 0
+        self.saved = -1  # the update that was saved last
+        self.complained = False
 
     def __enter__(self) -> Log:
         """Begin to show and to write; lines of updates after the one that is resumed go."""
         self.file = None
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text().splitlines(keepends=True) if self.update and self.path.exists() else []
-            kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.update)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(kept)
-            os.replace(partial, self.path)
-            self.file = self.path.open("a")
+            self.file = self.path.open("a+")
+            if not _locked(self.file):
+                raise UsageError(_occupied(str(self.path.parent)))
+            self.file.seek(0)
+            lines = self.file.readlines() if self.update else []
+            kept = takewhile(lambda line: line.endswith("\n") and json.loads(line)["step"] <= self.update, lines)
+            self.file.truncate(sum(len(line.encode()) for line in kept))  # needs no room, on a full disk too
         hidden = None if self.accelerator.is_main_process else True  # None: shown on a terminal only
         self.progress = tqdm(
             total=self.updates, initial=self.update, unit="update", disable=hidden, file=sys.stderr, dynamic_ncols=True
@@ -87,7 +91,8 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self.progress.close()
         if self.file:
-            self.file.close()
+            with suppress(OSError):  # said before, by `_write`
+                self.file.close()
 
     # ---- one window of micro-batches: an update ----
 
@@ -102,22 +107,24 @@ class Log:
         self.batches += 1
 
     def is_finite(self, on_nan: str) -> bool:
-        """Whether the window's loss is a number; on a device that would have to wait, the update before's."""
-        if self.window.device.type == "cpu" or on_nan == "skip":
-            return bool(self.window[0].isfinite())
-        return not self.pending or bool(self.pending[-1][1][0].isfinite())
+        """Whether the window's loss is a number.
 
-    def report_nonfinite(self, lr: float, rows: str, on_nan: str) -> None:
-        """Say where, on all ranks the same; go on only with `on_nan="skip"`. A collective."""
+        Waits for the device; but XLA would run the step as two programs for it, so there `flush` finds out, too late.
+        """
+        late = self.window.device.type == "xla" and on_nan == "stop"
+        return late or bool(self.window[0].isfinite())
+
+    def nonfinite(self, lr: float, rows: str) -> str:
+        """Where the loss is not finite, the same text on all ranks; the window is empty then. A collective."""
         mine = "" if math.isfinite(self.window[0].item()) else f"rank {self.accelerator.process_index}: {rows}"
-        found = "; ".join(text for text in gather_object([mine], self.accelerator.world) if text)
-        where = found or "the update before this one"
-        text = f"update {self.update + 1}: the loss is not finite ({where}; learning rate {lr:.3g})"
-        if on_nan == "stop":
-            raise Halt(1, f"{text}; nothing was changed by it. --on-nan skip leaves such updates out")
-        if self.accelerator.is_main_process:
-            self.progress.write(f"{text}: left out", file=sys.stderr)
+        where = "; ".join(text for text in gather_object([mine], self.accelerator.world) if text)
         self.window = torch.zeros_like(self.window)  # none of its rows count
+        return f"update {self.update + 1}: the loss is not finite ({where}; learning rate {lr:.3g})"
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar, once for all ranks."""
+        if self.accelerator.is_main_process:
+            self.progress.write(text, file=sys.stderr)
 
     def end_update(self, lr: float, rows: int, rows_of_epoch: int) -> None:
         """`rows`: those of a full update of all ranks."""
@@ -148,15 +155,29 @@ class Log:
         if not self.pending:
             return
         table = self.accelerator.reduce(torch.stack([sums for _, sums in self.pending]), "sum").tolist()  # (n, 2)
+        lines = ""
         for (line, _), (total, rows) in zip(self.pending, table, strict=True):
+            if not math.isfinite(total):
+                late = "the loss was not finite, and as this device runs ahead the weights have it: they are not saved"
+                raise Halt(1, f"update {line['step']}: {late}. --on-nan skip looks at each update before its step")
             self.examples += int(rows)
             self.losses = (self.losses[0] + total, self.losses[1] + rows)
-            if self.file:
-                loss = total / rows if rows else None  # of an update that was left out
-                self.file.write(json.dumps(line | {"loss": loss, "rows": int(rows)}) + "\n")
-        if self.file:
-            self.file.flush()
+            loss = total / rows if rows else None  # of an update that was left out
+            lines += json.dumps(line | {"loss": loss, "rows": int(rows)}) + "\n"
         self.pending = []
+        self._write(lines)
+
+    def _write(self, lines: str) -> None:
+        """Append to metrics.jsonl. A full disk ends no run: the file object keeps its lines for the next time."""
+        if self.file is None:
+            return
+        try:
+            self.file.write(lines)
+            self.file.flush()
+        except OSError as error:
+            if not self.complained:
+                self.say(f"note: {self.path} cannot be written ({error.strerror}); the training goes on without")
+            self.complained = True
 
     def mean_loss(self) -> float | None:
         """The mean loss over the epoch's rows, of all ranks."""
@@ -198,9 +219,19 @@ class Start:
         return self.run["batch_size"] * self.run["world"] if self.run else None
 
 
-def run_of(arguments: Mapping[str, Any], world: int) -> dict[str, Any]:
-    """What makes a run this run, to be saved with it."""
-    return {name: arguments[name] for name in (*IDENTITY, "batch_size", "accumulate")} | {"world": world}
+def run_of(arguments: Mapping[str, Any], world: int, found: Mapping[str, Any], start: Start) -> dict[str, Any]:
+    """What makes a run this run, to be saved with it. `found`: what its names stand for, as the user would call it.
+
+    Raises UsageError where the run to resume had found something else under the same names.
+    """
+    for name, was in start.run.get("found", {}).items():
+        if found[name] != was:
+            raise UsageError(f"--resume: {name} is {found[name]}, and was {was}; a run goes on with what it began with")
+    if start.run:
+        return dict(start.run)
+    run = {name: arguments[name] for name in (*IDENTITY, "batch_size", "accumulate")}
+    # fits: rows a batch of a process for which there has been memory
+    return run | {"world": world, "fits": run["batch_size"], "found": dict(found)}
 
 
 def batch_plan(batch_size: int, accumulate: int, world: int, start: Start) -> tuple[int, int]:
@@ -211,23 +242,25 @@ def batch_plan(batch_size: int, accumulate: int, world: int, start: Start) -> tu
     if not start.run:
         return batch_size * world, accumulate
     before = start.run["batch_size"] * start.run["world"] * start.run["accumulate"]
+    if (batch_size, accumulate) == (start.run["batch_size"], start.run["accumulate"]):
+        part = next((part for part in range(start.run["fits"], 0, -1) if before % (part * world) == 0), 0)
+        if part:
+            return part * world, before // (part * world)
     if batch_size * world * accumulate == before:
         return batch_size * world, accumulate
-    part = next((part for part in range(start.run["batch_size"], 0, -1) if before % (part * world) == 0), 0)
-    if not part or (batch_size, accumulate) != (start.run["batch_size"], start.run["accumulate"]):
-        raise UsageError(
-            f"--resume: the run has {before} rows an update, and {world} process(es) x --batch-size {batch_size} x"
-            f" --accumulate {accumulate} are {batch_size * world * accumulate}: choose values that give {before}"
-        )
-    return part * world, before // (part * world)
+    raise UsageError(
+        f"--resume: the run has {before} rows an update, and {world} process(es) x --batch-size {batch_size} x"
+        f" --accumulate {accumulate} are {batch_size * world * accumulate}: choose values that give {before}"
+    )
 
 
-def find_start(args: Any) -> Start:
+def find_start(args: Any, restarted: bool = False) -> Start:
     """What --output and --resume ask for: the place to begin, once all is known to be there and writable.
 
+    `restarted`: the launcher has started these ranks again, so that what --output holds is theirs.
     Raises UsageError, before any long work, where something would be written over, or is not the same run.
     """
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and args.output is not None
+    restarted = restarted and args.output is not None
     output = None if args.output is None else Path(args.output).expanduser()
     if output is not None:
         _claim(args.output, output, goes_on=restarted or args.resume is not None)
@@ -303,13 +336,39 @@ def _claim(name: str, output: Path, goes_on: bool) -> None:
                 f"--output {name}: it already holds {', '.join(there)} of an earlier run; name another folder"
                 + (", or go on with --resume auto" if "checkpoints" in there and "result.json" not in there else "")
             )
+        if "metrics.jsonl" in there:
+            with (output / "metrics.jsonl").open("a") as file:
+                if not _locked(file):
+                    raise UsageError(_occupied(name))
         existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
         tempfile.TemporaryFile(dir=existing).close()  # the folder is made when there is something to put into it
     except OSError as error:
         raise UsageError(f"--output {name}: it cannot be written ({error.strerror}); name another folder") from error
 
 
-def stopped(number: int, update: int, saved: str) -> Halt:
-    """The end by a signal. `saved`: the checkpoint's folder, "" if there is none."""
+def _locked(file: IO[str]) -> bool:
+    """Keep other runs out while this file is open -> whether no other one does."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        return True
+    return True
+
+
+def _occupied(name: str) -> str:
+    return f"--output {name}: another run is writing there at this moment; wait for its end, or name another folder"
+
+
+def halted(code: int, why: str, saved: str) -> Halt:
+    """An end before the end. `saved`: the checkpoint's folder, "" if there is none."""
     how = f"saved {saved}; --resume auto goes on from there" if saved else "nothing was saved"
-    return Halt(128 + number, f"stopped by {signal.Signals(number).name} after update {update}; {how}")
+    return Halt(code, f"{why}; {how}")
+
+
+def stopped(number: int, update: int, saved: str) -> Halt:
+    """The end by a signal."""
+    return halted(128 + number, f"stopped by {signal.Signals(number).name} after update {update}", saved)

@@ -8,8 +8,13 @@ to itself after an update of our choice. The last tests kill real processes unde
 
 import json
 import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +104,7 @@ CASES = {
     "accumulate, clip, warm-up": ["--accumulate", "3", "--clip-norm", "0.5", "--warmup-steps", "4"],
     "grouped by length": ["--group-by-length"],
     "bf16": ["--precision", "bf16"],
+    "fast dropout": ["--fast-dropout"],
 }
 
 
@@ -200,6 +206,87 @@ def test_resume_from_a_named_checkpoint_into_another_folder(tiny_model, pairs, t
     assert "resumed after update 24" in capfd.readouterr().out
 
 
+def test_resume_refuses_other_data_under_the_same_name(tiny_model, pairs, tmp_path, capfd):
+    """The arguments are the same, and what they stand for is not: one label of the training rows has changed."""
+    copy = tmp_path / "pairs"
+    shutil.copytree(pairs, copy)
+    arguments = ["--model", tiny_model, "--data", copy, "--output", tmp_path / "out", "--resume", "auto"]
+    assert call(*arguments, stop_after=3) == 143
+    file = next(path for path in copy.iterdir() if path.name.startswith("train"))
+    lines = file.read_text().splitlines()
+    row = json.loads(lines[0])
+    file.write_text("\n".join([json.dumps(row | {"label": 1 - row["label"]}), *lines[1:]]) + "\n")
+    capfd.readouterr()
+    assert call(*arguments) == 2
+    assert re.fullmatch(
+        r"train.py: --resume: the hash of the training rows is \w{16}, and was \w{16}; a run goes on with what it began"
+        r" with\n",
+        capfd.readouterr().err,
+    )
+    file.write_text("\n".join(lines) + "\n")
+    assert call(*arguments) == 0
+
+
+def test_two_runs_do_not_write_into_one_folder(tiny_model, pairs, tmp_path, capfd):
+    """A scheduler starts a job again while the old one is still saving."""
+    fcntl = pytest.importorskip("fcntl", reason="locks of files are Unix'")
+    arguments = ["--model", tiny_model, "--data", pairs, "--output", tmp_path / "out", "--resume", "auto"]
+    assert call(*arguments, stop_after=3) == 143
+    capfd.readouterr()
+    with (tmp_path / "out" / "metrics.jsonl").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # as a run does while it is alive
+        assert call(*arguments) == 2
+        line = (
+            f"train.py: --output {tmp_path / 'out'}: another run is writing there at this moment; wait for its end, or"
+        )
+        assert capfd.readouterr().err == f"{line} name another folder\n"
+    held: list[bool] = []
+
+    def try_to_lock(original, model, log, *args, **kwargs):
+        with (tmp_path / "out" / "metrics.jsonl").open("a") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held.append(True)
+        return original(model, *args, **kwargs)
+
+    assert call(*arguments, forward=try_to_lock) == 0
+    assert held
+
+
+def test_full_disk_ends_no_training_and_loses_nothing(tiny_model, pairs, tmp_path, capfd):
+    """A real one: losses and checkpoints are not written, the run goes on; the model is not, and one line says so."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(file.stat().st_size for file in Path(tiny_model).iterdir()) // 1024 * 16
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root, and a machine that lets root mount")
+    arguments = ["--model", tiny_model, "--data", pairs, "--lr", "1e-3", "--save-every", "3"]
+    arguments += ["--epochs", "8"]  # more lines of losses than a page has room for
+    try:
+        assert call(*arguments, "--output", tmp_path / "whole") == 0
+        parts = [*arguments, "--output", disk / "out"]
+        assert call(*parts, stop_after=6) == 143
+        with pytest.raises(OSError, match="No space left"), (disk / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        capfd.readouterr()
+        assert call(*parts, "--resume", "auto") == 1
+        shown = capfd.readouterr().err
+        assert f"note: {disk}/out/metrics.jsonl cannot be written (No space left on device); the training goes" in shown
+        assert "update-00000009 was not saved: No space left on device; what was saved before is still there" in shown
+        last = shown.splitlines()[-1]
+        assert last.startswith(f"train.py: --output {disk}/out: the model cannot be written (")
+        assert last.endswith("; make room, and --resume auto goes on from the newest checkpoint")
+        (disk / "filler").unlink()
+        assert call(*parts, "--resume", "auto") == 0
+        assert "resumed after update 6" in capfd.readouterr().out
+        same_run(tmp_path / "whole", disk / "out")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def on_ranks(arguments, stop_after):
     """One rank's (exit code, [(epoch, update, rows)])."""
     seen: list[tuple[int, int, list[int]]] = []
@@ -243,13 +330,49 @@ def test_nonfinite_loss_is_named(tiny_model, pairs, tmp_path, capfd):
     _, _, rows = seen[-1]
     line = (
         f"train.py: update 3: the loss is not finite (rank 0: rows {', '.join(map(str, rows))} of the training split;"
-        " learning rate 3e-05); nothing was changed by it. --on-nan skip leaves such updates out"
+        " learning rate 3e-05); nothing was changed by it, and --on-nan skip leaves such updates out; saved"
+        f" {tmp_path / 'out' / 'checkpoints' / 'update-00000002'}; --resume auto goes on from there"
     )
     assert capfd.readouterr().err.splitlines()[-1] == line
+    again = [*arguments, "--resume", "auto"]
+    assert call(*again, forward=nan_once) == 1  # at the same place, which is saved already
+    assert capfd.readouterr().err.splitlines()[-1] == line
+    assert call(*again, "--on-nan", "skip", forward=nan_once) == 0
     arguments[-1] = tmp_path / "skipped"
     assert call(*arguments, "--on-nan", "skip", forward=nan_once) == 0
     assert [loss is None for loss in losses(tmp_path / "skipped")] == [False, False, True, False, False]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "skipped").values())
+    same_run(tmp_path / "skipped", tmp_path / "out")
+
+
+def nan_on_one_rank(original, model, log, *args, **kwargs):
+    if os.environ["RANK"] == "1":
+        return nan_once(original, model, log, *args, **kwargs)
+    return original(model, *args, **kwargs)
+
+
+def stderr_of(arguments, forward):
+    """(exit code, what this rank wrote on stderr)."""
+    with tempfile.TemporaryFile("w+") as file:
+        os.dup2(file.fileno(), 2)
+        code = call(*arguments, forward=forward)
+        file.seek(0)
+        return code, file.read()
+
+
+def test_nonfinite_loss_of_one_rank_ends_all_and_is_named(tiny_model, pairs, tmp_path):
+    arguments = ["--model", tiny_model, "--data", pairs, "--max-steps", "5", "--output", str(tmp_path / "out")]
+    (first, said), (second, silent) = run_ranks(stderr_of, 2, arguments, nan_on_one_rank, timeout=120)
+    assert first == second == 1
+    assert re.search(
+        r"update 3: the loss is not finite \(rank 1: rows \d+(, \d+){7} of the training split; learn", said
+    )
+    assert f"saved {tmp_path / 'out' / 'checkpoints' / 'update-00000002'}; --resume auto goes on" in said
+    assert "not finite" not in silent
+    skipped = [*arguments[:-1], str(tmp_path / "skipped"), "--on-nan", "skip"]
+    assert [code for code, _ in run_ranks(stderr_of, 2, skipped, nan_on_one_rank, timeout=120)] == [0, 0]
+    rows = [json.loads(line)["rows"] for line in (tmp_path / "skipped" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [16, 16, 0, 13, 16]
 
 
 def broken(original, model, log, *args, **kwargs):
@@ -268,24 +391,85 @@ def test_an_exception_carries_the_rows_of_its_batch(tiny_model, pairs):
     assert raised.value.__notes__ == [f"rank 0, update 3: rows {rows} of the training split"]
 
 
+def broken_in_evaluation(original, model, log, *args, **kwargs):
+    if not model.training:
+        raise ZeroDivisionError("division by zero")
+    return original(model, *args, **kwargs)
+
+
+def test_an_exception_in_evaluation_names_no_training_rows(tiny_model, pairs):
+    with pytest.raises(ZeroDivisionError) as raised:
+        call("--model", tiny_model, "--data", pairs, "--max-steps", 3, forward=broken_in_evaluation)
+    assert raised.value.__notes__ == ["rank 0, in the evaluation after update 3"]
+
+
+def last_rank():
+    return os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+
+
 def too_large(original, model, log, *args, **kwargs):
-    """Rank 1 has memory for two rows."""
-    if model.training and len(kwargs["labels"]) > 2 and os.environ.get("RANK", "1") == "1":
+    """The last rank has memory for two rows."""
+    if model.training and len(kwargs["labels"]) > 2 and last_rank():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     return original(model, *args, **kwargs)
 
 
+leftover: list[Any] = []  # of the backward that ran out of memory: a weak reference to what it held
+
+
+def too_large_in_backward(original, model, log, *args, **kwargs):
+    """The last rank runs out of memory when most of backward is done, its first buckets are on their way."""
+    assert all(reference() is None for reference in leftover), "the next forward starts while the last one's is held"
+    output = original(model, *args, **kwargs)
+    if model.training and len(kwargs["labels"]) > 2 and last_rank():
+
+        def fail(_):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        for function in _graph(output.loss):
+            if function.name() == "EmbeddingBackward0":
+                function.register_prehook(fail)
+        leftover.append(weakref.ref(output.loss))
+    return output
+
+
+def _graph(tensor):
+    """Every function of a tensor's graph."""
+    seen, open_ends = set(), [tensor.grad_fn]
+    while open_ends:
+        function = open_ends.pop()
+        if function is not None and function not in seen:
+            seen.add(function)
+            open_ends += [following for following, _ in function.next_functions]
+    return seen
+
+
 def without_memory(arguments, forward=None):
-    return call(*arguments, forward=forward)
+    patch = pytest.MonkeyPatch()
+    patch.setattr("nanofinetune.ddp.MIB", 2048)  # many buckets, also of a tiny model
+    try:
+        return stderr_of(arguments, forward)
+    finally:
+        patch.undo()
+        leftover.clear()
 
 
+@pytest.mark.parametrize("accumulate", [1, 3], ids=["plain", "accumulate"])  # 61 rows: the last window is short
+@pytest.mark.parametrize("fails", [too_large, too_large_in_backward], ids=["forward", "backward"])
 @pytest.mark.parametrize("world", [1, 2])
-def test_out_of_memory_on_one_rank_halves_on_all(world, still_model, pairs, tmp_path):
+def test_out_of_memory_on_one_rank_halves_on_all(world, fails, accumulate, still_model, pairs, tmp_path):
     """From 8 rows to 2: twice a note, as many rows an update, the losses of the run that had memory."""
-    arguments = ["--model", still_model, "--data", pairs, "--lr", "1e-3", "--epochs", "2"]
+    arguments = ["--model", still_model, "--data", pairs, "--lr", "1e-3", "--epochs", "2", "--accumulate", accumulate]
     whole, small = ([*arguments, "--output", str(tmp_path / name)] for name in ("whole", "small"))
-    assert run_ranks(without_memory, world, whole, timeout=240) == [0] * world
-    assert run_ranks(without_memory, world, small, too_large, timeout=240) == [0] * world
+    assert run_ranks(without_memory, world, whole, timeout=240) == [(0, "")] * world
+    found = run_ranks(without_memory, world, small, fails, timeout=240)
+    assert [code for code, _ in found] == [0] * world
+    notes = [line for _, said in found for line in said.splitlines() if line.startswith("note: out of memory")]
+    assert notes == [
+        f"note: out of memory: {rows} row(s) per process x {world} process(es) x {8 // rows * accumulate} accumulated"
+        f" from here on, {8 * world * accumulate} rows an update as before"
+        for rows in (4, 2)
+    ]
     rows = [json.loads(line)["rows"] for line in (tmp_path / "small" / "metrics.jsonl").read_text().splitlines()]
     assert rows == [
         json.loads(line)["rows"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
@@ -293,6 +477,32 @@ def test_out_of_memory_on_one_rank_halves_on_all(world, still_model, pairs, tmp_
     assert torch.tensor(losses(tmp_path / "small")).allclose(
         torch.tensor(losses(tmp_path / "whole")), rtol=0, atol=1e-5
     )
+
+
+def test_resume_after_memory_ran_out_keeps_the_smaller_batch(tiny_model, pairs, tmp_path):
+    """Dropout on: one row more or less in a batch would give other masks, and other weights."""
+    arguments = ["--model", tiny_model, "--data", pairs, "--lr", "1e-3"]
+    assert call(*arguments, "--output", tmp_path / "whole", forward=too_large) == 0
+    parts = [*arguments, "--output", tmp_path / "parts"]
+    assert call(*parts, stop_after=5, forward=too_large) == 143
+    assert call(*parts, "--resume", "auto") == 0  # there is memory now: it goes on as it was
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_out_of_memory_with_one_row_saves_and_says_so(tiny_model, pairs, tmp_path, capfd):
+    def never_enough(original, model, log, *args, **kwargs):
+        if model.training and log.update == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(model, *args, **kwargs)
+
+    arguments = ["--model", tiny_model, "--data", pairs, "--max-steps", "5", "--output", tmp_path / "out"]
+    assert call(*arguments, forward=never_enough) == 1
+    folder = tmp_path / "out" / "checkpoints" / "update-00000002"
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "train.py: out of memory with one row a batch: choose a smaller model, or a device with more memory; saved"
+        f" {folder}; --resume auto goes on from there"
+    )
+    assert call(*arguments, "--resume", "auto") == 0
 
 
 KILLER = """
@@ -326,7 +536,6 @@ def test_a_killed_rank_restarts_the_group_which_resumes(tiny_model, pairs, tmp_p
 
 
 def test_a_worker_whose_launcher_died_ends(tiny_model, pairs, tmp_path):
-    import subprocess
     import time
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
