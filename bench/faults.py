@@ -58,16 +58,19 @@ def ours(work: Path, out: Path, world: int, resume: bool, fault: str) -> None:
     train: Any = importlib.util.module_from_spec(spec)
     sys.modules["train"] = train
     spec.loader.exec_module(train)
-    if fault in ("stop", "skip"):
-        verdict = train.Mishap.verdict
+    if fault in ("stop", "skip") and os.environ["RANK"] == "1":
+        from nanofinetune.loader import DataLoaderShard
 
-        def faulty(mishap: Any, finite: bool, batch: int) -> Any:
-            at_fault = os.environ["RANK"] == "1" and batch == 7
-            if at_fault and fault == "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
-            return verdict(mishap, finite, batch + (at_fault and fault == "skip"))
+        iterate = DataLoaderShard.__iter__
 
-        train.Mishap.verdict = faulty
+        def faulty(loader: Any) -> Any:
+            for number, batch in enumerate(iterate(loader)):
+                if number == 7 and fault == "stop":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if number != 7 or fault != "skip":
+                    yield batch
+
+        DataLoaderShard.__iter__ = faulty  # type: ignore[method-assign]
     if fault == "first":
 
         def fail(*_: Any) -> None:
@@ -122,6 +125,8 @@ def theirs(work: Path, out: Path, world: int, resume: bool, fault: str) -> None:
     updates = EPOCHS * len(loader)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=updates)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    count = Count()
+    accelerator.register_for_checkpointing(count)
     done = first_epoch = first_step = 0
     folders = [folder for folder in out.glob("step_*") if folder.is_dir()] if resume else []
     if folders:
@@ -144,11 +149,24 @@ def theirs(work: Path, out: Path, world: int, resume: bool, fault: str) -> None:
             scheduler.step()
             optimizer.zero_grad()
             done += 1
+            count.updates = done
             if done % SAVE_EVERY == 0:
                 accelerator.save_state(str(out / f"step_{done}"))
     accelerator.wait_for_everyone()
     accelerator.save_model(accelerator.unwrap_model(model), str(out / "model"))
     accelerator.end_training()
+
+
+class Count:
+    """A thing of the user's own that goes into accelerate's checkpoints, as its example registers one."""
+
+    updates = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.updates = state["updates"]
 
 
 SIDES: dict[str, Callable[..., None]] = {"nanofinetune": ours, "accelerate": theirs}
@@ -224,6 +242,25 @@ def saving(side: str, out: Path, before: int) -> bool:
     return len(checkpoints(side, out)) > before
 
 
+def whole_checkpoint(side: str, folder: Path) -> bool:
+    """Whether all of a checkpoint is there; of theirs, which says nothing of itself: whether each file can be read."""
+    import torch
+    from safetensors.torch import load_file
+
+    from nanofinetune.checkpoint import check
+
+    if side == "nanofinetune":
+        return not check(folder)
+    try:
+        load_file(folder / "model.safetensors")
+        for name in ("optimizer.bin", "scheduler.bin"):
+            torch.load(folder / name)
+        torch.load(folder / "random_states_0.pkl", weights_only=False)
+    except Exception:
+        return False
+    return True
+
+
 def weights(out: Path) -> bytes:
     file = out / "model" / "model.safetensors"
     return file.read_bytes() if file.exists() else b""
@@ -259,7 +296,7 @@ def kills(side: str, work: Path, number: int, dice: random.Random) -> dict[str, 
         left = any(path.name.startswith(".") for path in (out / "checkpoints").glob(".*ing-*"))
         found["inside a save"] += left if side == "nanofinetune" else inside and alive
         kept = had[-2:] if side == "nanofinetune" else had  # --keep 2
-        found["lost a checkpoint"] += bool(had) and not any(folder.exists() for folder in kept)
+        found["lost a checkpoint"] += bool(had) and not any(whole_checkpoint(side, folder) for folder in kept)
         again = Run(side, work, out, world, resume=True)
         codes, _ = again.end()
         complete = "this run is complete" in again.screen()  # the kill came after its last line
@@ -300,7 +337,8 @@ def damaged(side: str, work: Path, kind: str) -> str:
         content[-2] ^= 64
         file.write_bytes(content)
     else:
-        target = newest / ("optimizer.safetensors" if side == "nanofinetune" else "random_states_0.pkl")
+        target = newest / ("custom.json" if side == "nanofinetune" else "custom_checkpoint_0.pkl")
+        assert target.exists(), f"{target} is not part of the checkpoint"
         target.write_bytes(pickle.dumps(_Touch(str(victim))))
     run = Run(side, work, out, 1, resume=True)
     codes, _ = run.end()

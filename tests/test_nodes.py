@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,16 +106,18 @@ def _launch(
         running.append(
             subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         )
-    ended = []
-    try:
-        for process in running:
-            out, err = process.communicate(timeout=timeout)
-            ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    finally:
-        for process in running:
-            if process.poll() is None:
-                process.kill()  # the ranks end with it
-                process.communicate()
+    ended, deadline, late = [], time.monotonic() + timeout, False
+    for process in running:
+        try:
+            out, err = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            late = True
+            process.kill()  # the ranks end with it
+            out, err = process.communicate()
+        ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    assert not late, "\n".join(
+        f"node {i} ({node.returncode}): {node.stdout}{node.stderr}" for i, node in enumerate(ended)
+    )
     return ended
 
 
