@@ -54,7 +54,7 @@ from nanofinetune.faults import ALL_WELL, Mishap, StopSignals, Watch, noted, pre
 from nanofinetune.loader import prepare_data_loader, skip_first_batches
 from nanofinetune.metrics import Metric, UndefinedMetricWarning
 from nanofinetune.optim import AdamW, decay_groups
-from nanofinetune.pretrained import length_limit, load_model, load_tokenizer, resolve_default
+from nanofinetune.pretrained import import_library, length_limit, load_model, load_tokenizer, resolve_default
 from nanofinetune.progress import Log, Start, batch_plan, find_start, halted, run_of, stopped
 from nanofinetune.sampler import (
     LengthGroupedBatchSampler,
@@ -81,6 +81,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
             found = [find_start(args, restarted) if accelerator.is_main_process else None]
         start = broadcast_object_list(found, accelerator.world)[0]
     output = None if args.output is None else Path(args.output).expanduser()
+    import_library()
     with accelerator.local_main_process_first():  # one rank of a node tokenizes, the others read its cache
         model_name, model_note = (args.model, "") if args.model is not None else resolve_default()
         tokenizer = load_tokenizer(model_name)

@@ -97,6 +97,11 @@ def resolve_default() -> tuple[str, str]:
     return folder, f"the Hub is out of reach and {DEFAULT_MODEL} is not cached: using the packaged checkpoint instead"
 
 
+def import_library() -> None:
+    """Import what models and tokenizers need: most of a start. Ranks that load in turn do this at once, before."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, modeling_layers  # noqa: F401
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model folder or Hub name. Raises UsageError where there is none."""
     from transformers import AutoTokenizer
