@@ -14,6 +14,8 @@ ends the process where it stands. `torch.distributed` (torch 2.13) says of a ran
   - Signals are only noted; the loop asks at each update's end, and all ranks agree, so that they save the same update.
   - On a time-out each rank is asked, over the store that made the process group, which collective it is in, in which
     update, at which line: a thread answers for it even while it hangs. Who does not answer is stopped or gone.
+    That is gloo's way. Under NCCL a collective that is late raises nothing here: torch's own watchdog prints which one
+    it was and ends the process; nobody is asked (and no GPU has run this yet).
   - A rank without memory still takes part in the all-reduces of that backward (`join_after_failure`), then all agree.
 
 Proof: test_signals_are_noted_and_the_second_one_ends, test_a_stopped_rank_is_named_where_gloo_names_none,

@@ -514,7 +514,7 @@ verdict = train.Mishap.verdict
 def killed(mishap, finite, batch):
     once = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1"
     if once and mishap.accelerator._schedulers[0].scheduler.last_epoch == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill({victim}, signal.{signal})
     return verdict(mishap, finite, batch)
 train.Mishap.verdict = killed
 sys.exit(train.run("train.py", train.main))
@@ -524,7 +524,7 @@ sys.exit(train.run("train.py", train.main))
 def test_a_killed_rank_restarts_the_group_which_resumes(tiny_model, pairs, tmp_path):
     """torchrun --max-restarts: without a word more the group goes on from the newest checkpoint, bit for bit."""
     script = tmp_path / "killer.py"
-    script.write_text(KILLER.format(root=str(ROOT)))
+    script.write_text(KILLER.format(root=str(ROOT), victim="os.getpid()", signal="SIGKILL"))
     arguments = ["--model", tiny_model, "--data", pairs, "--lr", "1e-3", "--save-every", "3"]
     whole = [*arguments, "--output", str(tmp_path / "whole")]
     assert run_torchrun([ROOT / "train.py", *whole], 2).returncode == 0
@@ -532,6 +532,40 @@ def test_a_killed_rank_restarts_the_group_which_resumes(tiny_model, pairs, tmp_p
     done = run_torchrun(["--max-restarts=2", script, *parts], 2, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "note: resumed after update 6" in done.stdout
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow  # torchrun gives a rank half a minute to end, and a stopped one does not
+def test_a_stopped_rank_restarts_the_group_which_resumes(tiny_model, pairs, tmp_path):
+    """Only the time-out finds it: the others say which rank does not answer, and all begin at the newest checkpoint."""
+    script = tmp_path / "stopper.py"
+    script.write_text(KILLER.format(root=str(ROOT), victim="os.getpid()", signal="SIGSTOP"))
+    arguments = ["--model", tiny_model, "--data", pairs, "--lr", "1e-3", "--save-every", "3", "--timeout", "10"]
+    assert run_torchrun([ROOT / "train.py", *arguments, "--output", str(tmp_path / "whole")], 2).returncode == 0
+    parts = [*arguments, "--output", str(tmp_path / "parts")]
+    done = run_torchrun(["--max-restarts=2", script, *parts], 2, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 1 does not answer: it is stopped, or gone" in done.stderr
+    assert "note: resumed after update 6" in done.stdout
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_sigterm_of_torchrun_saves_the_same_update_on_all_ranks(tiny_model, pairs, tmp_path):
+    """What a scheduler sends: torchrun hands it on, and each rank finishes the update."""
+    script = tmp_path / "stopper.py"
+    script.write_text(KILLER.format(root=str(ROOT), victim="os.getppid()", signal="SIGTERM"))
+    arguments = ["--model", tiny_model, "--data", pairs, "--lr", "1e-3"]
+    assert run_torchrun([ROOT / "train.py", *arguments, "--output", str(tmp_path / "whole")], 2).returncode == 0
+    parts = [*arguments, "--output", str(tmp_path / "parts")]
+    done = run_torchrun([script, *parts], 2)
+    assert done.returncode != 0
+    assert done.stderr.count("SIGTERM: stopping after this update; once more to stop now") == 1
+    found = re.search(
+        r"train.py: stopped by SIGTERM after update (\d+); saved (\S+); --resume auto goes on", done.stderr
+    )
+    assert found and int(found[1]) >= 8 and found[2].endswith(f"update-{int(found[1]):08d}"), done.stderr[-3000:]
+    again = run_torchrun([ROOT / "train.py", *parts, "--resume", "auto"], 2)
+    assert again.returncode == 0, again.stderr[-3000:]
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
