@@ -390,7 +390,7 @@ class _Copies:
 
     def __init__(self, device: torch.device | None, non_blocking: bool) -> None:
         self.device = device
-        self.non_blocking = non_blocking
+        # On CUDA only: batches are not pinned for others, and a copy that runs on (MPS) may outlive what it reads.
         own_stream = non_blocking and device is not None and device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if own_stream else None
 
@@ -399,7 +399,7 @@ class _Copies:
         if self.device is None:
             return batch, None
         with torch.cuda.stream(self.stream):  # changes nothing where that is None
-            batch = send_to_device(batch, self.device, self.non_blocking)
+            batch = send_to_device(batch, self.device, self.stream is not None)
         return batch, None if self.stream is None else self.stream.record_event()
 
     def wait(self, batch: Any, copied: torch.cuda.Event | None) -> Any:

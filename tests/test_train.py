@@ -17,6 +17,8 @@ import torch
 from conftest import ROOT, load_script, save_tiny_model, tiny_bert
 from helpers import run_ranks, run_torchrun
 
+from nanofinetune import loader
+
 RESULT_KEYS = {
     "model", "data", "world", "steps", "seconds", "examples_per_second", "first_step_seconds", "peak_rss_mb", "padding",
     "loss",
@@ -75,6 +77,20 @@ def test_every_batch_ends_its_step(run, tiny_model, pairs, monkeypatch):
     monkeypatch.setattr(train, "end_step", ended.append)
     result_of(run("--model", tiny_model, "--data", pairs, "--max-steps", 5, "--eval-batch-size", 8))
     assert ended == [torch.device("cpu")] * (5 + 3)
+
+
+def test_batches_may_be_copied_ahead(run, tiny_model, pairs, monkeypatch):
+    """Training and evaluation ask for copies beside the computation, which a CUDA device makes."""
+    asked = []
+    original = loader._Copies.__init__
+
+    def listen(copies, device, non_blocking):
+        asked.append((device, non_blocking))
+        original(copies, device, non_blocking)
+
+    monkeypatch.setattr(loader._Copies, "__init__", listen)
+    result_of(run("--model", tiny_model, "--data", pairs, "--epochs", 1))
+    assert asked == [(torch.device("cpu"), True)] * 2
 
 
 def test_training_learns(run, tiny_model, pairs):
