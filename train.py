@@ -33,7 +33,7 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.data import BatchSampler, DataLoader
 
-from nanofinetune.accelerator import Accelerator
+from nanofinetune.accelerator import Accelerator, DataLoaderConfiguration
 from nanofinetune.cli import Parser, number, run, steps_or_ratio
 from nanofinetune.collate import DataCollatorWithPadding
 from nanofinetune.data import Data, load_tokens
@@ -249,7 +249,7 @@ def evaluate(
     # Ranks may get different numbers of batches: nothing is reduced before the end, so nobody waits and no row repeats.
     loader = prepare_data_loader(
         loader, accelerator.device, accelerator.num_processes, accelerator.process_index,
-        put_on_device=True, even_batches=False,
+        put_on_device=True, even_batches=False, non_blocking=True,
     )  # fmt: skip
     model = accelerator.unwrap_model(model).eval()
     for batch in loader:
@@ -440,7 +440,8 @@ def main() -> None:
     args = parse_arguments()
     accelerator = Accelerator(
         mixed_precision=args.precision, gradient_accumulation_steps=args.accumulate, device=args.device,
-        split_batches=True, uneven=args.uneven, timeout=timedelta(seconds=args.timeout),
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),  # on CUDA a batch ahead
+        uneven=args.uneven, timeout=timedelta(seconds=args.timeout),
     )  # fmt: skip
     try:
         result = train(args, accelerator)

@@ -26,7 +26,8 @@ with a number, weights that any safetensors reader takes. Different on purpose:
 Proof: test_a_kill_at_every_file_operation_loses_nothing, test_full_disk_keeps_what_was_there, test_damage_is_found,
 test_accelerate_loads_a_flipped_bit_and_stops_at_a_partial_folder, test_accelerate_deletes_the_last_checkpoint_first,
 test_malicious_pickle_is_refused_where_accelerate_runs_it, test_trees_match_torch_save, test_the_order_of_a_save,
-test_loaded_state_continues_bit_for_bit in tests/test_checkpoint.py.
+test_loaded_state_continues_bit_for_bit, test_a_broken_off_epoch_goes_on_where_accelerate_reads_rows_twice,
+test_a_random_state_that_does_not_fit_raises_where_accelerate_says_nothing in tests/test_checkpoint.py.
 """
 
 from __future__ import annotations

@@ -500,7 +500,7 @@ def _goes_first(first: bool, name: str, world: World, timeout: timedelta) -> Ite
             hear_from_the_first()
             yield
             return
-        # underneath: Accelerate has no `try` here: when the body raises, the other ranks wait until the timeout.
+        # underneath: Accelerate has no `try` here: the other ranks wait until rank 0's process ends, or the timeout.
         try:
             yield
         except BaseException as failure:

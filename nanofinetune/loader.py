@@ -14,7 +14,7 @@ that a loop left by `break`, or a loop inside a loop, disturbs no other. We diff
   - A RandomSampler is always replaced by a seeded one, and a sampler that draws from a `generator` gets one that is
     reseeded by (seed, epoch): the order is the same for every number of ranks. (Accelerate: the seed of one process
     comes from the global generator, that of several from rank 0's, by a broadcast each epoch.)
-  - The epoch moves on when an iteration starts. (Accelerate: when it is exhausted, so `break` repeats the order.)
+  - The epoch moves on when an iteration starts. (Accelerate: at its end: `break` repeats a seedable sampler's order.)
   - `remainder` is counted from the rows that the sampler draws, is 0 where the last step is full or left out, and
     survives `skip_first_batches`. (Accelerate: -1 after a skip, so that repeated rows are counted.)
   - `uneven="mask"`: a rank that has no row left in the last step gets one padding row, of label -100; `valid_rows` says
@@ -120,7 +120,7 @@ class DataLoaderShard(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.set_epoch(self.iteration)
-        # underneath: accelerate counts on only after the last batch, so after `break` it runs the same epoch again
+        # underneath: accelerate counts on only after the last batch: after `break` a seedable sampler repeats its order
         self.iteration += 1
         if self._continues is not None:
             self._continues.iteration = self.iteration
@@ -160,7 +160,7 @@ class DataLoaderShard(DataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """Where this loader is: its epoch, and how many rows of it all ranks have been given (0 between epochs)."""
-        # underneath: accelerate saves the sampler of streams only, so an ordinary data set resumes in epoch 0's order
+        # underneath: accelerate saves a stream's sampler only: a seedable one resumes in epoch 0's order, others in any
         seed = next((node.data_seed for node in _samplers(self) if hasattr(node, "data_seed")), self.data_seed)
         state = {"epoch": self.iteration, "rows": 0, "data_seed": seed}
         for position, loader in self.running.items():
@@ -390,7 +390,7 @@ class _Copies:
 
     def __init__(self, device: torch.device | None, non_blocking: bool) -> None:
         self.device = device
-        self.non_blocking = non_blocking
+        # On CUDA only: batches are not pinned for others, and a copy that runs on (MPS) may outlive what it reads.
         own_stream = non_blocking and device is not None and device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if own_stream else None
 
@@ -399,7 +399,7 @@ class _Copies:
         if self.device is None:
             return batch, None
         with torch.cuda.stream(self.stream):  # changes nothing where that is None
-            batch = send_to_device(batch, self.device, self.non_blocking)
+            batch = send_to_device(batch, self.device, self.stream is not None)
         return batch, None if self.stream is None else self.stream.record_event()
 
     def wait(self, batch: Any, copied: torch.cuda.Event | None) -> Any:

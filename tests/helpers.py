@@ -1,9 +1,10 @@
 """Real ranks for tests: `run_ranks` inside this Python, `run_torchrun` through the launcher.
 
 A rank is a process of its own with torchrun's variables and one thread. What it runs must be a module-level function,
-and what that returns must pickle. The ranks are forked from one server process that has imported torch and pytest (the
-`forkserver` method), so that tests pay for the imports once a session and not once a rank. That server keeps the
-environment of its start: what a test sets in `os.environ` does not reach the ranks; pass it as an argument.
+and what that returns must pickle. The ranks are forked from one server process that has imported torch, transformers'
+BERT and pytest (the `forkserver` method), so that tests pay for the imports once a session and not once a rank. That
+server keeps the environment of its start: what a test sets in `os.environ` does not reach the ranks; pass it as an
+argument.
 """
 
 import faulthandler
@@ -46,7 +47,9 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 6
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "pytest"])
+        context.set_forkserver_preload(
+            ["torch", "torch.distributed", "torch._dynamo", "pytest", "transformers.models.bert.modeling_bert"]
+        )
     environment = {
         "WORLD_SIZE": world,
         "LOCAL_WORLD_SIZE": world,

@@ -324,6 +324,33 @@ def test_scheduler_ticks_match_accelerate(theirs, kind, with_optimizer, split_ba
         assert rates(ours(split_batches=split_batches, **config), world) == expected
 
 
+@pytest.mark.parametrize("split_batches", [False, True])
+def test_four_ranks_reach_a_rate_of_zero_after_a_quarter(theirs, split_batches):
+    """A schedule over the 20 updates of the prepared loader: accelerate ticks it 4 times an update, whatever one says.
+
+    Ours does the same, until it is told that batches, and so the count of updates, are those of all ranks together.
+    """
+    from accelerate.state import PartialState
+
+    counts = []
+    for accelerator in (theirs(split_batches=split_batches), ours(split_batches=split_batches)):
+        weight = nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([weight], lr=0.5)
+        optimizer, schedule = accelerator.prepare(optimizer, get_scheduler("linear", optimizer, 0, 20))
+        if isinstance(accelerator, Accelerator):
+            accelerator.num_processes = 4
+        else:
+            PartialState._shared_state["num_processes"] = 4
+        updates = 0
+        while schedule.get_last_lr()[0] > 0:
+            weight.grad = torch.ones(1)
+            optimizer.step()
+            schedule.step()
+            updates += 1
+        counts.append(updates)
+    assert counts == [5, 20 if split_batches else 5]
+
+
 def test_clipping_matches_accelerate_and_unscales(theirs):
     results = []
     for accelerator in (ours(), theirs()):
@@ -477,6 +504,11 @@ def test_preparing_twice_changes_nothing_and_two_accelerators_do_not_share(their
     first.sync_gradients = False
     assert second.sync_gradients
     assert (first.mixed_precision, second.mixed_precision) == ("bf16", "no")
+    reference = theirs(mixed_precision="bf16")
+    with pytest.raises(ValueError, match="already been initialized"):
+        type(reference)(cpu=True, mixed_precision="no")
+    reference.gradient_state._set_sync_gradients(False)
+    assert not type(reference)(cpu=True).sync_gradients
 
 
 def test_random_sampler_becomes_ours():
@@ -572,8 +604,9 @@ def test_misuse_is_refused(argument, error, text):
         ours(**argument)
 
 
-def test_arguments_without_effect_are_refused():
+def test_arguments_without_effect_are_refused(theirs):
     accelerator = ours()
+    assert theirs().reduce(torch.ones(1), scale=0.5).item() == 1.0
     with pytest.raises(NotImplementedError, match=r"scale=0.5 is not supported here"):
         accelerator.reduce(torch.ones(1), scale=0.5)
     with pytest.raises(NotImplementedError, match=r"keep_torch_compile=False is not supported here"):
@@ -703,20 +736,28 @@ def unused_through_the_facade():
     strict = Accelerator(cpu=True).prepare(Sometimes())
     with pytest.raises(RuntimeError, match="no gradient for unused"):
         strict(torch.ones(2, 3)).sum().backward()
+    reset()
+    silent = accelerate.Accelerator(cpu=True).prepare(Sometimes())
+    silent(torch.ones(2, 3)).sum().backward()  # accelerate, that is torch, says nothing until the next forward
+    with pytest.raises(RuntimeError, match="Parameter indices which did not receive grad for rank") as numbered:
+        silent(torch.ones(2, 3))
     compressed = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(comm_hook="bf16")])
     dtype = compressed.prepare(line())._comm_dtype
     with pytest.raises(ValueError, match="backend='mpi': on cpu it is gloo; leave it out"):
         Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="mpi")])
-    del model, strict
+    text = str(numbered.value)
+    del model, strict, silent, numbered
+    gc.collect()
     mine.end_training()
-    return grads, dtype
+    return grads, dtype, text
 
 
 def test_find_unused_parameters_matches_accelerate_on_ranks():
     pytest.importorskip("accelerate", reason="the oracle, extra `test`")
-    for (mine, reference), dtype in run_ranks(unused_through_the_facade, 2):
+    for (mine, reference), dtype, text in run_ranks(unused_through_the_facade, 2):
         assert mine == reference and mine[2:] == [None, None]
         assert dtype == torch.bfloat16
+        assert "unused." not in text  # numbers, no name
 
 
 # ---- one process ----------------------------------------------------------------------------------------------------
@@ -771,6 +812,17 @@ def metrics_of(accelerator, count, skip=0):
     return [tensors, nested, [int(item) for item in objects]]
 
 
+def metrics_around_a_broken_loop(accelerator):
+    """The rows of an epoch in each of whose steps another loop is left at its first batch."""
+    outer, inner = (accelerator.prepare(plain(labelled(7), batch_size=2)) for _ in range(2))
+    rows = []
+    for batch in outer:
+        for _ in inner:
+            break
+        rows += accelerator.gather_for_metrics(batch["labels"]).tolist()
+    return rows
+
+
 def raised(function):
     try:
         return function()
@@ -809,6 +861,7 @@ def ask(accelerator):
         "metrics": {count: metrics_of(accelerator, count) for count in (2, 6, 7, 11, 12)},
         "skipped": metrics_of(accelerator, 7, skip=1),
         "odd": odd_metrics(accelerator),
+        "broken": metrics_around_a_broken_loop(accelerator),
         "parts": parts_of(accelerator),
         "who": [
             accelerator.num_processes, accelerator.process_index, accelerator.local_process_index,
@@ -908,6 +961,12 @@ def test_gather_for_metrics_raises_where_accelerate_does_not(ranks):
         )
 
 
+def test_gather_for_metrics_survives_a_broken_inner_loop_where_accelerate_does_not(ranks):
+    for rank in ranks:
+        assert rank["wrap"]["broken"] == list(range(7))
+        assert rank["theirs"]["broken"] == [*range(7), 0, 1, 2, 3, 4]  # repeated rows count
+
+
 def test_ranks_and_their_parts_match_accelerate(ranks):
     for index, rank in enumerate(ranks):
         assert rank["wrap"]["who"] == rank["theirs"]["who"]
@@ -928,6 +987,22 @@ def test_prepare_and_accumulate_on_ranks(ranks):
         assert rank["triggers"] == [False, True, False]
         assert rank["padded"] == [1.0] * (index + 1) + [0.0] * (2 - index)
         assert rank["reduced"] == 3.0
+
+
+def test_split_between_processes_leaves_the_dict_as_it_is_where_accelerate_does_not(theirs):
+    from accelerate.state import PartialState
+
+    left = []
+    for accelerator in (ours(), theirs()):
+        if isinstance(accelerator, Accelerator):
+            accelerator.num_processes = 2
+        else:
+            PartialState._shared_state["num_processes"] = 2
+        inputs = {"a": [1, 2, 3, 4]}
+        with accelerator.split_between_processes(inputs) as part:
+            assert part == {"a": [1, 2]}
+        left.append(inputs["a"])
+    assert left == [[1, 2, 3, 4], [1, 2]]
 
 
 def test_split_between_processes_refuses_what_it_cannot_split():

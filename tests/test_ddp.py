@@ -138,6 +138,22 @@ def test_gradients_match_torch_ddp(ours, world):
     run_world(train_beside_torch, world, ours)
 
 
+def one_gradient_of_three(world, ours):
+    mine, reference = pair(partial(nn.Linear, 300, 1, bias=False), world.rank, ours)
+    torch.manual_seed(0)
+    x = torch.randn(1, 300)
+    for model in (mine, reference):
+        (model(x).sum() * (world.rank == 0)).backward()
+    mean, expected = (next(iter(grads(model).values())) for model in (mine, reference))
+    assert torch.equal(mean, expected) and torch.equal(mean, x * (1 / 3))
+    assert not torch.equal(mean, x / 3)
+
+
+def test_gradients_are_multiplied_by_a_third_as_in_torch():
+    """One rank's gradient is not zero, so that no order of a sum matters: it comes back bit for bit as torch's."""
+    run_world(one_gradient_of_three, 3, DistributedDataParallel)
+
+
 def shard_beside_whole(world, ours):
     torch.manual_seed(0)
     whole, y = torch.randn(4 * world.size, 6), torch.randint(0, 11, (4 * world.size,))
@@ -311,7 +327,7 @@ def test_unused_parameter_is_named():
     for ours, theirs in run_world(unused_by_mistake, 2):
         assert ours.startswith("no gradient for never.weight, never.bias: the loss does not depend on them")
         assert "find_unused_parameters=True" in ours and "use_reentrant=True" in ours
-        assert "never.weight" not in theirs  # torch names indices
+        assert "Parameter indices which did not receive grad for rank" in theirs and "never" not in theirs
 
 
 # ---- the ranks must hold the same model ------------------------------------------------------------------------------
@@ -360,6 +376,11 @@ def test_bucket_plan_matches_torch():
         assert [bucket[-1] for bucket in plan] == sorted((bucket[-1] for bucket in plan), reverse=True)
 
 
+def test_the_default_buckets_are_of_1_and_25_mib(group_of_one):
+    ours = DistributedDataParallel(nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(60))))  # 1 MiB each
+    assert [len(bucket.parameters) for bucket in ours._buckets] == [1, 25, 25, 9]
+
+
 def test_gradients_are_views_that_exist_once_and_stay(group_of_one):
     model = DistributedDataParallel(nn.Sequential(nn.Linear(6, 300), nn.Linear(300, 300)), bucket_cap_mb=0.1)
     seen = []
@@ -398,6 +419,25 @@ def test_a_backward_that_raises_half_way_does_not_spoil_the_next(group_of_one):
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert not {bucket.flat for bucket in model._buckets} & set(written)
+
+
+def test_buckets_leave_while_backward_runs(group_of_one, monkeypatch):
+    """That is the overlap: the last layer's gradient is on its way before the first layer's is computed."""
+    first = nn.Linear(6, 5, bias=False)
+    layers = nn.Sequential(first, nn.Linear(5, 5, bias=False), nn.Linear(5, 4, bias=False))
+    model = DistributedDataParallel(layers, bucket_cap_mb=1e-5)  # a bucket for each parameter
+    events: list[str] = []
+    all_reduce = dist.all_reduce
+
+    def noted(tensor, **options):
+        assert options["async_op"]
+        events.append(f"all_reduce of {tensor.numel()}")
+        return all_reduce(tensor, **options)
+
+    first.weight.register_hook(lambda grad: events.append("the first layer's gradient"))
+    monkeypatch.setattr(dist, "all_reduce", noted)
+    model(torch.ones(2, 6)).sum().backward()
+    assert events == ["all_reduce of 20", "all_reduce of 25", "the first layer's gradient", "all_reduce of 30"]
 
 
 def test_wrapping_again_drops_the_first_wrapper(group_of_one, monkeypatch):

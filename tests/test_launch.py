@@ -446,16 +446,24 @@ def test_two_ranks_on_a_cpu_with_port_29500_taken(tmp_path: Path) -> None:
 
 def test_two_processes_on_a_cpu_are_two_ranks_where_accelerate_launch_starts_one(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="shows Accelerate's own launcher (extra `test`)")
-    text = "import os\nprint(f\"{os.environ.get('RANK', '-')} of {os.environ.get('WORLD_SIZE', '1')}\\n\", end='')\n"
+    text = (
+        "import importlib, sys, torch\n"
+        "accelerator = importlib.import_module(sys.argv[1]).Accelerator(cpu=True)\n"
+        "rank = accelerator.process_index\n"
+        "total = accelerator.reduce(torch.tensor(rank + 1.0), 'sum').item()\n"
+        "print(f'{rank} of {accelerator.num_processes}: {total}\\n', end='')\n"
+        "accelerator.end_training()\n"
+    )
     env = _script(tmp_path, text)
-    assert sorted(launch_sh("-n", "2", "--device", "cpu", env=env).stdout.splitlines()) == ["0 of 2", "1 of 2"]
+    ours = launch_sh("-n", "2", "nanofinetune", env=env)
+    assert sorted(ours.stdout.splitlines()) == ["0 of 2: 3.0", "1 of 2: 3.0"], ours.stderr
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     variables |= {"HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}  # no settings of this machine's user
     theirs = subprocess.run(
-        [*command, str(tmp_path / "script.py")], env=variables, text=True, capture_output=True, timeout=90
+        [*command, str(tmp_path / "script.py"), "accelerate"], env=variables, text=True, capture_output=True, timeout=90
     )
-    assert (theirs.returncode, theirs.stdout) == (0, "- of 1\n"), theirs.stderr
+    assert (theirs.returncode, theirs.stdout) == (0, "0 of 1: 1.0\n"), theirs.stderr
 
 
 def test_one_process_is_started_without_a_launcher(tmp_path: Path) -> None:

@@ -295,12 +295,22 @@ def test_break_repeats_the_order_in_accelerate_only(reference):
         for batch in loader:
             return batch.tolist()
 
-    assert first_batch(theirs) == first_batch(theirs)
-    assert (first_batch(ours), first_batch(ours), ours.iteration) == (
-        [*SeedableRandomSampler(range(10), data_seed=42, epoch=0)][:2],
-        [*SeedableRandomSampler(range(10), data_seed=42, epoch=1)][:2],
-        2,
-    )
+    def order(epoch):
+        return [*SeedableRandomSampler(range(10), data_seed=42, epoch=epoch)]
+
+    def whole(loader):
+        return [row for batch in lists(loader) for row in batch]
+
+    their_orders = whole(theirs), whole(theirs)
+    assert their_orders[0] != their_orders[1]  # an epoch that ends moves it on
+    broken = first_batch(theirs)
+    assert broken != their_orders[1][:2] and whole(theirs)[:2] == broken
+    assert (first_batch(ours), whole(ours), first_batch(ours), ours.iteration) == (
+        order(0)[:2], order(1), order(2)[:2], 3,
+    )  # fmt: skip
+    torch.manual_seed(42)  # accelerate's default, a sampler that draws a new seed each time, is not concerned
+    default = theirs_prepared(reference, plain(torch.arange(1000), batch_size=2, shuffle=True))
+    assert first_batch(default) != first_batch(default)
 
 
 def test_set_epoch_reaches_the_batch_sampler_that_accelerate_misses(reference):

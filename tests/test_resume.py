@@ -315,6 +315,26 @@ def test_ranks_may_change_between_runs(before, after, grouped, still_model, pair
     )
 
 
+def seeds_of_forwards(arguments):
+    """(update, what torch was seeded with) at each training batch of one rank."""
+    seeds: list[tuple[int, int]] = []
+
+    def note(original, model, log, *args, **kwargs):
+        if model.training:
+            seeds.append((log.update, torch.initial_seed()))
+        return original(model, *args, **kwargs)
+
+    return call(*arguments, forward=note), seeds
+
+
+def test_dropout_is_a_function_of_seed_update_and_rank(tiny_model, pairs):
+    arguments = ["--model", tiny_model, "--data", pairs, "--max-steps", "3", "--accumulate", "2"]
+    ranks = run_ranks(seeds_of_forwards, 2, arguments, timeout=120)
+    for rank, (code, seeds) in enumerate(ranks):
+        assert code == 0
+        assert seeds == [(update, train.mix(42, update, rank)) for update in (0, 0, 1, 1, 2, 2)]
+
+
 def nan_once(original, model, log, *args, **kwargs):
     output = original(model, *args, **kwargs)
     if model.training and log.update == 2:

@@ -129,11 +129,29 @@ def test_the_picture_holds_what_was_measured(traced):
     assert all(float(bar.get("x", 0)) + float(bar.get("width", 0)) <= trace.WIDTH for bar in bars)
 
 
-def test_one_process_has_no_buckets(job, tmp_path):
-    options = ["-n", "1", "--updates", "1", "--device", "cpu", *job]
-    done = run([sys.executable, "-m", "nanofinetune.trace", *options], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "optimizer" in done.stdout and "all-reduce" not in done.stdout
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capfd):
+    """The command in this process, which has imported all that it needs -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["trace", *arguments])
+        code: str | int | None
+        try:
+            code = trace.run("nanofinetune.trace", trace.main)
+        except SystemExit as ended:  # as train.py did
+            code = ended.code
+        return code, *capfd.readouterr()
+
+    return call
+
+
+def test_one_process_has_no_buckets(job, run_here, tmp_path):
+    code, out, err = run_here("-n", "1", "--updates", "1", "--device", "cpu", *job)
+    assert code == 0, err
+    assert "optimizer" in out and "all-reduce" not in out
     ElementTree.fromstring((tmp_path / "trace.svg").read_text())
 
 
@@ -154,6 +172,6 @@ def test_observing_ends():
         (["--lr", "-1"], "--lr: -1 is not a number above 0"),  # train.py's own
     ],
 )
-def test_a_mistake_is_one_line(arguments, said, tmp_path):
-    done = run([sys.executable, "-m", "nanofinetune.trace", *arguments], tmp_path)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+def test_a_mistake_is_one_line(arguments, said, run_here):
+    code, _, err = run_here(*arguments)
+    assert code == 2 and said in err and len(err.splitlines()) == 1, err

@@ -5,6 +5,8 @@ Most runs call `main` in this process with a tiny model; what concerns the proce
     python -m pytest tests/test_train.py            the slow ones, with the packaged checkpoint: -m slow
 """
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -13,7 +15,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, load_script, save_tiny_model, tiny_bert
-from helpers import run_torchrun
+from helpers import run_ranks, run_torchrun
+
+from nanofinetune import loader
 
 RESULT_KEYS = {
     "model", "data", "world", "steps", "seconds", "examples_per_second", "first_step_seconds", "peak_rss_mb", "padding",
@@ -73,6 +77,20 @@ def test_every_batch_ends_its_step(run, tiny_model, pairs, monkeypatch):
     monkeypatch.setattr(train, "end_step", ended.append)
     result_of(run("--model", tiny_model, "--data", pairs, "--max-steps", 5, "--eval-batch-size", 8))
     assert ended == [torch.device("cpu")] * (5 + 3)
+
+
+def test_batches_may_be_copied_ahead(run, tiny_model, pairs, monkeypatch):
+    """Training and evaluation ask for copies beside the computation, which a CUDA device makes."""
+    asked = []
+    original = loader._Copies.__init__
+
+    def listen(copies, device, non_blocking):
+        asked.append((device, non_blocking))
+        original(copies, device, non_blocking)
+
+    monkeypatch.setattr(loader._Copies, "__init__", listen)
+    result_of(run("--model", tiny_model, "--data", pairs, "--epochs", 1))
+    assert asked == [(torch.device("cpu"), True)] * 2
 
 
 def test_training_learns(run, tiny_model, pairs):
@@ -175,20 +193,46 @@ def test_an_undefined_metric_is_reported_not_hidden(run, tiny_model, pairs):
         assert ("undefined" in result) <= (result["f1"] == 0.0)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_score_every_row_once_and_print_one_result(world, tiny_model, pairs, tmp_path):
-    """23 validation rows on 2 and 3 real ranks; one result line; the same global batch trains to the same losses."""
+def on_rank(arguments):
+    """train.py in one rank -> (exit code, stdout)."""
+    sys.argv = ["train.py", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = train.run("train.py", train.main)
+    return code, out.getvalue()
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_score_every_row_once_and_print_one_result(world, run, pairs, tmp_path, tiny_tokenizer_dir):
+    """23 validation rows on real ranks; one result line; the same global batch trains to the same losses and scores."""
     output = tmp_path / "out"
-    arguments = ["--model", tiny_model, "--data", pairs, "--batch-size", "2", "--output", str(output)]
-    done = run_torchrun([str(ROOT / "train.py"), *arguments], world, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(results) == 1 and done.stdout.splitlines()[-1] == results[0]
+    still = save_tiny_model(tmp_path / "no-dropout", tiny_tokenizer_dir, dropout=0.0)
+    job = ["--model", still, "--data", pairs, "--lr", "1e-3"]
+    alone = result_of(run(*job, "--batch-size", 2 * world, "--output", tmp_path / "alone"))
+    arguments = [*job, "--batch-size", "2", "--output", str(output)]
+    if world == 2:  # once as a person starts it
+        done = run_torchrun([str(ROOT / "train.py"), *arguments], world, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        out = done.stdout
+    else:
+        codes, outs = zip(*run_ranks(on_rank, world, arguments, timeout=240), strict=True)
+        assert not any(codes)
+        out = "".join(outs)
+    results = [line for line in out.splitlines() if line.startswith("{")]
+    assert len(results) == 1 and out.splitlines()[-1] == results[0]
     result = json.loads(results[0])
     assert result["world"] == world
     assert result["steps"] == 3 * -(-61 // (2 * world))
-    rows = [json.loads(line)["rows"] for line in lines_of(output / "metrics.jsonl")]
-    assert sum(rows) == 3 * 61  # mask: no row twice
+    steps, alone_steps = (
+        [json.loads(line) for line in lines_of(folder / "metrics.jsonl")] for folder in (output, tmp_path / "alone")
+    )
+    assert sum(step["rows"] for step in steps) == 3 * 61  # mask: no row twice
+    for name in ("step", "rows", "lr"):
+        assert [step[name] for step in steps] == [step[name] for step in alone_steps], name
+    losses = [step["loss"] for step in alone_steps]
+    assert [step["loss"] for step in steps] == pytest.approx(losses, abs=1e-5, rel=0)
+    assert (result["accuracy"], result["f1"]) == (alone["accuracy"], alone["f1"])
+    assert result["loss"] == pytest.approx(alone["loss"], abs=1e-5, rel=0)
+    assert max(losses) - min(losses) > 0.01  # it has moved
 
 
 def test_under_torchrun_a_mistake_is_said_once(tiny_model, tmp_path):
@@ -233,6 +277,16 @@ def test_the_default_run_falls_back_and_beats_the_majority_class(packaged_model,
     assert result["steps"] == 1377 and len(result["notes"]) == 2
     # Half of the pairs are positive: always "same" has accuracy 0.5 and F1 0.667.
     assert result["accuracy"] > 0.7 and result["f1"] > 0.72
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_the_default_run_starts_under_torchrun(world, packaged_model, tmp_path):
+    done = run_torchrun([str(ROOT / "train.py"), "--max-steps", "2"], world, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "408 validation rows" in done.stdout
+    (result,) = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert (result["world"], result["steps"]) == (world, 2)
 
 
 def test_fixed_lengths_pad_to_the_next_one(tiny_tokenizer):
