@@ -216,7 +216,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
             log.end_epoch({"epoch": log.epoch + 1, "loss": training_loss, **scores})
         accelerator.wait_for_everyone()  # the last checkpoint too is written, while signals are only noted
 
-    main_metric = data.metrics[0]
+    main_metric = data.metrics[0]  # "best" is where it is greatest: an error would have to be negated
     result = {
         "model": model_name,
         "data": data.name,
@@ -228,7 +228,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
         "peak_rss_mb": round(accelerator.gather(torch.tensor(peak_rss_mb(), device=device)).max().item(), 1),
         "padding": round(padding, 4),
         **{key: value for key, value in log.evaluations[-1].items() if key != "epoch"},
-        "best": max(log.evaluations, key=lambda found: -2 if found[main_metric] is None else found[main_metric]),
+        "best": max(log.evaluations, key=lambda found: -math.inf if found[main_metric] is None else found[main_metric]),
         "device": str(device),
         "precision": accelerator.mixed_precision,
         "notes": notes,
@@ -260,7 +260,7 @@ def evaluate(
     if metric.reduction == "sum":
         counts = metric.state().to(accelerator.device)
         metric.load_state(accelerator.reduce(counts, "sum"))  # the one meeting of the ranks
-    else:  # rank correlations need all values
+    else:  # correlations need the values themselves
         metric.load_state(torch.cat(gather_object([metric.state()], accelerator.world), dim=1))
     if len(metric) != len(store):
         raise RuntimeError(f"{len(metric)} rows were scored and the split has {len(store)}")
