@@ -97,8 +97,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
             use_fast_dropout(model)
     model.config.text_columns = list(data.text_columns)  # saved with the model: predict.py asks it for one text or two
     train_store = stores.pop("train")
-    meant = {"the model": model_name, "the data set": data.name, "the hash of the training rows": train_store.digest()}
-    run_identity = run_of(vars(args), world, meant, start)
 
     # --- batches of all processes together; their order is a function of (seed, epoch) alone ---
     rows_per_step, accelerator.gradient_accumulation_steps = batch_plan(args.batch_size, args.accumulate, world, start)
@@ -117,6 +115,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     if args.warmup_steps > updates:
         raise UsageError(f"--warmup-steps {args.warmup_steps}: the run has only {updates} updates; choose fewer")
     scheduler = get_scheduler("linear", optimizer, args.warmup_steps, updates)
+
+    meant = {
+        "the model": model_name, "the data set": data.name, "the hash of the training rows": train_store.digest(),
+        "the optimizer": type(optimizer).__name__,
+    }  # fmt: skip
+    run_identity = run_of(vars(args), world, meant, start)
 
     padding = padding_fraction(train_store.lengths, batches)
     if accelerator.is_main_process:
@@ -330,7 +334,7 @@ def padding_fraction(lengths: Any, batches: Iterable[list[int]]) -> float:
 
 def print_plan(
     args: argparse.Namespace, accelerator: Accelerator, model_name: str, data: Data, model: Any, made_anew: list[str],
-    optimizer: AdamW, scheduler: Any, train_store: Any, limit: int, padding: float,
+    optimizer: torch.optim.Optimizer, scheduler: Any, train_store: Any, limit: int, padding: float,
     rows_per_step: int,
 ) -> None:  # fmt: skip
     """Everything that a setting may have got wrong, before the first step."""
@@ -340,6 +344,7 @@ def print_plan(
     splits = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
     names = data.label_names
     label = "a number" if names is None else f"{len(names)} classes: {', '.join(names[:6])}"
+    form = f" ({optimizer.form(optimizer.param_groups[0])})" if isinstance(optimizer, AdamW) else ""
     decayed = sum(p.numel() for p in optimizer.param_groups[0]["params"])
     at_limit = int((train_store.lengths == limit).sum())
     grouped = ", grouped by length" if args.group_by_length else ""
@@ -353,7 +358,7 @@ def print_plan(
         "updates": f"{updates:,} ({batches:,} batches an epoch)",
         "lr": f"{scheduler.get_last_lr()[0]:.3g} first, {args.lr:.3g} peak, {last_lr:.3g} last; "
         f"warm-up {scheduler.num_warmup_steps:,} updates",
-        "optimizer": f"AdamW ({optimizer.form(optimizer.param_groups[0])}), weight decay {args.weight_decay:g} on "
+        "optimizer": f"{type(optimizer).__name__}{form}, weight decay {args.weight_decay:g} on "
         f"{decayed:,} parameters, clip norm {'off' if args.clip_norm is None else args.clip_norm}",
         "padding": f"{padding:.1%} of all training tokens{grouped}; {at_limit:,} rows fill the limit of {limit} tokens",
         "precision": ("fp32" if accelerator.mixed_precision == "no" else f"{accelerator.mixed_precision} (autocast)")

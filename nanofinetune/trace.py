@@ -111,7 +111,6 @@ def observe_all(observer: Observer) -> None:
         (facade, "_weigh", "weigh", _weight),
         (facade, "backward", "backward", lambda *_: "in it every gradient, from the last layer to the first"),
         (facade, "clip_grad_norm_", "clip", lambda norm, *_, **__: f"the norm was {norm.item():.4g}"),
-        (optim.AdamW, "step", "optimizer", _update),
         (schedule.LinearSchedule, "step", "schedule", _rate),
         (accelerator.AcceleratedOptimizer, "zero_grad", "zero_grad", _reset),
         (metrics.Metric, "add_batch", "count", lambda _, self, **batch: f"{len(batch['references'])} rows"),
@@ -123,6 +122,7 @@ def observe_all(observer: Observer) -> None:
         observer.observe(owner, name, what, describe)
     _observe_forward(observer)
     _observe_buckets(observer)
+    _observe_optimizer(observer)
 
 
 def described(tensors: Any) -> str:
@@ -173,12 +173,6 @@ def _weight(_: Any, self: Any, __: Any) -> str:
     if rows is None:
         return f"loss / {self.gradient_accumulation_steps}"
     return f"the mean over {rows[0]} of the step's {rows[1]} rows; batch {position.index + 1} of {len(shard)}"
-
-
-def _update(_: Any, self: Any, *__: Any) -> str:
-    parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-    form, lr = self.form(self.param_groups[0]), self.param_groups[0]["lr"]
-    return f"AdamW, {form}, lr {lr:.3g}: {described(parameters)}"
 
 
 def _rate(_: Any, self: Any, *__: Any) -> str:
@@ -250,6 +244,24 @@ def _observe_buckets(observer: Observer) -> None:
         ("_put_into", observed_put), ("_send_full_buckets", observed_send), ("_finish", observed_finish)
     ):  # fmt: skip
         observer.replace(wrapper, name, function)
+
+
+def _observe_optimizer(observer: Observer) -> None:
+    """The steps of whatever optimizer was prepared, where they are let through: at the end of a window."""
+    step = accelerator.AcceleratedOptimizer.step
+
+    @functools.wraps(step)
+    def observed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        group, begin = self.param_groups[0], time.monotonic()
+        form = f", {self.optimizer.form(group)}" if isinstance(self.optimizer, optim.AdamW) else ""
+        result = step(self, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            text = f"{_kind(self.optimizer)}{form}, lr {group['lr']:.3g}: {described(parameters)}"
+            observer.note("optimizer", begin, time.monotonic(), text, type(self.optimizer).step)
+        return result
+
+    observer.replace(accelerator.AcceleratedOptimizer, "step", observed)
 
 
 def rank() -> None:
