@@ -29,6 +29,7 @@
     gather_for_metrics                                 distributed.py  gather; loader.py  remainder
     wait_for_everyone, main_process_first              distributed.py
     save_state, load_state                             here, which objects; checkpoint.py, how they are kept
+    save, save_model, get_state_dict                   here, a few lines each
     end_training                                       distributed.py  shutdown
 
 Underneath: `accelerate.Accelerator` (accelerate 1.15) keeps its state in dictionaries that all instances share
@@ -36,7 +37,7 @@ Underneath: `accelerate.Accelerator` (accelerate 1.15) keeps its state in dictio
 must wait for the end of an accumulation window: `accelerate.optimizer.AcceleratedOptimizer`,
 `accelerate.scheduler.AcceleratedScheduler`. Kept: names, arguments, order of results, a full window's gradient, the
 ticking of schedules; preparing twice changes nothing. Left out: other backends and precisions, plugins, trackers,
-`torch.compile`; an argument for one of them is refused. Different on purpose:
+`torch.compile`; an argument or a method for one of them is refused by name. Different on purpose:
   - A window's gradient is the mean over the rows it really holds, the short window at an epoch's end included;
     Accelerate divides by `gradient_accumulation_steps`. Where nobody knows these rows beforehand (streams, batches that
     vary in size, `even_batches=False`), or the window (backward without `accumulate`), it is as in Accelerate.
@@ -51,7 +52,8 @@ Proof: test_windows_match_accelerate_but_for_the_short_one, test_broken_inner_lo
 test_fused_skip_is_seen_where_accelerate_misses_it, test_scheduler_ticks_match_accelerate,
 test_mixed_precision_matches_accelerate, test_fp16_on_cpu_is_refused_where_accelerate_trains_fp32,
 test_accelerate_ignores_split_batches, test_kwargs_handlers_match_accelerate, test_gather_for_metrics_on_ranks,
-test_public_names_and_signatures_match_accelerate in tests/test_accelerator.py;
+test_public_names_and_signatures_match_accelerate, test_what_is_absent_says_what_to_use_instead,
+test_save_and_get_state_dict_match_accelerate in tests/test_accelerator.py;
 test_ranks_equal_one_process_where_accelerate_does_not, test_course_listing_matches_accelerate_under_torchrun in
 tests/test_equal_ranks.py.
 """
@@ -69,7 +71,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -130,6 +132,36 @@ class GradScalerKwargs:
     enabled: bool = True
 
 
+# What accelerate.Accelerator has under a public name and this one has not -> what to do instead.
+ABSENT = {
+    name: instead
+    for names, instead in (
+        ("init_trackers log get_tracker trackers log_with", "call the tracker's own library on rank 0"),
+        ("profile profile_handler", "use torch.profiler, or python -m nanofinetune.trace"),
+        ("register_save_state_pre_hook register_load_state_pre_hook", "use register_for_checkpointing"),
+        ("join_uneven_inputs", "use Accelerator(uneven='mask')"),
+        ("trigger_sync_in_backward", "let the last backward of a window be outside of no_sync"),
+        ("on_process on_local_process", "ask for process_index or local_process_index"),
+        ("state gradient_state", "ask the Accelerator itself: num_processes, sync_gradients, ..."),
+        ("multi_device", "ask whether num_processes is above 1"),
+        ("native_amp", "ask for mixed_precision or scaler"),
+        (
+            "dispatch_batches even_batches non_blocking use_seedable_sampler use_stateful_dataloader",
+            "ask dataloader_config",
+        ),
+        ("project_dir logging_dir", "ask project_configuration"),
+        ("save_iteration", "ask project_configuration.iteration"),
+        (
+            "fp8_backend fp8_enabled fp8_recipe_handler ao_recipe_handler te_recipe_handler msamp_recipe_handler"
+            " has_fp8_handler delayed_fp8_autocast has_lomo_optimizer lomo_backward deepspeed_plugin"
+            " deepspeed_ulysses_dl_adapter is_fsdp2 should_save_model verify_device_map torch_device_mesh"
+            " parallelism_config is_composable_parallelism_enabled maybe_context_parallel context_parallel_rank"
+            " data_parallel_rank data_parallel_shard_rank pipeline_parallel_rank tensor_parallel_rank",
+            "use accelerate for it",
+        ),
+    )
+    for name in names.split()
+}
 HANDLERS = (AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs)
 
 
@@ -141,13 +173,15 @@ class Accelerator:
         uneven: what completes the last step of an epoch on N > 1 ranks: "wrap" repeats rows as Accelerate's
             `even_batches` does, "mask" adds none. It needs batches that are mappings with a tensor "labels"; a rank
             without a row in that step computes a loss that may be NaN, and that `backward` weighs with zero.
-        device: "auto", "cpu", "cuda" or "mps".
+        device: what device.choose_device takes: "auto", "cpu", "cuda", "cuda:N", "mps", "tpu" or "xla".
         timeout: how long ranks wait for each other.
         kwargs_handlers: at most one each of AutocastKwargs and GradScalerKwargs (here), DistributedDataParallelKwargs
             (ddp.py) and InitProcessGroupKwargs (distributed.py).
 
     Raises NotImplementedError, with its name, for an argument of Accelerate's that is not supported, and UsageError for
-    a precision that the device does not have.
+    a precision that the device does not have. The methods and attributes of Accelerate's that are not here are the keys
+    of ABSENT (trackers, `profile`, hooks around saving, `join_uneven_inputs`, `trigger_sync_in_backward`, `on_process`,
+    `state` and what belongs to other backends): asked for, they raise AttributeError that says what to use instead.
     """
 
     def __init__(
@@ -323,6 +357,10 @@ class Accelerator:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return [None] * len(objects)
+
+    def clear(self, *objects: Any) -> list[None]:
+        """The same as `free_memory`."""
+        return self.free_memory(*objects)
 
     def forget(self, *objects: Any) -> None:
         """Let go of prepared models, optimizers, schedulers or loaders: `save_state` saves them no more."""
@@ -529,6 +567,19 @@ class Accelerator:
             state = self.unwrap_model(model).state_dict()
             save_torch_state_dict(state, Path(save_directory), max_shard_size=max_shard_size)
 
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
+        """A model's weights by name; those of the wrapper, whose names begin with "module.", without `unwrap`."""
+        return (self.unwrap_model(model) if unwrap else model).state_dict()
+
+    def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
+        """torch.save on rank 0, or a dict of tensors that share no memory as a safetensors file."""
+        if self.is_main_process and safe_serialization:
+            from safetensors.torch import save_file
+
+            save_file(obj, f, metadata={"format": "pt"})
+        elif self.is_main_process:
+            torch.save(obj, f)
+
     # ---- between ranks -----------------------------------------------------------------------------------------------
 
     def gather(self, tensor: Any) -> Any:
@@ -587,7 +638,15 @@ class Accelerator:
 
     def on_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: the function runs on rank 0; elsewhere it does nothing and returns None."""
-        return function if self.is_main_process else lambda *args, **kwargs: None
+        return function if self.is_main_process else _nothing
+
+    def on_local_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: the function runs on the first rank of each node, and on no other."""
+        return function if self.is_local_main_process else _nothing
+
+    def on_last_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: the function runs on the last rank, and on no other."""
+        return function if self.is_last_process else _nothing
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print once a node."""
@@ -609,6 +668,13 @@ class Accelerator:
         self._saver.wait()
         self._models, self._optimizers = [], []  # nothing of ours holds the group: see shutdown
         distributed.shutdown(self.world)
+
+    if not TYPE_CHECKING:  # a type checker would take every name for known
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ABSENT:
+                raise AttributeError(f"Accelerator.{name} is not supported here: {ABSENT[name]}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 # ---- what prepare wraps things in ------------------------------------------------------------------------------------
@@ -765,6 +831,10 @@ def _seed_of(data_loader: DataLoader) -> int:
     sources = (getattr(data_loader.batch_sampler, "sampler", data_loader.sampler), data_loader.dataset)
     generators = [getattr(source, "generator", None) for source in sources]
     return next((g.initial_seed() for g in generators if isinstance(g, torch.Generator)), torch.initial_seed())
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What a function for another rank does on this one."""
 
 
 def _to_float32(leaf: Any) -> Any:
