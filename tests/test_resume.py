@@ -468,7 +468,7 @@ def without_memory(arguments, forward=None):
 @pytest.mark.parametrize("accumulate", [1, 3], ids=["plain", "accumulate"])  # 61 rows: the last window is short
 @pytest.mark.parametrize("fails", [too_large, too_large_in_backward], ids=["forward", "backward"])
 @pytest.mark.parametrize("world", [1, 2])
-def test_out_of_memory_on_one_rank_halves_on_all(world, fails, accumulate, still_model, pairs, tmp_path):
+def test_out_of_memory_on_one_rank_shrinks_on_all(world, fails, accumulate, still_model, pairs, tmp_path):
     """From 8 rows to 2: twice a note, as many rows an update, the losses of the run that had memory."""
     arguments = ["--model", still_model, "--data", pairs, "--lr", "1e-3", "--epochs", "2", "--accumulate", accumulate]
     whole, small = ([*arguments, "--output", str(tmp_path / name)] for name in ("whole", "small"))
