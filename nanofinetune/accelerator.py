@@ -44,7 +44,8 @@ ticking of schedules; preparing twice changes nothing. Left out: other backends 
   - With `uneven="mask"` no row counts twice, and ranks weigh as much as they have rows, so that N ranks compute the
     gradient of one. The loss given to `backward` must be the mean over the rank's rows for that.
   - `gather_for_metrics` raises where it cannot tell which rows are repeated; Accelerate returns them all.
-  - A skipped step is told by the scale, which falls; Accelerate asks whether `step` was called: a fused one always is.
+  - In fp16 a step was skipped if the scale has fallen. Accelerate asks instead whether the optimizer's `step` was
+    called: a fused one's always is, and skips by itself, so that Accelerate counts that step as done.
   - An inner loop left by `break` does not take the flush at its end from the outer one. fp16 on a CPU is refused.
   - `Accelerator(split_batches=True)` splits; in 1.15 only `dataloader_config` does, and the argument is ignored.
 
@@ -82,7 +83,7 @@ from nanofinetune import checkpoint, distributed
 from nanofinetune.ddp import DistributedDataParallel, DistributedDataParallelKwargs
 from nanofinetune.distributed import InitProcessGroupKwargs
 from nanofinetune.errors import UsageError
-from nanofinetune.loader import DataLoaderShard, Position, prepare_data_loader, skip_first_batches
+from nanofinetune.loader import DataLoaderShard, Position, order_seed, prepare_data_loader, skip_first_batches
 
 _STATEFUL = ("state_dict", "load_state_dict")
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -400,19 +401,19 @@ class Accelerator:
 
         In a full window that is by K, bit for bit as in Accelerate.
         """
-        steps = self.gradient_accumulation_steps
+        accumulated = self.gradient_accumulation_steps
         position, shard = self._current()
         rows = None if shard is None else shard.rows_of_step(position.index)
         if rows is None:
-            return loss / steps
+            return loss / accumulated
         mine, everyones = rows
         if mine == 0:  # the mean over nothing is NaN, but its gradient is 0; and the other ranks wait for this backward
             return loss * 0.0
-        window = steps * everyones
+        window = accumulated * everyones
         if self._place is not None:  # steps before the loader's first one, after a `break`, count as full ones
             first = position.index - self._place
-            window = sum(shard.rows_of_step(i)[1] for i in range(first, min(first + steps, len(shard))))
-        # underneath: Accelerate divides by `steps` here, however few micro-batches the epoch's last window holds
+            window = sum(shard.rows_of_step(i)[1] for i in range(first, min(first + accumulated, len(shard))))
+        # underneath: Accelerate divides by `accumulated` here, however few micro-batches the epoch's last window holds
         return loss / (window / (mine * self.num_processes))
 
     def _current(self) -> Any:
@@ -446,7 +447,7 @@ class Accelerator:
 
     def autocast(self, autocast_handler: Any = None) -> AbstractContextManager[Any]:
         """A `with` block that computes in `mixed_precision`; an AutocastKwargs replaces that of `kwargs_handlers`."""
-        _by_type([] if autocast_handler is None else [autocast_handler], AutocastKwargs)
+        _check_types([] if autocast_handler is None else [autocast_handler], AutocastKwargs)
         settings = autocast_handler or self.autocast_handler or AutocastKwargs()
         dtype = PRECISIONS[self.mixed_precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype, **vars(settings))
@@ -699,7 +700,7 @@ class MixedPrecisionForward:
 class AcceleratedOptimizer(torch.optim.Optimizer):
     """`step` and `zero_grad` do nothing before the end of a window; all else is the wrapped optimizer's.
 
-    A torch.optim.Optimizer, without one's own attributes, so that schedules accept it.
+    It is a torch.optim.Optimizer so that schedules accept it, but has no groups and no state of its own.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
@@ -767,6 +768,7 @@ class AcceleratedScheduler:
         if not accelerator.step_scheduler_with_optimizer:
             self.scheduler.step(*args, **kwargs)
         elif accelerator.sync_gradients and not any(optimizer.step_was_skipped for optimizer in self.optimizers):
+            # underneath: once a process: a schedule counted with a prepared loader's length is over after 1 / N of it
             for _ in range(1 if accelerator.split_batches else accelerator.num_processes):
                 # OneCycleLR raises past its end, which several ticks may overshoot
                 if self.scheduler.last_epoch < getattr(self.scheduler, "total_steps", float("inf")):
@@ -795,14 +797,18 @@ def _refuse(**arguments: Any) -> None:
             raise NotImplementedError(f"{name}={value!r} is not supported here: leave it out, or use accelerate for it")
 
 
-def _by_type(handlers: list[Any], *allowed: type) -> dict[type, Any]:
-    """{AutocastKwargs: the one of that type, ...}. Raises for a second one, and for what is not supported, by name."""
-    known = allowed or HANDLERS
+def _check_types(handlers: list[Any], *known: type) -> None:
+    """Raise for a handler of any other type, by its name."""
     for handler in handlers:
         if type(handler) not in known:
             names = ", ".join(f"{kind.__module__}.{kind.__name__}" for kind in known)
             kind = type(handler)
             raise NotImplementedError(f"{kind.__module__}.{kind.__name__} is not supported here: choose among {names}")
+
+
+def _by_type(handlers: list[Any]) -> dict[type, Any]:
+    """{AutocastKwargs: the one of that type, ...}. Raises for a second one, and for what is not supported, by name."""
+    _check_types(handlers, *HANDLERS)
     found = {type(handler): handler for handler in handlers}
     if len(found) < len(handlers):
         raise ValueError("kwargs_handlers holds two of the same type: pass one of each")
@@ -827,10 +833,10 @@ def _text(path: str | os.PathLike[str] | None) -> str | None:
 
 
 def _seed_of(data_loader: DataLoader) -> int:
-    """What decides a loader's order: its generator's seed, else torch's."""
+    """What decides a loader's order: its generator's seed, else torch's of this process."""
     sources = (getattr(data_loader.batch_sampler, "sampler", data_loader.sampler), data_loader.dataset)
     generators = [getattr(source, "generator", None) for source in sources]
-    return next((g.initial_seed() for g in generators if isinstance(g, torch.Generator)), torch.initial_seed())
+    return order_seed(None, next((g for g in generators if isinstance(g, torch.Generator)), None), num_processes=1)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
