@@ -463,8 +463,8 @@ def picture(ranks: Ranks, title: str) -> str:
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
-def traced(arguments: Sequence[str], world: int) -> Ranks:
-    """Run launch.sh -n `world` with train.py's `arguments`, observed -> the events of each rank.
+def traced(arguments: Sequence[str], processes: int) -> Ranks:
+    """Run launch.sh -n `processes` with train.py's `arguments`, observed -> the events of each rank.
 
     Raises SystemExit with the job's exit code where it failed; it has said why.
     """
@@ -475,18 +475,18 @@ def traced(arguments: Sequence[str], world: int) -> Ranks:
             "PYTHON": sys.executable, "NANOFINETUNE_SCRIPT": str(script), "NANOFINETUNE_TRACE": folder,
             "NANOFINETUNE_LAUNCH_ENV": os.devnull,  # launch.env may speak of several nodes
         }  # fmt: skip
-        command = [str(ROOT / "launch.sh"), "-n", str(world), "--", *arguments]
+        command = [str(ROOT / "launch.sh"), "-n", str(processes), "--", *arguments]
         code = subprocess.run(command, env=environment, check=False).returncode
         if code:
             sys.exit(code)
-        files = [Path(folder, f"{r}.json") for r in range(world)]
+        files = [Path(folder, f"{r}.json") for r in range(processes)]
         return [[Event(**event) for event in json.loads(file.read_text())] for file in files]
 
 
 def main() -> None:
     """Train, then print what happened and draw the last update."""
     parser = Parser(prog="python -m nanofinetune.trace", description=__doc__)
-    parser.add_argument("-n", metavar="N", dest="world", type=number(int, 1), default=2, help="ranks (default 2)")
+    parser.add_argument("-n", metavar="N", dest="processes", type=number(int, 1), default=2, help="ranks (default 2)")
     parser.add_argument("--updates", metavar="N", type=number(int, 1), default=2, help="how many (default 2)")
     parser.add_argument("--picture", metavar="FILE", default="trace.svg", help="of the last update (default trace.svg)")
     parser.add_argument("--json", metavar="FILE", help="what was measured, to draw it again")
@@ -496,7 +496,7 @@ def main() -> None:
         raise UsageError("train.py is not beside the package: clone the repository")
     if "--dry-run" in others:
         raise UsageError("--dry-run: there is nothing to trace in a run that stops before its first step")
-    ranks = traced([*others, "--max-steps", str(args.updates)], args.world)
+    ranks = traced([*others, "--max-steps", str(args.updates)], args.processes)
     print("\n".join(told(ranks)))
     title = title_of(ranks)
     try:
