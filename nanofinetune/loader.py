@@ -39,6 +39,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
+from nanofinetune.distributed import rebuilt
 from nanofinetune.sampler import (
     PADDING,
     BatchSamplerShard,
@@ -69,12 +70,8 @@ def send_to_device(batch: Any, device: torch.device | str, non_blocking: bool = 
     """Copy the tensors in nested tuples, lists and mappings (source: accelerate.utils.send_to_device)."""
     if hasattr(batch, "to"):  # a tensor; a BatchEncoding, which moves its own and keeps its type
         return batch.to(device, non_blocking=True) if non_blocking else batch.to(device)
-    if isinstance(batch, Mapping):
-        moved_items = {key: send_to_device(value, device, non_blocking) for key, value in batch.items()}
-        return type(batch)(moved_items)  # type: ignore[call-arg]
-    if isinstance(batch, (tuple, list)):
-        moved = [send_to_device(value, device, non_blocking) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)  # a namedtuple takes its fields
+    if isinstance(batch, (tuple, list, Mapping)):
+        return rebuilt(lambda item: send_to_device(item, device, non_blocking), batch)
     return batch
 
 
