@@ -1,6 +1,15 @@
 #!/usr/bin/env bash
 # Start train.py in one process, or in several through torchrun. `launch.sh --help` says what it reads.
 # Here is which processes to start; how a failure reaches the screen is in nanofinetune/launch.py.
+#
+# Underneath: `accelerate launch` and `accelerate config` (accelerate 1.15), which choose the processes and hand them to
+# torchrun (torch 2.13), as this file does. Kept: options, and a file of settings that a questionnaire writes. Left out:
+# DeepSpeed, FSDP, Megatron, mpirun, TPU pods, torch.compile, choosing GPUs by number. Different on purpose: the variables
+# of the environment, of SLURM and of Kubeflow are read too; one node takes a free port, never 29500; N processes on a CPU
+# are N ranks, where `accelerate launch --cpu` starts one; all cores are shared out, where torchrun gives each rank one.
+#
+# Proof: test_launch_sh_table, test_config_asks_and_launch_sh_reads, test_accelerate_config_fields_are_asked_or_left_out
+# in tests/test_launch.py; test_two_nodes_train_together in tests/test_nodes.py.
 set -euo pipefail
 
 usage() {

@@ -8,11 +8,12 @@
     python train.py --output runs/long --save-every 200 --resume auto        stop it, start it again: it goes on
     python train.py --dry-run                                    print the plan and stop
 
-The course imports its pieces from the libraries; here each comes from one file of nanofinetune/. The lines that the
-course's Accelerate listing changes in its plain loop are marked `# accelerate`. Differs from the course on purpose:
-everything is seeded; no weight decays unless --weight-decay says so (torch's AdamW: all, by 0.01); a window of
-accumulated batches is divided by its true number of rows; N processes compute the gradient of one process with N times
-the batch; evaluation batches are sorted by length, and its ranks meet once, at the end.
+The course imports its pieces from the libraries; here each comes from one file of nanofinetune/. The lines that
+the course's Accelerate listing changes in its plain loop are marked `# accelerate`, and so is `accumulate`, which that
+listing does not have. Differs from the course on purpose: everything is seeded; no weight decays unless --weight-decay
+says so (torch's AdamW: all, by 0.01); a window of accumulated batches is divided by its true number of rows; N
+processes compute the gradient of one process with N times the batch; evaluation batches are sorted by length, and the
+ranks add up their counts once, at the end of it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ from nanofinetune.schedule import get_scheduler, linear_factor
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] | None:
     """The whole run -> the result, as it is printed; None for a dry run."""
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     keep_freed_memory()
     preflight(accelerator.world)  # ranks that cannot talk are found before any long work
 
@@ -98,11 +99,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
             use_fast_dropout(model)
     model.config.text_columns = list(data.text_columns)  # saved with the model: predict.py asks it for one text or two
     train_store = stores.pop("train")
-    meant = {"the model": model_name, "the data set": data.name, "the hash of the training rows": train_store.digest()}
-    run_identity = run_of(vars(args), world, meant, start)
 
     # --- batches of all processes together; their order is a function of (seed, epoch) alone ---
-    rows_per_step, accelerator.gradient_accumulation_steps = batch_plan(args.batch_size, args.accumulate, world, start)
+    rows_per_step, accelerator.gradient_accumulation_steps = batch_plan(
+        args.batch_size, args.accumulate, processes, start
+    )
     rows_per_update = rows_per_step * accelerator.gradient_accumulation_steps
     collator: Callable[[Any], Any] = DataCollatorWithPadding(tokenizer)
     if device.type == "xla":
@@ -119,11 +120,17 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
         raise UsageError(f"--warmup-steps {args.warmup_steps}: the run has only {updates} updates; choose fewer")
     scheduler = get_scheduler("linear", optimizer, args.warmup_steps, updates)
 
+    meant = {
+        "the model": model_name, "the data set": data.name, "the hash of the training rows": train_store.digest(),
+        "the optimizer": type(optimizer).__name__,
+    }  # fmt: skip
+    run_identity = run_of(vars(args), processes, meant, start)
+
     padding = padding_fraction(train_store.lengths, batches)
     if accelerator.is_main_process:
         print_plan(
-            args, accelerator, model_name, data, model, made_anew, optimizer, scheduler, train_store, limit, padding,
-            rows_per_step,
+            args, accelerator, data, train_store, scheduler, model=model, model_name=model_name, made_anew=made_anew,
+            limit=limit, padding=padding, rows_per_step=rows_per_step,
         )  # fmt: skip
     if args.dry_run:
         return None
@@ -152,7 +159,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
         while log.epoch < math.ceil(updates / updates_per_epoch):
             model.train()
             train_loader.set_epoch(log.epoch)
-            loader = skip_first_batches(train_loader, math.ceil(log.rows / rows_per_step))  # 0 but for a resumed epoch
+            # Skips what this epoch has used: more than 0 where it is resumed, or goes on after a lack of memory.
+            loader = skip_first_batches(train_loader, math.ceil(log.rows / rows_per_step))
             verdict = ALL_WELL
             log.start_clock()
             for batch in loader if log.update < updates else ():  # accelerate: this rank's rows, on the device already
@@ -200,11 +208,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
                 optimizer.zero_grad()
                 log.drop_window()
                 log.flush()
-                if rows_per_step == world:
+                if rows_per_step == processes:
                     why = "out of memory with one row a batch: choose a smaller model, or a device with more memory"
                     raise halted(1, why, save_now())
                 rows_per_step = shrink(accelerator, rows_per_step, rows_per_update)
-                log.run["fits"] = rows_per_step // world
+                log.run["fits"] = rows_per_step // processes
                 batches = batches_of(args, train_store, rows_per_step, rows_per_group)
                 accelerator.forget(train_loader)
                 train_loader = accelerator.prepare(DataLoader(train_store, batch_sampler=batches, collate_fn=collator))
@@ -213,15 +221,16 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
             scores: dict[str, Any] = {}
             for name, store in stores.items():  # MNLI has two validation splits: the first's scores have plain names
                 score = evaluate(accelerator, model, store, collator, args.eval_batch_size, Metric(data.metrics))
-                scores |= {f"{name}_{key}": value for key, value in score.items()} if scores else score
+                prefix = "" if name == next(iter(stores)) else f"{name}_"
+                scores |= {prefix + key: value for key, value in score.items()}
             log.end_epoch({"epoch": log.epoch + 1, "loss": training_loss, **scores})
         accelerator.wait_for_everyone()  # the last checkpoint too is written, while signals are only noted
 
-    main_metric = data.metrics[0]
+    main_metric = data.metrics[0]  # "best" is where it is greatest: an error would have to be negated
     result = {
         "model": model_name,
         "data": data.name,
-        "world": world,
+        "world": processes,
         "steps": log.update,
         "seconds": round(seconds_since_start(), 3),
         "examples_per_second": round(log.examples / log.seconds, 2),
@@ -229,7 +238,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
         "peak_rss_mb": round(accelerator.gather(torch.tensor(peak_rss_mb(), device=device)).max().item(), 1),
         "padding": round(padding, 4),
         **{key: value for key, value in log.evaluations[-1].items() if key != "epoch"},
-        "best": max(log.evaluations, key=lambda found: -2 if found[main_metric] is None else found[main_metric]),
+        "best": max(log.evaluations, key=lambda found: -math.inf if found[main_metric] is None else found[main_metric]),
         "device": str(device),
         "precision": accelerator.mixed_precision,
         "notes": notes,
@@ -261,7 +270,7 @@ def evaluate(
     if metric.reduction == "sum":
         counts = metric.state().to(accelerator.device)
         metric.load_state(accelerator.reduce(counts, "sum"))  # the one meeting of the ranks
-    else:  # rank correlations need all values
+    else:  # correlations need the values themselves
         metric.load_state(torch.cat(gather_object([metric.state()], accelerator.world), dim=1))
     if len(metric) != len(store):
         raise RuntimeError(f"{len(metric)} rows were scored and the split has {len(store)}")
@@ -330,17 +339,18 @@ def padding_fraction(lengths: Any, batches: Iterable[list[int]]) -> float:
 
 
 def print_plan(
-    args: argparse.Namespace, accelerator: Accelerator, model_name: str, data: Data, model: Any, made_anew: list[str],
-    optimizer: AdamW, scheduler: Any, train_store: Any, limit: int, padding: float,
-    rows_per_step: int,
+    args: argparse.Namespace, accelerator: Accelerator, data: Data, train_store: Any, scheduler: Any,
+    *, model: Any, model_name: str, made_anew: list[str], limit: int, padding: float, rows_per_step: int,
 ) -> None:  # fmt: skip
     """Everything that a setting may have got wrong, before the first step."""
-    world, updates = accelerator.num_processes, scheduler.num_training_steps
+    optimizer: torch.optim.Optimizer = scheduler.optimizer
+    processes, updates = accelerator.num_processes, scheduler.num_training_steps
     batches, accumulate = math.ceil(len(train_store) / rows_per_step), accelerator.gradient_accumulation_steps
     last_lr = args.lr * linear_factor(updates - 1, scheduler.num_warmup_steps, updates)
     splits = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
     names = data.label_names
     label = "a number" if names is None else f"{len(names)} classes: {', '.join(names[:6])}"
+    form = f" ({optimizer.form(optimizer.param_groups[0])})" if isinstance(optimizer, AdamW) else ""
     decayed = sum(p.numel() for p in optimizer.param_groups[0]["params"])
     at_limit = int((train_store.lengths == limit).sum())
     grouped = ", grouped by length" if args.group_by_length else ""
@@ -348,13 +358,13 @@ def print_plan(
     lines = {
         "model": f"{model_name}, {model.num_parameters():,} parameters, new: {', '.join(made_anew) or 'none'}",
         "data": f"{data.name}, {splits} rows; {' + '.join(data.text_columns)} -> {data.label_column} ({label})",
-        "device": f"{accelerator.device}, {world} process(es) of {torch.get_num_threads()} thread(s)",
-        "batch": f"{rows_per_step // world} per process x {world} process(es) x {accumulate} accumulated = "
+        "device": f"{accelerator.device}, {processes} process(es) of {torch.get_num_threads()} thread(s)",
+        "batch": f"{rows_per_step // processes} per process x {processes} process(es) x {accumulate} accumulated = "
         f"{rows_per_step * accumulate} rows an update",
         "updates": f"{updates:,} ({batches:,} batches an epoch)",
         "lr": f"{scheduler.get_last_lr()[0]:.3g} first, {args.lr:.3g} peak, {last_lr:.3g} last; "
         f"warm-up {scheduler.num_warmup_steps:,} updates",
-        "optimizer": f"AdamW ({optimizer.form(optimizer.param_groups[0])}), weight decay {args.weight_decay:g} on "
+        "optimizer": f"{type(optimizer).__name__}{form}, weight decay {args.weight_decay:g} on "
         f"{decayed:,} parameters, clip norm {'off' if args.clip_norm is None else args.clip_norm}",
         "padding": f"{padding:.1%} of all training tokens{grouped}; {at_limit:,} rows fill the limit of {limit} tokens",
         "precision": ("fp32" if accelerator.mixed_precision == "no" else f"{accelerator.mixed_precision} (autocast)")
@@ -371,12 +381,12 @@ def save(
 ) -> None:
     """model/ (what transformers.pipeline loads) and result.json, the latter last: where it is, the run is complete."""
     whole = result | {"evaluations": evaluations, "arguments": vars(args)}
-    partial = output / ".result.json"
+    unfinished = output / ".result.json"
     try:
         model.save_pretrained(output / "model", state_dict=state_on_host(model))
         tokenizer.save_pretrained(output / "model")
-        partial.write_text(json.dumps(whole, indent=2) + "\n")
-        partial.replace(output / "result.json")
+        unfinished.write_text(json.dumps(whole, indent=2) + "\n")
+        unfinished.replace(output / "result.json")
     except (OSError, SafetensorError) as error:
         why = f"--output {output}: the model cannot be written ({first_line(error)})"
         raise Halt(1, f"{why}; make room, and --resume auto goes on from the newest checkpoint") from error
@@ -438,7 +448,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Run, and print the result as the last line of stdout."""
     args = parse_arguments()
-    accelerator = Accelerator(
+    accelerator = Accelerator(  # accelerate
         mixed_precision=args.precision, gradient_accumulation_steps=args.accumulate, device=args.device,
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),  # on CUDA a batch ahead
         uneven=args.uneven, timeout=timedelta(seconds=args.timeout),

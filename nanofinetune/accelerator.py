@@ -29,6 +29,7 @@
     gather_for_metrics                                 distributed.py  gather; loader.py  remainder
     wait_for_everyone, main_process_first              distributed.py
     save_state, load_state                             here, which objects; checkpoint.py, how they are kept
+    save, save_model, get_state_dict                   here, a few lines each
     end_training                                       distributed.py  shutdown
 
 Underneath: `accelerate.Accelerator` (accelerate 1.15) keeps its state in dictionaries that all instances share
@@ -36,14 +37,15 @@ Underneath: `accelerate.Accelerator` (accelerate 1.15) keeps its state in dictio
 must wait for the end of an accumulation window: `accelerate.optimizer.AcceleratedOptimizer`,
 `accelerate.scheduler.AcceleratedScheduler`. Kept: names, arguments, order of results, a full window's gradient, the
 ticking of schedules; preparing twice changes nothing. Left out: other backends and precisions, plugins, trackers,
-`torch.compile`; an argument for one of them is refused. Different on purpose:
+`torch.compile`; an argument or a method for one of them is refused by name. Different on purpose:
   - A window's gradient is the mean over the rows it really holds, the short window at an epoch's end included;
     Accelerate divides by `gradient_accumulation_steps`. Where nobody knows these rows beforehand (streams, batches that
     vary in size, `even_batches=False`), or the window (backward without `accumulate`), it is as in Accelerate.
   - With `uneven="mask"` no row counts twice, and ranks weigh as much as they have rows, so that N ranks compute the
     gradient of one. The loss given to `backward` must be the mean over the rank's rows for that.
   - `gather_for_metrics` raises where it cannot tell which rows are repeated; Accelerate returns them all.
-  - A skipped step is told by the scale, which falls; Accelerate asks whether `step` was called: a fused one always is.
+  - In fp16 a step was skipped if the scale has fallen. Accelerate asks instead whether the optimizer's `step` was
+    called: a fused one's always is, and skips by itself, so that Accelerate counts that step as done.
   - An inner loop left by `break` does not take the flush at its end from the outer one. fp16 on a CPU is refused.
   - `Accelerator(split_batches=True)` splits; in 1.15 only `dataloader_config` does, and the argument is ignored.
 
@@ -51,7 +53,8 @@ Proof: test_windows_match_accelerate_but_for_the_short_one, test_broken_inner_lo
 test_fused_skip_is_seen_where_accelerate_misses_it, test_scheduler_ticks_match_accelerate,
 test_mixed_precision_matches_accelerate, test_fp16_on_cpu_is_refused_where_accelerate_trains_fp32,
 test_accelerate_ignores_split_batches, test_kwargs_handlers_match_accelerate, test_gather_for_metrics_on_ranks,
-test_public_names_and_signatures_match_accelerate in tests/test_accelerator.py;
+test_public_names_and_signatures_match_accelerate, test_what_is_absent_says_what_to_use_instead,
+test_save_and_get_state_dict_match_accelerate in tests/test_accelerator.py;
 test_ranks_equal_one_process_where_accelerate_does_not, test_course_listing_matches_accelerate_under_torchrun in
 tests/test_equal_ranks.py.
 """
@@ -69,7 +72,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -80,7 +83,7 @@ from nanofinetune import checkpoint, distributed
 from nanofinetune.ddp import DistributedDataParallel, DistributedDataParallelKwargs
 from nanofinetune.distributed import InitProcessGroupKwargs
 from nanofinetune.errors import UsageError
-from nanofinetune.loader import DataLoaderShard, Position, prepare_data_loader, skip_first_batches
+from nanofinetune.loader import DataLoaderShard, Position, order_seed, prepare_data_loader, skip_first_batches
 
 _STATEFUL = ("state_dict", "load_state_dict")
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -130,6 +133,36 @@ class GradScalerKwargs:
     enabled: bool = True
 
 
+# What accelerate.Accelerator has under a public name and this one has not -> what to do instead.
+ABSENT = {
+    name: instead
+    for names, instead in (
+        ("init_trackers log get_tracker trackers log_with", "call the tracker's own library on rank 0"),
+        ("profile profile_handler", "use torch.profiler, or python -m nanofinetune.trace"),
+        ("register_save_state_pre_hook register_load_state_pre_hook", "use register_for_checkpointing"),
+        ("join_uneven_inputs", "use Accelerator(uneven='mask')"),
+        ("trigger_sync_in_backward", "let the last backward of a window be outside of no_sync"),
+        ("on_process on_local_process", "ask for process_index or local_process_index"),
+        ("state gradient_state", "ask the Accelerator itself: num_processes, sync_gradients, ..."),
+        ("multi_device", "ask whether num_processes is above 1"),
+        ("native_amp", "ask for mixed_precision or scaler"),
+        (
+            "dispatch_batches even_batches non_blocking use_seedable_sampler use_stateful_dataloader",
+            "ask dataloader_config",
+        ),
+        ("project_dir logging_dir", "ask project_configuration"),
+        ("save_iteration", "ask project_configuration.iteration"),
+        (
+            "fp8_backend fp8_enabled fp8_recipe_handler ao_recipe_handler te_recipe_handler msamp_recipe_handler"
+            " has_fp8_handler delayed_fp8_autocast has_lomo_optimizer lomo_backward deepspeed_plugin"
+            " deepspeed_ulysses_dl_adapter is_fsdp2 should_save_model verify_device_map torch_device_mesh"
+            " parallelism_config is_composable_parallelism_enabled maybe_context_parallel context_parallel_rank"
+            " data_parallel_rank data_parallel_shard_rank pipeline_parallel_rank tensor_parallel_rank",
+            "use accelerate for it",
+        ),
+    )
+    for name in names.split()
+}
 HANDLERS = (AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs)
 
 
@@ -141,13 +174,15 @@ class Accelerator:
         uneven: what completes the last step of an epoch on N > 1 ranks: "wrap" repeats rows as Accelerate's
             `even_batches` does, "mask" adds none. It needs batches that are mappings with a tensor "labels"; a rank
             without a row in that step computes a loss that may be NaN, and that `backward` weighs with zero.
-        device: "auto", "cpu", "cuda" or "mps".
+        device: what device.choose_device takes: "auto", "cpu", "cuda", "cuda:N", "mps", "tpu" or "xla".
         timeout: how long ranks wait for each other.
         kwargs_handlers: at most one each of AutocastKwargs and GradScalerKwargs (here), DistributedDataParallelKwargs
             (ddp.py) and InitProcessGroupKwargs (distributed.py).
 
     Raises NotImplementedError, with its name, for an argument of Accelerate's that is not supported, and UsageError for
-    a precision that the device does not have.
+    a precision that the device does not have. The methods and attributes of Accelerate's that are not here are the keys
+    of ABSENT (trackers, `profile`, hooks around saving, `join_uneven_inputs`, `trigger_sync_in_backward`, `on_process`,
+    `state` and what belongs to other backends): asked for, they raise AttributeError that says what to use instead.
     """
 
     def __init__(
@@ -324,6 +359,10 @@ class Accelerator:
             torch.cuda.empty_cache()
         return [None] * len(objects)
 
+    def clear(self, *objects: Any) -> list[None]:
+        """The same as `free_memory`."""
+        return self.free_memory(*objects)
+
     def forget(self, *objects: Any) -> None:
         """Let go of prepared models, optimizers, schedulers or loaders: `save_state` saves them no more."""
         prepared: tuple[list[Any], ...] = (self._models, self._optimizers, self._schedulers, self._loaders)
@@ -362,19 +401,19 @@ class Accelerator:
 
         In a full window that is by K, bit for bit as in Accelerate.
         """
-        steps = self.gradient_accumulation_steps
+        accumulated = self.gradient_accumulation_steps
         position, shard = self._current()
         rows = None if shard is None else shard.rows_of_step(position.index)
         if rows is None:
-            return loss / steps
+            return loss / accumulated
         mine, everyones = rows
         if mine == 0:  # the mean over nothing is NaN, but its gradient is 0; and the other ranks wait for this backward
             return loss * 0.0
-        window = steps * everyones
+        window = accumulated * everyones
         if self._place is not None:  # steps before the loader's first one, after a `break`, count as full ones
             first = position.index - self._place
-            window = sum(shard.rows_of_step(i)[1] for i in range(first, min(first + steps, len(shard))))
-        # underneath: Accelerate divides by `steps` here, however few micro-batches the epoch's last window holds
+            window = sum(shard.rows_of_step(i)[1] for i in range(first, min(first + accumulated, len(shard))))
+        # underneath: Accelerate divides by `accumulated` here, however few micro-batches the epoch's last window holds
         return loss / (window / (mine * self.num_processes))
 
     def _current(self) -> Any:
@@ -408,7 +447,7 @@ class Accelerator:
 
     def autocast(self, autocast_handler: Any = None) -> AbstractContextManager[Any]:
         """A `with` block that computes in `mixed_precision`; an AutocastKwargs replaces that of `kwargs_handlers`."""
-        _by_type([] if autocast_handler is None else [autocast_handler], AutocastKwargs)
+        _check_types([] if autocast_handler is None else [autocast_handler], AutocastKwargs)
         settings = autocast_handler or self.autocast_handler or AutocastKwargs()
         dtype = PRECISIONS[self.mixed_precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype, **vars(settings))
@@ -529,6 +568,19 @@ class Accelerator:
             state = self.unwrap_model(model).state_dict()
             save_torch_state_dict(state, Path(save_directory), max_shard_size=max_shard_size)
 
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
+        """A model's weights by name; those of the wrapper, whose names begin with "module.", without `unwrap`."""
+        return (self.unwrap_model(model) if unwrap else model).state_dict()
+
+    def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
+        """torch.save on rank 0, or a dict of tensors that share no memory as a safetensors file."""
+        if self.is_main_process and safe_serialization:
+            from safetensors.torch import save_file
+
+            save_file(obj, f, metadata={"format": "pt"})
+        elif self.is_main_process:
+            torch.save(obj, f)
+
     # ---- between ranks -----------------------------------------------------------------------------------------------
 
     def gather(self, tensor: Any) -> Any:
@@ -587,7 +639,15 @@ class Accelerator:
 
     def on_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: the function runs on rank 0; elsewhere it does nothing and returns None."""
-        return function if self.is_main_process else lambda *args, **kwargs: None
+        return function if self.is_main_process else _nothing
+
+    def on_local_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: the function runs on the first rank of each node, and on no other."""
+        return function if self.is_local_main_process else _nothing
+
+    def on_last_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: the function runs on the last rank, and on no other."""
+        return function if self.is_last_process else _nothing
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print once a node."""
@@ -609,6 +669,13 @@ class Accelerator:
         self._saver.wait()
         self._models, self._optimizers = [], []  # nothing of ours holds the group: see shutdown
         distributed.shutdown(self.world)
+
+    if not TYPE_CHECKING:  # a type checker would take every name for known
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ABSENT:
+                raise AttributeError(f"Accelerator.{name} is not supported here: {ABSENT[name]}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 # ---- what prepare wraps things in ------------------------------------------------------------------------------------
@@ -633,7 +700,7 @@ class MixedPrecisionForward:
 class AcceleratedOptimizer(torch.optim.Optimizer):
     """`step` and `zero_grad` do nothing before the end of a window; all else is the wrapped optimizer's.
 
-    A torch.optim.Optimizer, without one's own attributes, so that schedules accept it.
+    It is a torch.optim.Optimizer so that schedules accept it, but has no groups and no state of its own.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
@@ -701,6 +768,7 @@ class AcceleratedScheduler:
         if not accelerator.step_scheduler_with_optimizer:
             self.scheduler.step(*args, **kwargs)
         elif accelerator.sync_gradients and not any(optimizer.step_was_skipped for optimizer in self.optimizers):
+            # underneath: once a process: a schedule counted with a prepared loader's length is over after 1 / N of it
             for _ in range(1 if accelerator.split_batches else accelerator.num_processes):
                 # OneCycleLR raises past its end, which several ticks may overshoot
                 if self.scheduler.last_epoch < getattr(self.scheduler, "total_steps", float("inf")):
@@ -729,14 +797,18 @@ def _refuse(**arguments: Any) -> None:
             raise NotImplementedError(f"{name}={value!r} is not supported here: leave it out, or use accelerate for it")
 
 
-def _by_type(handlers: list[Any], *allowed: type) -> dict[type, Any]:
-    """{AutocastKwargs: the one of that type, ...}. Raises for a second one, and for what is not supported, by name."""
-    known = allowed or HANDLERS
+def _check_types(handlers: list[Any], *known: type) -> None:
+    """Raise for a handler of any other type, by its name."""
     for handler in handlers:
         if type(handler) not in known:
             names = ", ".join(f"{kind.__module__}.{kind.__name__}" for kind in known)
             kind = type(handler)
             raise NotImplementedError(f"{kind.__module__}.{kind.__name__} is not supported here: choose among {names}")
+
+
+def _by_type(handlers: list[Any]) -> dict[type, Any]:
+    """{AutocastKwargs: the one of that type, ...}. Raises for a second one, and for what is not supported, by name."""
+    _check_types(handlers, *HANDLERS)
     found = {type(handler): handler for handler in handlers}
     if len(found) < len(handlers):
         raise ValueError("kwargs_handlers holds two of the same type: pass one of each")
@@ -761,10 +833,14 @@ def _text(path: str | os.PathLike[str] | None) -> str | None:
 
 
 def _seed_of(data_loader: DataLoader) -> int:
-    """What decides a loader's order: its generator's seed, else torch's."""
+    """What decides a loader's order: its generator's seed, else torch's of this process."""
     sources = (getattr(data_loader.batch_sampler, "sampler", data_loader.sampler), data_loader.dataset)
     generators = [getattr(source, "generator", None) for source in sources]
-    return next((g.initial_seed() for g in generators if isinstance(g, torch.Generator)), torch.initial_seed())
+    return order_seed(None, next((g for g in generators if isinstance(g, torch.Generator)), None), num_processes=1)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What a function for another rank does on this one."""
 
 
 def _to_float32(leaf: Any) -> Any:

@@ -50,7 +50,7 @@ from nanofinetune.sampler import mix
 
 FORMAT = 1  # of the folder; a reader refuses any other
 MANIFEST = "manifest.json"
-_HIDDEN = (".saving-", ".leaving-")  # folders under way, to or from their names; what a kill left of them may go
+SAVING, LEAVING = ".saving-", ".leaving-"  # folders under way, to or from their names; what a kill left of them may go
 
 
 # ---- State as tensors and JSON ---------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def write(folder: Path, packed: Mapping[str, tuple[Any, dict[str, torch.Tensor]]
     """`save` for parts that are packed already."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder.parent)
-    partial = folder.parent / (_HIDDEN[0] + folder.name)
+    partial = folder.parent / (SAVING + folder.name)
     partial.mkdir()
     try:
         files: dict[str, dict[str, Any]] = {}
@@ -140,20 +140,21 @@ def write(folder: Path, packed: Mapping[str, tuple[Any, dict[str, torch.Tensor]]
         _sync(manifest)
         _sync(partial)
         if folder.exists():  # a damaged one: a run that resumed before it comes by here again
-            os.rename(folder, folder.parent / (_HIDDEN[1] + folder.name))
+            os.rename(folder, folder.parent / (LEAVING + folder.name))
         os.rename(partial, folder)  # now it is there, whole
         _sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _sweep(folder.parent)
+    # underneath: Accelerate deletes the oldest before it writes: with total_limit=1 a kill in between leaves none
     if keep is not None:
         prefix = folder.name.rstrip("0123456789")
         there = [path for path in numbered(folder.parent) if path.name.rstrip("0123456789") == prefix]  # no one else's
         sound = [path for path in there if path == folder or not check(path, hashes=False)]
         for path in there[there.index(folder) :]:
             if path not in sound[:keep]:  # it is older, and one too many or damaged
-                leaving = folder.parent / (_HIDDEN[1] + path.name)
+                leaving = folder.parent / (LEAVING + path.name)
                 os.rename(path, leaving)  # at once: a kill while files go must not leave half a checkpoint
                 shutil.rmtree(leaving)
 
@@ -210,7 +211,7 @@ def numbered(parent: Path) -> list[Path]:
 def newest(parent: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole (None: there is none), and why each newer one is passed over."""
     passed_over: list[str] = []
-    for path in numbered(parent):
+    for path in numbered(parent):  # underneath: Accelerate takes the highest number, whole or not
         reason = check(path)
         if not reason:
             return path, passed_over
@@ -337,5 +338,5 @@ def _sha256(file: Path) -> str:
 def _sweep(parent: Path) -> None:
     """Remove what a kill has left half-written or half-deleted."""
     for path in parent.iterdir():
-        if path.name.startswith(_HIDDEN):
+        if path.name.startswith((SAVING, LEAVING)):
             shutil.rmtree(path, ignore_errors=True)

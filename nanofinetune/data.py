@@ -133,7 +133,7 @@ def load_data(
     elif not name.startswith("glue/") or Path(name).exists():
         splits = _load_path(Path(name).expanduser()) if _is_path(name) else _load_hub(name)
 
-    task = GLUE.get(name.rstrip("/").rsplit("/", 1)[-1]) if "/" in name else None  # ".../glue/cola" is scored as CoLA
+    task = _task_of(name)
     columns = splits["train"].column_names
     if task is not None and not {*task.text_columns, task.label_column} <= set(columns):
         task = None  # a folder of the user's that only shares a task's name
@@ -150,6 +150,11 @@ def load_data(
         task = None  # classes under a regression task's name, or the other way round
     metrics = task.metrics if task is not None else default_metrics(names)
     return Data(name, splits, texts, label, names, metrics, note)
+
+
+def _task_of(name: str) -> Task | None:
+    """The task whose name is the last part of a path or of a Hub name: ".../glue/cola" is scored as CoLA."""
+    return GLUE.get(name.rstrip("/").rsplit("/", 1)[-1]) if "/" in name else None
 
 
 def tokenize(data: Data, tokenizer: Any, max_length: int) -> dict[str, TokenStore]:
@@ -286,11 +291,11 @@ def _is_path(name: str) -> bool:
 def _load_glue(task: str) -> dict[str, Any]:
     if task not in GLUE:
         raise UsageError(f"--data glue/{task}: there is no such task; the GLUE tasks are {', '.join(sorted(GLUE))}")
-    return _load_hub("nyu-mll/glue", task, GLUE[task].validation)
+    return _load_hub("nyu-mll/glue", task)
 
 
-def _load_hub(name: str, config: str | None = None, validation: Sequence[str] = ("validation",)) -> dict[str, Any]:
-    """A data set of the Hub's -> its training and validation splits."""
+def _load_hub(name: str, config: str | None = None) -> dict[str, Any]:
+    """A data set of the Hub's -> its training and validation splits: those of its task, else `validation`."""
     import datasets
 
     shown = f"glue/{config}" if name == "nyu-mll/glue" else name
@@ -303,12 +308,15 @@ def _load_hub(name: str, config: str | None = None, validation: Sequence[str] = 
             message = "the Hub is out of reach and the data set is not in the cache; name a local file or folder"
             raise UsageError(f"--data {shown}: {message}") from error
         raise UsageError(f"--data {shown}: it could not be loaded ({_root_cause(error)})") from error
-    if "train" not in loaded or not any(split in loaded for split in validation):
+    task = GLUE[config] if config is not None else _task_of(name)
+    asked = task.validation if task is not None else ()
+    validation = [split for split in asked if split in loaded] or [s for s in ("validation",) if s in loaded]
+    if "train" not in loaded or not validation:
         have = ", ".join(loaded)
         raise UsageError(
             f"--data {shown}: it needs a train and a validation split, and has {have}; export them to files"
         )
-    return {split: loaded[split] for split in ("train", *validation) if split in loaded}
+    return {split: loaded[split] for split in ("train", *validation)}
 
 
 def _load_stdlib_pairs() -> dict[str, Any]:

@@ -367,6 +367,7 @@ class DistributedDataParallel(nn.Module):
     def _finish(self) -> None:
         """End of backward: account for parameters that got no gradient, then wait for what is on its way."""
         missing = [i for bucket in self._buckets for i in sorted(bucket.waiting_for)]
+        # underneath: torch's backward is silent here, and the next forward raises, with numbers in place of names
         if missing and not self.find_unused_parameters:
             self._reset(broken_off=True)
             raise RuntimeError(

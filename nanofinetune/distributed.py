@@ -559,13 +559,18 @@ def _describe(data: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
 
 def recursively_apply(function: Callable[[Any], Any], data: Any) -> Any:
     """`data`'s container with `function` applied to each leaf, in the order of `_describe`."""
-    if isinstance(data, (tuple, list)):
-        items = [recursively_apply(function, item) for item in data]
-        return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
-    if isinstance(data, Mapping):
-        kind: Any = type(data)
-        return kind({key: recursively_apply(function, item) for key, item in data.items()})
+    if isinstance(data, (tuple, list, Mapping)):
+        return rebuilt(lambda item: recursively_apply(function, item), data)
     return function(data)
+
+
+def rebuilt(function: Callable[[Any], Any], container: Any) -> Any:
+    """A list, tuple or mapping of the same type, with `function` applied to each of its items."""
+    kind: Any = type(container)
+    if isinstance(container, Mapping):
+        return kind({key: function(item) for key, item in container.items()})
+    items = [function(item) for item in container]
+    return kind(*items) if hasattr(container, "_fields") else kind(items)  # a namedtuple takes its fields
 
 
 def _tensor(leaf: Any) -> torch.Tensor:

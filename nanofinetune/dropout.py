@@ -34,6 +34,7 @@ NAME = "nanofinetune_dropout"  # of our attention function, in transformers' tab
 
 def keep_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
     """(bool tensor of that shape, the probability of True in it): 1 - p, rounded to 1/65,536."""
+    # underneath: torch draws the mask as floats, 32 bits a number, then divides them by 1 - p; here 16 bits are drawn
     dropped = round(p * 2**16)
     seed = int(torch.randint(2**62, ()))
     words = np.random.PCG64DXSM(seed).random_raw(-(-shape.numel() // 4))

@@ -20,8 +20,8 @@ ends the process where it stands. `torch.distributed` (torch 2.13) says of a ran
 
 Proof: test_signals_are_noted_and_the_second_one_ends, test_a_stopped_rank_is_named_where_gloo_names_none,
 test_a_rank_elsewhere_says_where, test_a_rank_that_skips_a_batch_is_found, test_preflight_names_who_did_not_come,
-test_accelerate_halves_one_rank_alone in tests/test_faults.py; test_signal_saves_and_resume_continues,
-test_nonfinite_loss_is_named, test_out_of_memory_on_one_rank_halves_on_all in tests/test_resume.py.
+test_accelerate_shrinks_one_rank_alone in tests/test_faults.py; test_signal_saves_and_resume_continues,
+test_nonfinite_loss_is_named, test_out_of_memory_on_one_rank_shrinks_on_all in tests/test_resume.py.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ that a loop left by `break`, or a loop inside a loop, disturbs no other. We diff
     survives `skip_first_batches`. (Accelerate: -1 after a skip, so that repeated rows are counted.)
   - `uneven="mask"`: a rank that has no row left in the last step gets one padding row, of label -100; `valid_rows` says
     how many rows of a batch are real, `rows_of_step` beforehand how many any step has.
-  - With `non_blocking` on CUDA, batches are pinned and copied on a stream of their own while the model computes.
+  - With `non_blocking` on CUDA, batches are pinned and copied on a stream of their own while the model computes: a
+    second use of fetching one ahead, since the copy has begun when the batch's turn comes.
 Left out, and refused: `dispatch_batches`, stateful loaders, device meshes, synchronizing further generators.
 
 Proof: test_batches_match_accelerate, test_iterable_batches_match_accelerate,
@@ -38,6 +39,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
+from nanofinetune.distributed import rebuilt
 from nanofinetune.sampler import (
     PADDING,
     BatchSamplerShard,
@@ -68,12 +70,8 @@ def send_to_device(batch: Any, device: torch.device | str, non_blocking: bool = 
     """Copy the tensors in nested tuples, lists and mappings (source: accelerate.utils.send_to_device)."""
     if hasattr(batch, "to"):  # a tensor; a BatchEncoding, which moves its own and keeps its type
         return batch.to(device, non_blocking=True) if non_blocking else batch.to(device)
-    if isinstance(batch, Mapping):
-        moved_items = {key: send_to_device(value, device, non_blocking) for key, value in batch.items()}
-        return type(batch)(moved_items)  # type: ignore[call-arg]
-    if isinstance(batch, (tuple, list)):
-        moved = [send_to_device(value, device, non_blocking) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)  # a namedtuple takes its fields
+    if isinstance(batch, (tuple, list, Mapping)):
+        return rebuilt(lambda item: send_to_device(item, device, non_blocking), batch)
     return batch
 
 
@@ -312,7 +310,7 @@ def prepare_data_loader(
     settings = _settings(dataloader)
     if isinstance(dataset, IterableDataset):
         generator = getattr(dataset, "generator", None)
-        seed = 0 if generator is None else _order_seed(data_seed, generator, num_processes)
+        seed = 0 if generator is None else order_seed(data_seed, generator, num_processes)
         batch_size = dataloader.batch_size
         if num_processes > 1:
             if batch_size is None:
@@ -460,7 +458,7 @@ def _seeded(batch_sampler: Any, data_seed: int | None, num_processes: int) -> tu
         raise ValueError("a DistributedSampler shards already and `prepare` would shard its shard: use a RandomSampler")
     if isinstance(sampler, SeedableRandomSampler) or not hasattr(sampler, "generator"):
         return batch_sampler, None, 0
-    seed = _order_seed(data_seed, sampler.generator, num_processes)
+    seed = order_seed(data_seed, sampler.generator, num_processes)
     generator = None
     if type(sampler) is RandomSampler:
         sampler = SeedableRandomSampler(sampler.data_source, sampler.replacement, sampler._num_samples, data_seed=seed)
@@ -472,7 +470,8 @@ def _seeded(batch_sampler: Any, data_seed: int | None, num_processes: int) -> tu
     return batch_sampler, generator, seed
 
 
-def _order_seed(data_seed: int | None, generator: torch.Generator | None, num_processes: int) -> int:
+def order_seed(data_seed: int | None, generator: torch.Generator | None, num_processes: int) -> int:
+    """What decides an order: the seed that was given, else the generator's, else, for one process, torch's."""
     if data_seed is not None:
         return data_seed
     if generator is not None:

@@ -111,7 +111,7 @@ def scores_from_counts(names: Sequence[str], table: Tensor) -> dict[str, Score]:
     """The named metrics of a table of counts (3, num_classes + 2).
 
     Raises:
-        ValueError: no rows, or labels that a metric cannot take.
+        ValueError: no rows, labels that a metric cannot take, or a name that has no branch here.
     """
     true, predicted, both = table.tolist()  # each: labels -1, 0, 1, ..., num_classes - 1, outside
     rows, correct, outside, one = sum(true), sum(both), true[-1] + predicted[-1], 2  # one: the column of label 1
@@ -131,8 +131,10 @@ def scores_from_counts(names: Sequence[str], table: Tensor) -> dict[str, Score]:
                 raise ValueError(f"f1 is for two classes, the positive one labelled 1, and the labels seen are {seen}")
             tp = both[one]
             scores[name] = f1_from_counts(tp, fp=predicted[one] - tp, fn=true[one] - tp)
-        else:
+        elif name == "matthews_correlation":
             scores[name] = matthews_from_counts(correct, true, predicted)
+        else:
+            raise ValueError(f"{name}: scores_from_counts has no branch for it")
     return scores
 
 
@@ -182,13 +184,25 @@ def spearman(x: Tensor, y: Tensor) -> Score:
 
 
 def scores_from_values(names: Sequence[str], values: Tensor) -> dict[str, Score]:
-    """The named metrics of predictions and references (2, n), float64."""
+    """The named metrics of predictions and references (2, n), float64.
+
+    Raises:
+        ValueError: no rows, one row for `pearson`, or a name that has no branch here.
+    """
     x, y = values
     if len(x) == 0:
         raise ValueError("no rows: call add_batch before compute")
     if len(x) == 1 and "pearson" in names:  # underneath: scipy raises here, yet gives NaN for spearmanr
         raise ValueError("pearson needs two rows or more, and there is one")
-    return {name: pearson(x, y) if name == "pearson" else spearman(x, y) for name in names}
+    scores: dict[str, Score] = {}
+    for name in names:
+        if name == "pearson":
+            scores[name] = pearson(x, y)
+        elif name == "spearmanr":
+            scores[name] = spearman(x, y)
+        else:
+            raise ValueError(f"{name}: scores_from_values has no branch for it")
+    return scores
 
 
 # ------------------------------------------------------------------------------------------------- the stateful shell
@@ -199,7 +213,7 @@ class Metric:
 
     Names of classification: `accuracy`, `f1` (two classes, the positive one labelled 1), `matthews_correlation`. Their
     state is one table (3, num_classes + 2) of counts, on the device of the data. Names of regression: `pearson`,
-    `spearmanr`. Ranks need every value, so their state is the values themselves: memory grows with the rows.
+    `spearmanr`. Correlations need the values themselves, so that is their state: memory grows with the rows.
 
     On N ranks, each with its own rows and none of them twice:
 

@@ -164,7 +164,8 @@ FORMS: dict[str, Callable[..., None]] = {"loop": loop, "foreach": foreach, "fuse
 def choose_form(params: list[Tensor], use_foreach: bool | None = None, use_fused: bool | None = None) -> str:
     """Which of FORMS updates `params`: the one asked for, else the fastest there is.
 
-    The two arguments are AdamW's `foreach` and `fused`: True asks for that form, a False for the loop.
+    The two arguments are AdamW's `foreach` and `fused`: True asks for that form, None leaves the choice open, and
+    where neither is True, a False asks for the loop.
     Raises RuntimeError where both are asked for, or fused for a parameter that has no kernel.
     """
     if use_fused and use_foreach:

@@ -1,16 +1,16 @@
 """How far a run is: what it shows, what it writes, where in the data it stands, and from where it may go on.
 
->>> batch_plan(8, 1, world=2, start=Start())  # rows of a step of all ranks, and batches accumulated
+>>> batch_plan(8, 1, processes=2, start=Start())  # rows of a step of all ranks, and batches accumulated
 (16, 1)
 >>> start = Start(folder=Path("update-40"), run={"batch_size": 8, "accumulate": 1, "world": 2, "fits": 8})
->>> batch_plan(8, 1, world=1, start=start)  # one rank goes on for two: as many rows an update as before
+>>> batch_plan(8, 1, processes=1, start=start)  # one rank goes on for two: as many rows an update as before
 (8, 2)
 
 Underneath: in the course's loop this is `tqdm` and a `print`. To go on after an end, Accelerate's users call
 `accelerate.Accelerator.load_state` (accelerate 1.15), read the epoch and the batch out of the folder's name, and skip
-that many batches with `accelerate.skip_first_batches`: of an order that may be another one, on another number of ranks
-of other batches. Here the place is (epoch, rows of it that all ranks together have used), which means the same for
-every number of ranks, and is saved with the model.
+that many batches with `accelerate.skip_first_batches`. The order may be another one by then, and on another number of
+ranks as many batches hold other rows. Here the place is (epoch, rows of it that all ranks together have used), which
+means the same for every number of ranks, and is saved with the model.
 
 Proof: test_resume_matches_the_uninterrupted_run, test_ranks_may_change_between_runs,
 test_resume_refuses_another_run in tests/test_resume.py; test_accelerate_resumes_in_another_order in
@@ -219,7 +219,7 @@ class Start:
         return self.run["batch_size"] * self.run["world"] if self.run else None
 
 
-def run_of(arguments: Mapping[str, Any], world: int, found: Mapping[str, Any], start: Start) -> dict[str, Any]:
+def run_of(arguments: Mapping[str, Any], processes: int, found: Mapping[str, Any], start: Start) -> dict[str, Any]:
     """What makes a run this run, to be saved with it. `found`: what its names stand for, as the user would call it.
 
     Raises UsageError where the run to resume had found something else under the same names.
@@ -231,26 +231,26 @@ def run_of(arguments: Mapping[str, Any], world: int, found: Mapping[str, Any], s
         return dict(start.run)
     run = {name: arguments[name] for name in (*IDENTITY, "batch_size", "accumulate")}
     # fits: rows a batch of a process for which there has been memory
-    return run | {"world": world, "fits": run["batch_size"], "found": dict(found)}
+    return run | {"world": processes, "fits": run["batch_size"], "found": dict(found)}
 
 
-def batch_plan(batch_size: int, accumulate: int, world: int, start: Start) -> tuple[int, int]:
+def batch_plan(batch_size: int, accumulate: int, processes: int, start: Start) -> tuple[int, int]:
     """(rows of a step of all ranks, batches accumulated) -> with as many rows an update as the run began with.
 
     Raises UsageError where the ranks cannot share these rows equally.
     """
     if not start.run:
-        return batch_size * world, accumulate
+        return batch_size * processes, accumulate
     before = start.run["batch_size"] * start.run["world"] * start.run["accumulate"]
     if (batch_size, accumulate) == (start.run["batch_size"], start.run["accumulate"]):
-        part = next((part for part in range(start.run["fits"], 0, -1) if before % (part * world) == 0), 0)
+        part = next((part for part in range(start.run["fits"], 0, -1) if before % (part * processes) == 0), 0)
         if part:
-            return part * world, before // (part * world)
-    if batch_size * world * accumulate == before:
-        return batch_size * world, accumulate
+            return part * processes, before // (part * processes)
+    if batch_size * processes * accumulate == before:
+        return batch_size * processes, accumulate
     raise UsageError(
-        f"--resume: the run has {before} rows an update, and {world} process(es) x --batch-size {batch_size} x"
-        f" --accumulate {accumulate} are {batch_size * world * accumulate}: choose values that give {before}"
+        f"--resume: the run has {before} rows an update, and {processes} process(es) x --batch-size {batch_size} x"
+        f" --accumulate {accumulate} are {batch_size * processes * accumulate}: choose values that give {before}"
     )
 
 

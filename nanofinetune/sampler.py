@@ -36,6 +36,7 @@ test_length_grouping_pads_no_more_than_transformers in tests/test_sampler.py.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sized
+from functools import cached_property
 from itertools import chain, cycle, islice
 from typing import TypeVar
 
@@ -101,6 +102,7 @@ def shard(
             if drop_last:
                 return
             if uneven == "wrap":
+                # underneath: even_batches trains on these rows twice; only gather_for_metrics cuts them off again
                 step = list(islice(chain(step, cycle(first)), size))
             elif uneven == "mask":
                 # Equal parts, padding at the end: shapes agree, and gathering and trimming gives the rows in order.
@@ -201,11 +203,8 @@ class BatchSamplerShard(BatchSampler):
             raise ValueError(f"uneven is {uneven!r}: it must be 'wrap' or 'mask'")
         if uneven == "mask" and not even_batches:
             raise ValueError("uneven='mask' makes batches even and even_batches=False leaves them uneven: choose one")
-        if split_batches and (self.batch_size is None or self.batch_size % num_processes):
-            raise ValueError(
-                f"split_batches cuts a batch into {num_processes} equal parts and batch_size is {self.batch_size}: "
-                f"it must be a multiple of {num_processes}"
-            )
+        if split_batches:
+            _check_split(self.batch_size, num_processes)
 
     def __iter__(self) -> Iterator[list[int]]:
         uneven = self.uneven if self.even_batches else "ragged"
@@ -326,11 +325,16 @@ class RebatchedSampler(Sampler[list[int]]):
         self.batch_sampler = batch_sampler
         self.batch_size = batch_size
 
+    @cached_property
+    def _count(self) -> int:
+        """Rows of an epoch, the same in each: counted once, since a loader asks for its length at every batch."""
+        return sum(map(len, self.batch_sampler))
+
     def __iter__(self) -> Iterator[list[int]]:
         return steps(chain.from_iterable(self.batch_sampler), self.batch_size)
 
     def __len__(self) -> int:
-        return -(-sum(map(len, self.batch_sampler)) // self.batch_size)
+        return -(-self._count // self.batch_size)
 
 
 class SortedBatchSampler(Sampler[list[int]]):
@@ -373,11 +377,8 @@ class IterableDatasetShard(IterableDataset):
         split_batches: bool = False,
     ) -> None:
         # underneath: accelerate lets batch_size 1 through, and then every rank keeps nothing of every batch
-        if split_batches and batch_size % num_processes:
-            raise ValueError(
-                f"split_batches cuts a batch into {num_processes} equal parts and batch_size is {batch_size}: "
-                f"it must be a multiple of {num_processes}"
-            )
+        if split_batches:
+            _check_split(batch_size, num_processes)
         self.dataset = dataset
         self.batch_size = batch_size
         self.drop_last = drop_last
@@ -399,6 +400,15 @@ class IterableDatasetShard(IterableDataset):
         """Pass the epoch on to the data set, where that knows epochs."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
+
+
+def _check_split(batch_size: int | None, num_processes: int) -> None:
+    """Raise where a batch cannot be cut into equal parts."""
+    if batch_size is None or batch_size % num_processes:
+        raise ValueError(
+            f"split_batches cuts a batch into {num_processes} equal parts and batch_size is {batch_size}: "
+            f"it must be a multiple of {num_processes}"
+        )
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:

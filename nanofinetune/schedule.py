@@ -79,7 +79,8 @@ class LinearSchedule(LRScheduler):
         if any(isinstance(group["lr"], torch.Tensor) for group in getattr(optimizer, "param_groups", [])):
             raise ValueError("a learning rate of the optimizer is a tensor: LinearSchedule needs Python numbers")
         self._warned_past_end = False
-        super().__init__(optimizer)  # sets initial_lr, base_lrs and last_epoch = -1, then calls step()
+        # underneath: the constructor ticks once: it sets initial_lr, base_lrs and last_epoch = -1, then calls step()
+        super().__init__(optimizer)
 
     def get_lr(self) -> list[Any]:
         """The learning rate of each group at the present step."""

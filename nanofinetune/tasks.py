@@ -5,10 +5,11 @@
 
 Underneath: the table that `transformers` keeps in examples/pytorch/text-classification/run_glue.py (`task_to_keys`),
 the features of the Hub's data set nyu-mll/glue and the branches of `evaluate.load` (evaluate 0.4.6) for "glue", which
-are three places there and two here. To add a task: one line in GLUE and one in `metrics.GLUE` (or none: `data.py` finds
-the columns of an ordinary file by itself).
+are three places there and two here. A task of one's own is one line in GLUE, or none: `data.py` finds the columns of an
+ordinary data set by itself. (`metrics.GLUE` is only what `metrics.load("glue", ...)` knows, as the library's does.)
 
-Proof: test_glue_tasks_match_the_metric_of_that_name and test_local_glue_matches_the_task_table in tests/test_data.py.
+Proof: test_glue_tasks_match_the_metric_of_that_name, test_local_glue_matches_the_task_table and
+test_a_hub_name_is_read_as_the_task_that_it_ends_in in tests/test_data.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """One task: which columns hold text, what the labels mean (None: a float to regress on), how it is scored."""
+    """One task: which columns hold text, what the labels mean (None: a float to regress on), how it is scored.
+
+    `validation`: the splits of the Hub's data set to score on; files go by their own names, as `data.py` reads them.
+    """
 
     text_columns: tuple[str, ...]
     label_names: tuple[str, ...] | None

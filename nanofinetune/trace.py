@@ -111,7 +111,6 @@ def observe_all(observer: Observer) -> None:
         (facade, "_weigh", "weigh", _weight),
         (facade, "backward", "backward", lambda *_: "in it every gradient, from the last layer to the first"),
         (facade, "clip_grad_norm_", "clip", lambda norm, *_, **__: f"the norm was {norm.item():.4g}"),
-        (optim.AdamW, "step", "optimizer", _update),
         (schedule.LinearSchedule, "step", "schedule", _rate),
         (accelerator.AcceleratedOptimizer, "zero_grad", "zero_grad", _reset),
         (metrics.Metric, "add_batch", "count", lambda _, self, **batch: f"{len(batch['references'])} rows"),
@@ -123,6 +122,7 @@ def observe_all(observer: Observer) -> None:
         observer.observe(owner, name, what, describe)
     _observe_forward(observer)
     _observe_buckets(observer)
+    _observe_optimizer(observer)
 
 
 def described(tensors: Any) -> str:
@@ -173,12 +173,6 @@ def _weight(_: Any, self: Any, __: Any) -> str:
     if rows is None:
         return f"loss / {self.gradient_accumulation_steps}"
     return f"the mean over {rows[0]} of the step's {rows[1]} rows; batch {position.index + 1} of {len(shard)}"
-
-
-def _update(_: Any, self: Any, *__: Any) -> str:
-    parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-    form, lr = self.form(self.param_groups[0]), self.param_groups[0]["lr"]
-    return f"AdamW, {form}, lr {lr:.3g}: {described(parameters)}"
 
 
 def _rate(_: Any, self: Any, *__: Any) -> str:
@@ -250,6 +244,24 @@ def _observe_buckets(observer: Observer) -> None:
         ("_put_into", observed_put), ("_send_full_buckets", observed_send), ("_finish", observed_finish)
     ):  # fmt: skip
         observer.replace(wrapper, name, function)
+
+
+def _observe_optimizer(observer: Observer) -> None:
+    """The steps of whatever optimizer was prepared, where they are let through: at the end of a window."""
+    step = accelerator.AcceleratedOptimizer.step
+
+    @functools.wraps(step)
+    def observed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        group, begin = self.param_groups[0], time.monotonic()
+        form = f", {self.optimizer.form(group)}" if isinstance(self.optimizer, optim.AdamW) else ""
+        result = step(self, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            text = f"{_kind(self.optimizer)}{form}, lr {group['lr']:.3g}: {described(parameters)}"
+            observer.note("optimizer", begin, time.monotonic(), text, type(self.optimizer).step)
+        return result
+
+    observer.replace(accelerator.AcceleratedOptimizer, "step", observed)
 
 
 def rank() -> None:
@@ -451,8 +463,8 @@ def picture(ranks: Ranks, title: str) -> str:
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
-def traced(arguments: Sequence[str], world: int) -> Ranks:
-    """Run launch.sh -n `world` with train.py's `arguments`, observed -> the events of each rank.
+def traced(arguments: Sequence[str], processes: int) -> Ranks:
+    """Run launch.sh -n `processes` with train.py's `arguments`, observed -> the events of each rank.
 
     Raises SystemExit with the job's exit code where it failed; it has said why.
     """
@@ -463,18 +475,18 @@ def traced(arguments: Sequence[str], world: int) -> Ranks:
             "PYTHON": sys.executable, "NANOFINETUNE_SCRIPT": str(script), "NANOFINETUNE_TRACE": folder,
             "NANOFINETUNE_LAUNCH_ENV": os.devnull,  # launch.env may speak of several nodes
         }  # fmt: skip
-        command = [str(ROOT / "launch.sh"), "-n", str(world), "--", *arguments]
+        command = [str(ROOT / "launch.sh"), "-n", str(processes), "--", *arguments]
         code = subprocess.run(command, env=environment, check=False).returncode
         if code:
             sys.exit(code)
-        files = [Path(folder, f"{r}.json") for r in range(world)]
+        files = [Path(folder, f"{r}.json") for r in range(processes)]
         return [[Event(**event) for event in json.loads(file.read_text())] for file in files]
 
 
 def main() -> None:
     """Train, then print what happened and draw the last update."""
     parser = Parser(prog="python -m nanofinetune.trace", description=__doc__)
-    parser.add_argument("-n", metavar="N", dest="world", type=number(int, 1), default=2, help="ranks (default 2)")
+    parser.add_argument("-n", metavar="N", dest="processes", type=number(int, 1), default=2, help="ranks (default 2)")
     parser.add_argument("--updates", metavar="N", type=number(int, 1), default=2, help="how many (default 2)")
     parser.add_argument("--picture", metavar="FILE", default="trace.svg", help="of the last update (default trace.svg)")
     parser.add_argument("--json", metavar="FILE", help="what was measured, to draw it again")
@@ -484,7 +496,7 @@ def main() -> None:
         raise UsageError("train.py is not beside the package: clone the repository")
     if "--dry-run" in others:
         raise UsageError("--dry-run: there is nothing to trace in a run that stops before its first step")
-    ranks = traced([*others, "--max-steps", str(args.updates)], args.world)
+    ranks = traced([*others, "--max-steps", str(args.updates)], args.processes)
     print("\n".join(told(ranks)))
     title = title_of(ranks)
     try:

@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import inspect
 import pickle
+import re
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from nanofinetune import accelerator as facade
 from nanofinetune.accelerator import (
+    ABSENT,
     AcceleratedOptimizer,
     Accelerator,
     AutocastKwargs,
@@ -565,10 +567,59 @@ def test_public_names_and_signatures_match_accelerate(theirs):
             assert list(found) == list(expected), name
             for parameter in found.values():
                 default = expected[parameter.name].default
-                if name == "on_main_process":  # there None, which raises
+                if name in ("on_main_process", "on_local_main_process"):  # there None, which raises
                     assert (parameter.default, default) == (inspect.Parameter.empty, None)
                 else:
                     assert parameter.default == default, (name, parameter.name)
+
+
+def test_what_is_absent_says_what_to_use_instead(theirs):
+    """Every public name of accelerate's is here, or refused with a way out; and nothing that is here is refused."""
+    accelerator = ours()
+    public = {name for name in dir(theirs()) if not name.startswith("_")}
+    assert len(public) > 100 and set(ABSENT) <= public
+    for name in public:
+        if name in ABSENT:
+            text = f"^Accelerator.{name} is not supported here: {re.escape(ABSENT[name])}$"
+            with pytest.raises(AttributeError, match=text):
+                getattr(accelerator, name)
+        else:
+            assert hasattr(accelerator, name), name
+    with pytest.raises(AttributeError, match="'Accelerator' object has no attribute 'nosuch'"):
+        accelerator.nosuch  # noqa: B018
+
+
+def test_save_and_get_state_dict_match_accelerate(theirs, tmp_path):
+    loaded = {}
+    for who, accelerator in (("ours", ours()), ("theirs", theirs())):
+        state = accelerator.get_state_dict(accelerator.prepare(line()))
+        assert list(state) == list(accelerator.get_state_dict(line(), unwrap=False)) == ["weight", "bias"]
+        accelerator.save([state, {"epoch": 3}], tmp_path / f"{who}.pt")
+        accelerator.save(state, tmp_path / f"{who}.safetensors", safe_serialization=True)
+        loaded[who] = torch.load(tmp_path / f"{who}.pt", weights_only=True)
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    assert loaded["ours"][1] == loaded["theirs"][1] == {"epoch": 3}
+    for name, weights in loaded["theirs"][0].items():
+        assert torch.equal(loaded["ours"][0][name], weights)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+@pytest.mark.parametrize("where", ["on_main_process", "on_local_main_process", "on_last_process"])
+def test_a_function_for_one_rank_runs_where_accelerates_does(where, rank, theirs):
+    """Rank `rank` of two nodes with two ranks each, without the others: neither side talks to them here."""
+    mine, reference = ours(), theirs()
+    mine.is_main_process, mine.is_local_main_process, mine.is_last_process = rank == 0, rank % 2 == 0, rank == 3
+    state = pytest.importorskip("accelerate").PartialState()  # the one of all instances, which `theirs` puts back
+    state.process_index, state.local_process_index = rank, rank % 2
+    state.num_processes, state.distributed_type = 4, "MULTI_CPU"
+    found, expected = (getattr(each, where)(lambda x: x + 1)(1) for each in (mine, reference))
+    assert found == expected and found in (2, None)
+
+
+def test_clear_is_free_memory(theirs):
+    for accelerator in (ours(), theirs()):
+        model = accelerator.prepare(line())
+        assert accelerator.clear(model) == [None] and accelerator._models == []
 
 
 def test_constructor_matches_accelerate_and_refuses_the_rest_by_name(theirs):

@@ -16,7 +16,7 @@ from nanofinetune import metrics
 from nanofinetune.collate import DataCollatorWithPadding
 from nanofinetune.data import TokenStore, load_data, tokenize, tokenize_texts
 from nanofinetune.errors import UsageError
-from nanofinetune.tasks import GLUE, default_metrics
+from nanofinetune.tasks import GLUE, Task, default_metrics
 
 
 def rows(n: int, seed: int = 0, pair: bool = True) -> list[dict]:
@@ -263,11 +263,49 @@ def test_local_glue_matches_the_task_table(name, train, validation, glue_path):
     assert {key: len(split) for key, split in data.splits.items()} == {"train": train, "validation": validation}
 
 
-@pytest.mark.parametrize("name", sorted(GLUE))
+@pytest.mark.parametrize("name", ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"])
 def test_glue_tasks_match_the_metric_of_that_name(name):
     task = GLUE[name]
     assert metrics.load("glue", name).names == task.metrics
     assert (task.label_names is None) == (default_metrics(None) == task.metrics)
+
+
+def of_the_hub(monkeypatch, splits):
+    """Answer for the Hub, which the tests cannot reach, with `splits` of twelve rows."""
+    import datasets
+
+    content = [{"premise": f"the cat {i}", "hypothesis": "it sat", "label": i % 3} for i in range(12)]
+    loaded = datasets.DatasetDict({split: datasets.Dataset.from_list(content) for split in splits})
+    monkeypatch.setattr(data_module, "hub_in_reach", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: loaded)
+
+
+@pytest.mark.parametrize(
+    ("name", "splits", "scored"),
+    [
+        ("someone/mnli", ("train", *GLUE["mnli"].validation), [*GLUE["mnli"].validation]),
+        ("someone/mnli", ("train", "validation_mismatched"), ["validation_mismatched"]),
+        ("someone/mnli", ("train", "validation", "test"), ["validation"]),
+        ("glue/mnli", ("train", "validation_matched"), ["validation_matched"]),
+        ("someone/other", ("train", "validation"), ["validation"]),
+        ("someone/own", ("train", "test"), ["test"]),
+    ],
+)
+def test_a_hub_name_is_read_as_the_task_that_it_ends_in(name, splits, scored, monkeypatch):
+    own = Task(("premise", "hypothesis"), ("a", "b", "c"), validation=("test",))
+    monkeypatch.setitem(GLUE, "own", own)
+    of_the_hub(monkeypatch, splits)
+    data = load_data(name)
+    assert list(data.splits) == ["train", *scored]
+    names = GLUE[name.rpartition("/")[2]].label_names if name != "someone/other" else ("0", "1", "2")
+    assert tuple(data.label_names or ()) == names
+
+
+@pytest.mark.parametrize("name", ["someone/mnli-2", "mnli", "someone/other"])
+def test_other_hub_names_need_a_split_called_validation(name, monkeypatch):
+    of_the_hub(monkeypatch, ("train", "validation_matched"))
+    with pytest.raises(UsageError, match="it needs a train and a validation split, and has train, validation_matched"):
+        load_data(name)
 
 
 def test_stdlib_pairs_have_the_columns_and_sizes_of_mrpc():

@@ -89,6 +89,7 @@ def test_the_proof_of_a_module_are_those_that_its_docstring_names():
     assert proof_of("tasks") == [
         "tests/test_data.py::test_glue_tasks_match_the_metric_of_that_name",
         "tests/test_data.py::test_local_glue_matches_the_task_table",
+        "tests/test_data.py::test_a_hub_name_is_read_as_the_task_that_it_ends_in",
         "nanofinetune/tasks.py",
     ]
     assert proof_of("collate") == ["tests/test_collate.py", "nanofinetune/collate.py"]

@@ -24,6 +24,9 @@ from conftest import ROOT, load_script, save_tiny_model
 from helpers import run_ranks, run_torchrun
 from safetensors.torch import load_file
 
+from nanofinetune.errors import UsageError
+from nanofinetune.progress import IDENTITY, Start, run_of
+
 train = load_script(ROOT / "train.py")
 
 
@@ -225,6 +228,14 @@ def test_resume_refuses_other_data_under_the_same_name(tiny_model, pairs, tmp_pa
     )
     file.write_text("\n".join(lines) + "\n")
     assert call(*arguments) == 0
+
+
+def test_resume_refuses_another_optimizer():
+    began = run_of(dict.fromkeys((*IDENTITY, "batch_size", "accumulate"), 1), 1, {"the optimizer": "AdamW"}, Start())
+    start = Start(Path("update-1"), began)
+    assert run_of({}, 1, {"the optimizer": "AdamW"}, start) == began
+    with pytest.raises(UsageError, match="--resume: the optimizer is Adafactor, and was AdamW; a run goes on with"):
+        run_of({}, 1, {"the optimizer": "Adafactor"}, start)
 
 
 def test_two_runs_do_not_write_into_one_folder(tiny_model, pairs, tmp_path, capfd):
@@ -477,7 +488,7 @@ def without_memory(arguments, forward=None):
 @pytest.mark.parametrize("accumulate", [1, 3], ids=["plain", "accumulate"])  # 61 rows: the last window is short
 @pytest.mark.parametrize("fails", [too_large, too_large_in_backward], ids=["forward", "backward"])
 @pytest.mark.parametrize("world", [1, 2])
-def test_out_of_memory_on_one_rank_halves_on_all(world, fails, accumulate, still_model, pairs, tmp_path):
+def test_out_of_memory_on_one_rank_shrinks_on_all(world, fails, accumulate, still_model, pairs, tmp_path):
     """From 8 rows to 2: twice a note, as many rows an update, the losses of the run that had memory."""
     arguments = ["--model", still_model, "--data", pairs, "--lr", "1e-3", "--epochs", "2", "--accumulate", accumulate]
     whole, small = ([*arguments, "--output", str(tmp_path / name)] for name in ("whole", "small"))

@@ -13,10 +13,11 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from conftest import ROOT, tiny_bert
 
 from nanofinetune import trace
-from nanofinetune.optim import AdamW
+from nanofinetune.accelerator import AcceleratedOptimizer, Accelerator
 
 UPDATES = 3
 
@@ -156,12 +157,34 @@ def test_one_process_has_no_buckets(job, run_here, tmp_path):
 
 
 def test_observing_ends():
-    before = AdamW.step
+    before = AcceleratedOptimizer.step
     observer = trace.Observer()
     trace.observe_all(observer)
-    assert AdamW.step is not before
+    assert AcceleratedOptimizer.step is not before
     observer.close()
-    assert AdamW.step is before
+    assert AcceleratedOptimizer.step is before
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.SGD])
+def test_any_optimizer_is_told_at_the_end_of_its_window(kind):
+    """By its own name, once for each update, so that updates are told apart."""
+    ours = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    observer = trace.Observer()
+    trace.observe_all(observer)
+    try:
+        optimizer = ours.prepare(kind([torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))], lr=0.5))
+        for _ in range(4):
+            with ours.accumulate():
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        observer.close()
+        ours.end_training()
+    told = [event for event in observer.events if event.what == "optimizer"]
+    assert [event.text for event in told] == [f"{kind.__name__}, lr 0.5: 2 tensors, 5 numbers, 20 bytes"] * 2
+    assert told[0].place.endswith(f"py::{kind.__name__}.step")
+    observer.note("collate", 0.0, 0.0, "a batch, before all of it", kind.step)
+    assert [name for name, _ in trace.phases(observer.events)] == ["set-up", "update 1", "update 2", "afterwards"]
 
 
 @pytest.mark.parametrize(
