@@ -255,7 +255,8 @@ def whole_checkpoint(side: str, folder: Path) -> bool:
         load_file(folder / "model.safetensors")
         for name in ("optimizer.bin", "scheduler.bin"):
             torch.load(folder / name)
-        torch.load(folder / "random_states_0.pkl", weights_only=False)
+        for name in ("random_states_0.pkl", "custom_checkpoint_0.pkl"):  # written last
+            torch.load(folder / name, weights_only=False)
     except Exception:
         return False
     return True
@@ -307,7 +308,7 @@ def kills(side: str, work: Path, number: int, dice: random.Random) -> dict[str, 
 
 
 def interrupted(side: str, work: Path, name: str) -> Path:
-    """A run that was killed after three checkpoints."""
+    """A run that was killed after three checkpoints, the newest of which is whole."""
     out = work / f"{side}-{name}"
     run = Run(side, work, out, 1)
     while len(checkpoints(side, out)) < (2 if side == "nanofinetune" else 4) or _latest(side, out) < 4 * SAVE_EVERY:
@@ -316,6 +317,8 @@ def interrupted(side: str, work: Path, name: str) -> Path:
         time.sleep(0.002)
     time.sleep(0.05)
     run.kill()
+    while not whole_checkpoint(side, newest := checkpoints(side, out)[-1]):
+        shutil.rmtree(newest)  # the kill came while it was written, which is another fault than the one to come
     return out
 
 
