@@ -263,7 +263,11 @@ def test_the_command_measures_equal_and_best_work_on_one_and_two_processes(tiny_
 @pytest.mark.parametrize(
     ("change", "step"),
     [
-        ("kind = train.AdamW; train.AdamW = lambda groups, lr: kind(groups, lr=0.1)", 2),
+        (
+            "class AdamW(train.AdamW):\n    def __init__(self, groups, lr): super().__init__(groups, lr=0.1)\n"
+            "train.AdamW = AdamW",
+            2,
+        ),
         ("train.manual_seed = lambda seed, device: torch.manual_seed(seed + 1)", 1),
         ("train.mix = lambda *parts: 7", 1),
     ],
