@@ -50,6 +50,7 @@ from nanofinetune.device import (
 )
 from nanofinetune.distributed import TIMEOUT, agree, broadcast_object_list, gather_object
 from nanofinetune.dropout import use_fast_dropout
+from nanofinetune.embedding import use_row_gradients
 from nanofinetune.errors import Halt, UsageError, first_line
 from nanofinetune.faults import ALL_WELL, Mishap, StopSignals, Watch, noted, preflight, smaller
 from nanofinetune.loader import prepare_data_loader, skip_first_batches
@@ -93,6 +94,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
             accelerator.print(f"note: {note}", flush=True)
         torch.manual_seed(args.seed)  # the classification head is new, and random
         model, made_anew = load_model(model_name, data.label_names)
+        use_row_gradients(model)  # the same gradients, on a CPU sooner
         if args.fast_dropout:
             if device.type != "cpu":
                 raise UsageError(f"--fast-dropout: only on a CPU, and the device is {device}; leave it out")

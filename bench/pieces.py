@@ -51,6 +51,7 @@ from nanofinetune.collate import DataCollatorWithPadding
 from nanofinetune.data import TokenStore, load_data, load_tokens, tokenize
 from nanofinetune.ddp import DistributedDataParallel, NaiveDDP
 from nanofinetune.device import keep_freed_memory, peak_rss_mb
+from nanofinetune.embedding import use_row_gradients
 from nanofinetune.errors import UsageError
 from nanofinetune.metrics import Metric
 from nanofinetune.optim import AdamW
@@ -269,6 +270,7 @@ def our_step(job: Job) -> Callable[[int, bool], Turn]:
     batches = BatchSampler(shuffled(len(data)), BATCH, drop_last=False)
     loader = DataLoader(data, batch_sampler=batches, collate_fn=DataCollatorWithPadding(job.tokenizer()))
     model = job.classifier()
+    use_row_gradients(model)
     optimizer = AdamW(model.parameters(), lr=LR)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=3 * len(loader))
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)

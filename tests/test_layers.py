@@ -31,6 +31,7 @@ FLOORS = {
         "tasks",
         "stdlib_pairs",
         "dropout",
+        "embedding",
     },
     1: {"distributed", "pretrained"},
     2: {"data", "ddp", "loader", "checkpoint"},
