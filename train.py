@@ -12,8 +12,8 @@ The course imports its pieces from the libraries; here each comes from one file 
 the course's Accelerate listing changes in its plain loop are marked `# accelerate`, and so is `accumulate`, which that
 listing does not have. Differs from the course on purpose: everything is seeded; no weight decays unless --weight-decay
 says so (torch's AdamW: all, by 0.01); a window of accumulated batches is divided by its true number of rows; N
-processes compute the gradient of one process with N times the batch; evaluation batches are sorted by length, and the
-ranks add up their counts once, at the end of it.
+processes compute the gradient of one process with N times the batch; on a CPU the model leaves out what its loss does
+not read; evaluation batches are sorted by length, and the ranks add up their counts once, at the end of it.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ from nanofinetune.device import (
     state_on_host,
 )
 from nanofinetune.distributed import TIMEOUT, agree, broadcast_object_list, gather_object
-from nanofinetune.dropout import use_fast_dropout
+from nanofinetune.dropout import use_exact_dropout, use_fast_dropout
 from nanofinetune.embedding import use_row_gradients
 from nanofinetune.errors import Halt, UsageError, first_line
 from nanofinetune.faults import ALL_WELL, Mishap, StopSignals, Watch, noted, preflight, smaller
+from nanofinetune.lean import use_lean_encoder
 from nanofinetune.loader import prepare_data_loader, skip_first_batches
 from nanofinetune.metrics import Metric, UndefinedMetricWarning
 from nanofinetune.optim import AdamW, decay_groups
@@ -94,11 +95,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
             accelerator.print(f"note: {note}", flush=True)
         torch.manual_seed(args.seed)  # the classification head is new, and random
         model, made_anew = load_model(model_name, data.label_names)
-        use_row_gradients(model)  # the same gradients, on a CPU sooner
-        if args.fast_dropout:
-            if device.type != "cpu":
-                raise UsageError(f"--fast-dropout: only on a CPU, and the device is {device}; leave it out")
-            use_fast_dropout(model)
+        if args.fast_dropout and device.type != "cpu":
+            raise UsageError(f"--fast-dropout: only on a CPU, and the device is {device}; leave it out")
+        if device.type == "cpu":  # the same numbers sooner, but for --fast-dropout's masks
+            use_row_gradients(model)
+            (use_fast_dropout if args.fast_dropout else use_exact_dropout)(model)
+            use_lean_encoder(model)
     model.config.text_columns = list(data.text_columns)  # saved with the model: predict.py asks it for one text or two
     train_store = stores.pop("train")
 

@@ -19,6 +19,7 @@ test_default_model_falls_back_and_says_so in tests/test_pretrained.py.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from importlib.util import find_spec
@@ -99,7 +100,14 @@ def resolve_default() -> tuple[str, str]:
 
 def import_library() -> None:
     """Import what models and tokenizers need: most of a start. Ranks that load in turn do this at once, before."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, modeling_layers  # noqa: F401
+    # underneath: an import makes objects by the hundred thousand, and every few hundred of them Python looks for cyclic
+    # garbage among those that are there. Nearly all of them stay.
+    thresholds = gc.get_threshold()
+    gc.set_threshold(50_000, *thresholds[1:])
+    try:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer, modeling_layers  # noqa: F401
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def load_tokenizer(name: str) -> Any:

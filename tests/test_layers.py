@@ -33,7 +33,7 @@ FLOORS = {
         "dropout",
         "embedding",
     },
-    1: {"distributed", "pretrained"},
+    1: {"distributed", "lean", "pretrained"},
     2: {"data", "ddp", "loader", "checkpoint"},
     3: {"accelerator", "faults", "progress"},
     4: {"launch", "predict", "trace", "exercise"},

@@ -1,0 +1,255 @@
+"""nanofinetune/lean.py against the same BERT of transformers 5.23 computed whole: losses, gradients, dropout, updates.
+
+python -m pytest tests/test_lean.py
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_bert
+from torch import nn
+
+from nanofinetune import lean
+from nanofinetune.dropout import use_exact_dropout, use_fast_dropout
+from nanofinetune.lean import Layout, layout_of, use_lean_encoder
+from nanofinetune.optim import AdamW
+
+LENGTHS = {
+    "much padding": [60, 5, 8, 30],
+    "little padding": [60, 60, 58, 59],
+    "no padding": [40, 40, 40, 40],
+    "short": [3, 2, 1],
+    "one row": [33],
+}
+
+
+def batch_of(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    return {
+        "input_ids": torch.randint(5, 25, (len(lengths), longest), generator=generator),
+        "token_type_ids": torch.randint(0, 2, (len(lengths), longest), generator=generator),
+        "attention_mask": (torch.arange(longest) < torch.tensor(lengths)[:, None]).long(),
+        "labels": torch.randint(0, 2, (len(lengths),), generator=generator),
+    }
+
+
+def pair(dropout=0.1, **settings):
+    """The whole model and the lean one, with equal weights."""
+    whole, ours = tiny_bert(dropout=dropout, **settings), tiny_bert(dropout=dropout, **settings)
+    use_exact_dropout(ours)
+    use_lean_encoder(ours)
+    return whole, ours
+
+
+def backward(model, batch, seed=0, precision=torch.float32):
+    model.zero_grad()
+    torch.manual_seed(seed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        out = model(**batch)
+    out.loss.backward()
+    return out
+
+
+def assert_close_gradients(whole, ours, tolerance):
+    """Relative to each gradient's largest number; a key's bias has none but rounding, since softmax ignores it."""
+    for (name, p), q in zip(whole.named_parameters(), ours.parameters(), strict=True):
+        if name.endswith("self.key.bias"):
+            assert q.grad.abs().max() < 1e-4
+        else:
+            assert (p.grad - q.grad).abs().max() <= tolerance * p.grad.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13), (torch.bfloat16, 0.03)], ids=str
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_a_lean_model_matches_the_whole_one(lengths, dropout, precision, tolerance):
+    """Loss, logits and every gradient, batch after batch; in fp64 to 13 digits, so it is rounding and nothing else."""
+    whole, ours = pair(dropout)
+    if precision == torch.float64:
+        whole, ours = whole.double(), ours.double()
+    for step in range(3):
+        batch = batch_of(lengths, step)
+        theirs, found = (backward(model.train(), batch, step, precision) for model in (whole, ours))
+        assert found.loss.item() == pytest.approx(theirs.loss.item(), rel=tolerance)
+        assert (found.logits - theirs.logits).abs().max() <= tolerance
+        assert_close_gradients(whole, ours, tolerance)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_logits_match_the_whole_model_in_evaluation(lengths):
+    whole, ours = pair()
+    batch = batch_of(lengths)
+    with torch.inference_mode():
+        theirs, found = (model.eval()(**batch).logits for model in (whole, ours))
+    assert (theirs - found).abs().max() < 1e-6
+
+
+def test_dropout_matches_the_whole_one(monkeypatch):
+    """Every noise is what torch's dropout has there: same numbers in the same order, and the generator ends alike."""
+    whole, ours = pair(0.5)
+    batch = batch_of(LENGTHS["much padding"])
+    drawn: list[torch.Tensor] = []
+    true_noise = lean.torch_noise
+
+    def noted(shape, dtype, p):
+        drawn.append(true_noise(shape, dtype, p))
+        return drawn[-1]
+
+    monkeypatch.setattr(lean, "torch_noise", noted)
+    monkeypatch.setattr("nanofinetune.dropout.torch_noise", noted)
+    states = []
+    for model in (whole, ours):
+        torch.manual_seed(3)
+        model.train()(**batch)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    positions = 4 * 60
+    assert [noise.shape.numel() for noise in drawn] == [
+        positions * 32,  # the embeddings
+        *[4 * 2 * 60 * 60, positions * 32, positions * 32] * 2,  # a layer: attention, its output, the layer's output
+        4 * 32,  # the classifier
+    ]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_ten_updates_match_the_whole_model(dropout):
+    whole, ours = pair(dropout)
+    losses: list[list[float]] = []
+    for model in (whole, ours):
+        optimizer = AdamW(model.parameters(), lr=1e-3)
+        losses.append([])
+        for step in range(10):
+            losses[-1].append(backward(model.train(), batch_of(LENGTHS["much padding"], step), step).loss.item())
+            optimizer.step()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][0] != losses[0][9]
+
+
+def test_fewer_rows_are_multiplied():
+    """What it is for: the products have the tokens' rows, and in the last layer one for each row of the batch."""
+    _, ours = pair()
+    seen: dict[str, int] = {}
+    for name, module in ours.bert.encoder.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0][0].shape[0]}))
+    backward(ours.train(), batch_of([60, 5, 8, 30]))
+    assert set(seen.values()) == {128, 4}  # 103 tokens, filled up to 4 x 32; 4 x 60 positions
+    assert {name for name, rows in seen.items() if rows == 4} == {
+        "layer.1.attention.self.query", "layer.1.attention.output.dense", "layer.1.intermediate.dense",
+        "layer.1.output.dense",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("multiple", [1, 4, 32])
+def test_a_layout_holds_every_token(lengths, multiple):
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    layout = Layout(real, multiple, least=0.0)
+    x = torch.randn(*real.shape, 3)
+    packed = layout.pack(x)
+    assert torch.equal(layout.unpack(packed)[real], x[real])
+    assert torch.equal(layout.first(packed)[0], x[:, 0])
+    if layout.rows is not None:
+        assert packed.shape == (1, -(-sum(lengths) // multiple) * multiple, 3)
+        assert (layout.rows.diff() > 0).all()
+
+
+def test_pack_and_unpack_are_each_others_gradient():
+    layout = Layout(torch.arange(6) < torch.tensor([[6], [2], [3]]), multiple=4)
+    padded = torch.randn(3, 6, 2, dtype=torch.float64, requires_grad=True)
+    packed = torch.randn(1, 12, 2, dtype=torch.float64, requires_grad=True)
+    for function, x in ((layout.pack, padded), (layout.unpack, packed), (layout.first, packed)):
+        assert torch.autograd.gradcheck(function, x)
+        assert torch.autograd.gradgradcheck(function, x)
+
+
+def whole_or_lean(mask, hidden=None):
+    hidden = torch.zeros(mask.shape[0], mask.shape[-1], 2) if hidden is None else hidden
+    return layout_of(hidden, mask)
+
+
+def test_other_batches_are_computed_whole():
+    rows = (torch.arange(4) < torch.tensor([[4], [2]]))[:, None, None, :].expand(2, 1, 4, 4)
+    assert whole_or_lean(rows) is not None
+    empty = rows.clone()
+    empty[1] = False
+    left = rows.flip(-1)  # padding on the left: the first token is none
+    causal = rows & torch.ones(4, 4, dtype=torch.bool).tril()
+    for other in (empty, left, causal, rows.float(), rows[:, :, :1]):
+        assert whole_or_lean(other) is None
+    assert layout_of(torch.zeros(2, 4, 2, device="meta"), None) is None
+
+
+@pytest.mark.parametrize("kind", ["a row without tokens", "padding on the left"])
+def test_a_batch_that_is_computed_whole_matches_exactly(kind):
+    whole, ours = pair()
+    batch = batch_of([30, 20, 10])
+    if kind == "a row without tokens":
+        batch["attention_mask"][1] = 0
+    else:
+        batch["attention_mask"] = batch["attention_mask"].flip(1)
+    theirs, found = (backward(model.train(), batch) for model in (whole, ours))
+    assert torch.equal(theirs.logits, found.logits)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(whole.parameters(), ours.parameters(), strict=True))
+
+
+def test_other_models_stay_as_they_are():
+    from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(**small)
+    plain = tiny_bert()  # without either dropout before
+    decoder = BertForSequenceClassification(BertConfig(**small, is_decoder=True))
+    eager = BertForSequenceClassification._from_config(copy.deepcopy(config), attn_implementation="eager")
+    tokens = BertForTokenClassification(config)  # reads every token
+    for model in (plain, decoder, eager, tokens):
+        if model is not plain:
+            use_exact_dropout(model)
+        before = model.config._attn_implementation
+        use_lean_encoder(model)
+        assert model.config._attn_implementation == before and "forward" not in vars(model.bert.encoder)
+
+
+def test_with_fast_dropout_only_what_is_computed_is_dropped():
+    """Its masks are nobody else's, so nothing is drawn for the padding; without dropout it is the same function."""
+    whole, ours = tiny_bert(dropout=0.0), tiny_bert(dropout=0.0)
+    use_fast_dropout(ours)
+    use_lean_encoder(ours)
+    batch = batch_of(LENGTHS["much padding"])
+    theirs, found = (backward(model.train(), batch) for model in (whole, ours))
+    assert found.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    assert_close_gradients(whole, ours, 1e-5)
+    ours = tiny_bert(dropout=0.1)
+    use_fast_dropout(ours)
+    use_lean_encoder(ours)
+    losses = {backward(ours.train(), batch, seed).loss.item() for seed in (1, 1, 2)}
+    assert len(losses) == 2
+
+
+def test_a_copy_computes_as_its_original():
+    """deepcopy takes the methods along: the copy's own layers are used."""
+    _, ours = pair()
+    other = copy.deepcopy(ours)
+    with torch.no_grad():
+        for parameter in other.bert.encoder.layer[-1].parameters():
+            parameter.zero_()
+    batch = batch_of(LENGTHS["much padding"])
+    first, second = (backward(model.eval(), batch).logits for model in (ours, other))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, backward(ours.eval(), batch).logits)
+
+
+def test_a_saved_model_knows_nothing_of_it(tmp_path):
+    from transformers import BertForSequenceClassification
+
+    whole, ours = pair()
+    assert list(whole.state_dict()) == list(ours.state_dict())
+    ours.save_pretrained(tmp_path)
+    assert "nanofinetune" not in (tmp_path / "config.json").read_text()
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path)
+    batch = batch_of(LENGTHS["much padding"])
+    assert torch.equal(loaded.eval()(**batch).logits, whole.eval()(**batch).logits)
