@@ -17,13 +17,14 @@ checkpointing, communication hooks other than a dtype. Different on purpose: (1)
 buckets (there an option, off by default), so that gradients exist once; (2) a parameter without a gradient is named at
 the end of the backward that left it out (there the *next* forward raises, without names); (3) whether to synchronise is
 read at backward, not at forward, so that each backward after several forwards is synchronised (there only the first
-one is, in silence).
+one is, in silence); (4) a parameter that would fill a bucket, as BERT's embedding does, gets one of its own, and its
+gradient is reduced where it lies (there it is copied, and exists twice).
 
 Proof: test_gradients_match_torch_ddp, test_gradients_match_one_process_on_the_whole_batch,
 test_no_sync_matches_torch_ddp, test_bucket_plan_matches_torch, test_gradients_are_views_that_exist_once_and_stay,
-test_buckets_leave_while_backward_runs, test_the_default_buckets_are_of_1_and_25_mib,
-test_gradients_are_multiplied_by_a_third_as_in_torch, test_unused_parameters_match_torch_ddp,
-test_unused_parameter_is_named, test_comm_dtype_matches_torch_bf16_hook and
+test_a_large_gradient_is_reduced_where_it_lies, test_buckets_leave_while_backward_runs,
+test_the_default_buckets_are_of_1_and_25_mib, test_gradients_are_multiplied_by_a_third_as_in_torch,
+test_unused_parameters_match_torch_ddp, test_unused_parameter_is_named, test_comm_dtype_matches_torch_bf16_hook and
 test_second_backward_is_synchronised_where_torch_is_silent in tests/test_ddp.py.
 """
 
@@ -121,12 +122,21 @@ def bucket_plan(parameters: Sequence[torch.Tensor], first_bytes: int, other_byte
     return sorted(plan, key=lambda bucket: -bucket[-1])  # in the order in which they will be full
 
 
+def large_alone(plan: list[list[int]], parameters: Sequence[torch.Tensor], large_bytes: int) -> list[list[int]]:
+    """The plan with each parameter of so many bytes in a bucket of its own: an embedding need not be copied then."""
+    size = {i: parameters[i].numel() * parameters[i].element_size() for bucket in plan for i in bucket}
+    split = [[i] for i in size if size[i] >= large_bytes]
+    split += filter(None, ([i for i in bucket if size[i] < large_bytes] for bucket in plan))
+    return sorted(split, key=lambda bucket: -bucket[-1])
+
+
 @dataclass(eq=False)
 class Bucket:
     """Gradients of a few parameters in one flat tensor, which is reduced as a whole.
 
     The tensor is made for the first gradient and stays: the kernel would have to find, and clear, that memory anew in
-    every backward, which costs more time than forward gains by having it for its activations.
+    every backward, which costs more time than forward gains by having it for its activations. A bucket of one parameter
+    has no tensor of its own: its gradient is reduced where it lies.
     """
 
     parameters: dict[int, torch.Tensor]  # by index
@@ -135,6 +145,14 @@ class Bucket:
     views: dict[int, torch.Tensor] = field(default_factory=dict)  # pieces of `flat`, shaped as the parameters
     wire: torch.Tensor | None = None  # what travels: `flat`, or a copy of it in another dtype
     work: dist.Work | None = None
+
+    def take(self, grad: torch.Tensor) -> bool:
+        """Make the gradient of the only parameter the flat tensor -> False: that cannot be, it has to be copied."""
+        if len(self.parameters) > 1 or not grad.is_contiguous():
+            return False
+        (i,) = self.parameters
+        self.flat, self.views = grad.view(-1), {i: grad}
+        return True
 
     def open(self) -> None:
         sizes = [parameter.numel() for parameter in self.parameters.values()]
@@ -148,6 +166,8 @@ class Bucket:
         """Be ready for the next backward."""
         self.waiting_for = set(self.parameters)
         self.wire = self.work = None
+        if len(self.parameters) == 1:  # a gradient, which may be freed
+            self.flat, self.views = None, {}
 
 
 # ---- Settings of the real one ----------------------------------------------------------------------------------------
@@ -269,6 +289,7 @@ class DistributedDataParallel(nn.Module):
         self._trained = [parameter for _, parameter in trained]
         other = int((25 if bucket_cap_mb is None else bucket_cap_mb) * MIB)
         plan = bucket_plan(self._trained, MIB if bucket_cap_mb is None else other, other)
+        plan = large_alone(plan, self._trained, other)
         self._buckets = [Bucket({i: self._trained[i] for i in indices}) for indices in plan]
         self._bucket_of = {i: bucket for bucket in self._buckets for i in bucket.parameters}
         self._used = [False] * len(trained)  # since the last reduction
@@ -330,14 +351,15 @@ class DistributedDataParallel(nn.Module):
 
     def _put_into(self, bucket: Bucket, i: int) -> None:
         """Move parameter i's gradient, over the number of ranks, into its bucket, and make it a view of that."""
-        if bucket.flat is None:
-            bucket.open()
-        parameter, view = self._trained[i], bucket.views[i]
+        parameter = self._trained[i]
         grad = parameter.grad
+        if grad is not None and (grad.requires_grad or grad.layout != torch.strided):
+            raise NotImplementedError(f"{self._names[i]}: neither create_graph=True nor sparse gradients are supported")
+        if bucket.flat is None and (grad is None or not bucket.take(grad)):
+            bucket.open()
+        view = bucket.views[i]
         if grad is None:
             view.zero_()  # not used on this rank
-        elif grad.requires_grad or grad.layout != torch.strided:
-            raise NotImplementedError(f"{self._names[i]}: neither create_graph=True nor sparse gradients are supported")
         else:
             torch.mul(grad, 1 / self._world_size, out=view)  # underneath: not a division; on 3 ranks the last bit tells
             parameter.grad = view

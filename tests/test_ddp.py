@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from nanofinetune.ddp import DistributedDataParallel, NaiveDDP, broadcast_from_first, bucket_plan
+from nanofinetune.ddp import DistributedDataParallel, NaiveDDP, broadcast_from_first, bucket_plan, large_alone
 
 TorchDDP = nn.parallel.DistributedDataParallel
 MANY_BUCKETS = partial(DistributedDataParallel, bucket_cap_mb=1e-4)  # 104 bytes: nearly one bucket a parameter
@@ -382,17 +382,47 @@ def test_the_default_buckets_are_of_1_and_25_mib(group_of_one):
 
 
 def test_gradients_are_views_that_exist_once_and_stay(group_of_one):
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(6, 300), nn.Linear(300, 300)), bucket_cap_mb=0.1)
+    layers = nn.Linear(6, 300), nn.Linear(300, 300), nn.Linear(300, 9)
+    model = DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=0.1)
+    assert [sorted(bucket.parameters) for bucket in model._buckets] == [[3, 4, 5], [2], [0, 1]]
     seen = []
     for _ in range(2):
         model(torch.ones(2, 6)).sum().backward()
         storages = [p.grad.untyped_storage() for p in model.parameters() if p.grad is not None]
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        assert len(sizes) == len(model._buckets) == 2
+        assert len(sizes) == len(model._buckets)
         assert sum(sizes.values()) == sum(p.numel() * 4 for p in model.parameters())
-        seen.append(sizes)
+        seen.append([storages[0].data_ptr(), storages[-1].data_ptr()])  # not the large one's
         model.zero_grad()
     assert seen[0] == seen[1]
+
+
+def test_a_large_gradient_is_reduced_where_it_lies(group_of_one):
+    """A bucket of one parameter has no memory of its own: nothing is copied, and nothing is kept."""
+    layer = nn.Linear(300, 300)
+    model = DistributedDataParallel(layer, bucket_cap_mb=0.1)
+    places: list[int] = []
+    handle = layer.weight.register_hook(lambda grad: places.append(grad.data_ptr()))
+    model(torch.ones(2, 300)).sum().backward()
+    handle.remove()
+    assert layer.weight.grad is not None and places == [layer.weight.grad.data_ptr()]
+    (large,) = (bucket for bucket in model._buckets if 0 in bucket.parameters)
+    assert large.flat is None and not large.views
+
+
+@pytest.mark.parametrize("large", [1, 400, 1024, 10**9])
+def test_large_parameters_get_buckets_of_their_own(large):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        sizes = torch.randint(1, 400, (12,), generator=generator).tolist()
+        parameters = [torch.empty(size) for size in sizes]
+        before = bucket_plan(parameters, 256, 1024)
+        plan = large_alone(before, parameters, large)
+        assert sorted(i for bucket in plan for i in bucket) == list(range(12))
+        assert [bucket[-1] for bucket in plan] == sorted((bucket[-1] for bucket in plan), reverse=True)
+        for bucket in plan:
+            assert len(bucket) == 1 or all(4 * sizes[i] < large for i in bucket)
+            assert any(set(bucket) <= set(other) for other in before)
 
 
 def test_state_dict_matches_torch_ddp(group_of_one):
