@@ -219,6 +219,37 @@ def step(job: Job, repeats: int) -> Iterator[Row]:
         )
 
 
+def model(job: Job, repeats: int) -> Iterator[Row]:
+    """Forward and backward of the same batches of the data, what train.py does on a CPU added step by step."""
+    keep_freed_memory()
+    data, collator = job.our_data()["train"], DataCollatorWithPadding(job.tokenizer())
+    rows = islice(BatchSampler(shuffled(len(data)), BATCH, drop_last=True), STEPS)
+    batches = [collator(data.__getitems__(row)) for row in rows]
+
+    def train(bert: Any) -> list[float]:
+        losses = []
+        for index, batch in enumerate(batches):
+            torch.manual_seed(mix(SEED, index, 0))
+            loss = bert(**batch).loss
+            loss.backward()
+            bert.zero_grad()
+            losses.append(loss.detach())
+        return [loss.item() for loss in losses]
+
+    library = job.classifier().train()
+    changes = {
+        "embedding's gradient": use_row_gradients,
+        "and dropout's masks": use_exact_dropout,
+        "and nothing unread": use_lean_encoder,
+    }
+    ours = job.classifier().train()
+    for name, change in changes.items():
+        change(ours)
+        need_equal_losses(f"model {name}", train(library), train(ours))
+        turns = clock(partial(train, library), len(batches)), clock(partial(train, ours), len(batches))
+        yield Row("model", f"fwd + bwd, {name}", interleave(*turns, repeats))
+
+
 def count_operations(model: Any, batch: Any) -> int:
     """Floating-point operations of the matrix products of one forward and backward pass."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -545,8 +576,8 @@ def data(job: Job, repeats: int) -> Iterator[Row]:
 
 
 PIECES = {
-    "collate": collate, "adamw": adamw, "step": step, "evaluate": evaluate, "ddp": ddp, "gather": gather,
-    "metrics": metrics, "data": data,
+    "collate": collate, "adamw": adamw, "model": model, "step": step, "evaluate": evaluate, "ddp": ddp,
+    "gather": gather, "metrics": metrics, "data": data,
 }  # fmt: skip
 NEEDS = {
     "step": ["accelerate"],

@@ -303,3 +303,15 @@ def test_the_default_is_bert_base_uncased_where_it_can_be_had(cached, reach, mon
 def test_names_on_the_hub_have_one_slash_at_most():
     assert all(looks_like_path(name) for name in ("./x", "~/x", "/x", "a/b/c"))
     assert not any(looks_like_path(name) for name in ("a", "a/b", "a-b.c"))
+
+
+def test_the_import_leaves_the_collector_as_it_was():
+    import gc
+
+    before = gc.get_threshold()
+    gc.set_threshold(701, 11, 12)
+    try:
+        pretrained.import_library()
+        assert gc.get_threshold() == (701, 11, 12) and gc.isenabled()
+    finally:
+        gc.set_threshold(*before)

@@ -18,6 +18,7 @@ from conftest import ROOT, load_script, save_tiny_model, tiny_bert
 from helpers import run_ranks, run_torchrun
 
 from nanofinetune import loader
+from nanofinetune.collate import DataCollatorWithPadding
 
 RESULT_KEYS = {
     "model", "data", "world", "steps", "seconds", "examples_per_second", "first_step_seconds", "peak_rss_mb", "padding",
@@ -178,6 +179,27 @@ def test_grouping_by_length_pads_less(run, tiny_model, pairs):
     assert grouped < plain
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_grouped_batches_in_low_precision_have_few_lengths(precision, run, tiny_model, pairs, monkeypatch):
+    """Steps of 8; and the padding that is reported is that of the batches as they are."""
+    made = []
+
+    class Noted(DataCollatorWithPadding):
+        def __call__(self, features):
+            batch = super().__call__(features)
+            made.append(batch["attention_mask"])
+            return batch
+
+    monkeypatch.setattr(train, "DataCollatorWithPadding", Noted)
+    options = "--max-steps", 8, "--group-by-length", "--precision", precision
+    found = result_of(run("--model", tiny_model, "--data", pairs, *options))["padding"]
+    epoch = made[:8]  # evaluation follows
+    assert all(mask.shape[1] % 8 == 0 for mask in epoch) == (precision == "bf16")
+    assert found == pytest.approx(
+        1 - sum(int(mask.sum()) for mask in epoch) / sum(mask.numel() for mask in epoch), abs=1e-4
+    )
+
+
 def test_regression_reports_correlations(run, tiny_model, scored_pairs, tmp_path):
     result = result_of(run("--model", tiny_model, "--data", scored_pairs, "--output", tmp_path / "out"))
     assert {"pearson", "spearmanr"} <= result.keys()
@@ -291,8 +313,6 @@ def test_the_default_run_starts_under_torchrun(world, packaged_model, tmp_path):
 
 def test_fixed_lengths_pad_to_the_next_one(tiny_tokenizer):
     """What --device xla collates with: the rows of the ordinary collator, wider."""
-    from nanofinetune.collate import DataCollatorWithPadding
-
     rows = [{"input_ids": [2, *range(5, 5 + n), 3], "label": 1} for n in (4, 9)]
     plain = DataCollatorWithPadding(tiny_tokenizer)(rows)
     fixed = train.collate_to_fixed_length(tiny_tokenizer, (8, 16, 64), rows)
