@@ -97,8 +97,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
         model, made_anew = load_model(model_name, data.label_names)
         if args.fast_dropout and device.type != "cpu":
             raise UsageError(f"--fast-dropout: only on a CPU, and the device is {device}; leave it out")
-        if device.type == "cpu":  # the same numbers sooner, but for --fast-dropout's masks
-            use_row_gradients(model)
+        if device.type == "cpu":  # the same numbers but for rounding, sooner; --fast-dropout has masks of its own
+            use_row_gradients(model)  # an optimizer that writes into `.grad.data` would need it left out
             (use_fast_dropout if args.fast_dropout else use_exact_dropout)(model)
             use_lean_encoder(model)
     model.config.text_columns = list(data.text_columns)  # saved with the model: predict.py asks it for one text or two

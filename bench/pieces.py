@@ -296,7 +296,7 @@ def library_step(job: Job) -> Callable[[int, bool], Turn]:
 
 
 def on_a_cpu(model: Any) -> None:
-    """What train.py makes of a model there: the same numbers sooner."""
+    """What train.py makes of a model there: the same numbers but for rounding, sooner."""
     use_row_gradients(model)
     use_exact_dropout(model)
     use_lean_encoder(model)

@@ -43,6 +43,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from nanofinetune.embedding import Embedding, ZeroTable, holders
+
 MIB = 2**20
 
 # ---- Broadcast -------------------------------------------------------------------------------------------------------
@@ -145,10 +147,15 @@ class Bucket:
     views: dict[int, torch.Tensor] = field(default_factory=dict)  # pieces of `flat`, shaped as the parameters
     wire: torch.Tensor | None = None  # what travels: `flat`, or a copy of it in another dtype
     work: dist.Work | None = None
+    memory: ZeroTable | None = None  # of the only parameter's gradient, if it is an Embedding's
 
     def take(self, grad: torch.Tensor) -> bool:
         """Make the gradient of the only parameter the flat tensor -> False: that cannot be, it has to be copied."""
         if len(self.parameters) > 1 or not grad.is_contiguous():
+            return False
+        # underneath: two parameters' gradients may be views of one buffer, as those of a.view(-1) + b.view(-1) are
+        in_table = self.memory is not None and self.memory.holds(grad)
+        if holders(grad) > 1 + in_table:
             return False
         (i,) = self.parameters
         self.flat, self.views = grad.view(-1), {i: grad}
@@ -291,6 +298,9 @@ class DistributedDataParallel(nn.Module):
         plan = bucket_plan(self._trained, MIB if bucket_cap_mb is None else other, other)
         plan = large_alone(plan, self._trained, other)
         self._buckets = [Bucket({i: self._trained[i] for i in indices}) for indices in plan]
+        tables = {id(m.weight): m.memory for m in module.modules() if isinstance(m, Embedding)}
+        for bucket in self._buckets:
+            bucket.memory = tables.get(id(next(iter(bucket.parameters.values()))))
         self._bucket_of = {i: bucket for bucket in self._buckets for i in bucket.parameters}
         self._used = [False] * len(trained)  # since the last reduction
         self._reset()
@@ -382,7 +392,6 @@ class DistributedDataParallel(nn.Module):
         """
         self._running = True
         for i in [i for bucket in self._buckets for i in sorted(bucket.waiting_for)]:
-            self._trained[i].grad = None
             self._put_into(self._bucket_of[i], i)
         self._finish()
 

@@ -49,24 +49,21 @@ def torch_noise(shape: torch.Size, dtype: torch.dtype, p: float) -> Tensor:
     return (_by_doubles(noise, 1 - p) if draws_doubles() else noise.bernoulli_(1 - p)).div_(1 - p)
 
 
-def _by_doubles(out: Tensor, p: float) -> Tensor:
+def _by_doubles(out: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     """`out.bernoulli_(p)`, where torch draws a double for each number."""
     doubles = torch.empty(min(CHUNK, out.numel()), dtype=torch.float64)
     for part in out.view(-1).split(CHUNK):
         # underneath: bernoulli_ does the same a number at a time, which takes a third longer
-        torch.lt(doubles[: len(part)].uniform_(), p, out=part)
+        torch.lt(doubles[: len(part)].uniform_(generator=generator), p, out=part)
     return out
 
 
 @cache
 def draws_doubles() -> bool:
     """Whether torch's `bernoulli_` draws a double a number on this machine, as torch_noise does."""
-    found = []
-    with torch.random.fork_rng(devices=[]):
-        for draw in (lambda x: x.bernoulli_(0.9), lambda x: _by_doubles(x, 0.9)):
-            torch.manual_seed(0)
-            found.append((draw(torch.empty(1000)), torch.get_rng_state()))
-    return all(torch.equal(theirs, ours) for theirs, ours in zip(*found, strict=True))
+    theirs, ours = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    same = torch.equal(torch.empty(1000).bernoulli_(0.9, generator=theirs), _by_doubles(torch.empty(1000), 0.9, ours))
+    return same and torch.equal(theirs.get_state(), ours.get_state())
 
 
 def fast_noise(shape: torch.Size, dtype: torch.dtype, p: float) -> Tensor:
@@ -122,8 +119,10 @@ def exact_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """softmax(QKᵀ/√width + mask)V as torch's scaled_dot_product_attention -> (B, queries, heads, width)."""
-    no_rows = query.device.type != "cpu" or (attention_mask is not None and not attention_mask.any(-1).all())
-    if not 0 < dropout < 1 or no_rows:  # underneath: torch makes zeros of a row in which all is masked
+    leave_to_torch = not 0 < dropout < 1 or query.device.type != "cpu"
+    if attention_mask is not None and not leave_to_torch:  # underneath: it makes zeros of a row in which all is masked
+        leave_to_torch = attention_mask.dtype != torch.bool or not bool(attention_mask.any(-1).all())
+    if leave_to_torch:
         return torchs_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     # underneath: the plain form computes in fp32 under bf16 too, and each of Q and K gets the root of the scale
     low = query.dtype in (torch.bfloat16, torch.float16)
@@ -151,7 +150,7 @@ def fast_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The same (see exact_attention) with fast_noise, all of it in the dtype of the query."""
-    if not dropout:
+    if not dropout or (attention_mask is not None and attention_mask.dtype != torch.bool):
         return torchs_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     with torch.autocast(
         "cpu", enabled=False
@@ -204,5 +203,5 @@ def _is_plain(model: Any) -> bool:
 
 def _replace(model: nn.Module, kind: type[nn.Dropout]) -> None:
     for module in model.modules():
-        if isinstance(module, nn.Dropout) and not module.inplace:
+        if type(module) in (nn.Dropout, ExactDropout, FastDropout) and not module.inplace:
             module.__class__ = kind  # keeps p, hooks and mode

@@ -12,8 +12,8 @@ gradients, which neither `torch.optim.AdamW` nor DistributedDataParallel takes. 
 bit for bit torch's, but its memory is kept: a table of zeros in which each backward clears the rows of the one before
 and writes its own. Autograd makes such a tensor `.grad` without a copy. The table is lent only while nobody else
 holds the last gradient (during accumulation `.grad` does), and it is cleared as a whole if anyone has written into it
-meanwhile, as clipping does. What autograd does not count it cannot see: do not write into `weight.grad.data` or
-`weight.grad.numpy()`, nor into the gradient by a collective alone. DDP copies the gradient into a bucket first.
+meanwhile, as clipping does, and our DDP, which reduces a large gradient where it lies. What autograd does not count it
+cannot see: an optimizer must not write into `weight.grad.data` or `weight.grad.numpy()`, nor a collective alone.
 
 Proof: test_gradients_match_torch_embedding, test_training_matches_torch_embedding,
 test_two_ranks_match_torch_embedding, test_a_gradient_that_is_kept_stays_as_it_is,
@@ -29,6 +29,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def holders(tensor: Tensor) -> int:
+    """How many tensors share the tensor's memory, itself among them."""
+    # underneath: a storage has no public count; this question makes one more holder of it, which is left out
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1
+
+
 class ZeroTable:
     """Memory of a gradient of the weight's shape, zero but for the rows of the last one."""
 
@@ -39,8 +45,14 @@ class ZeroTable:
 
     def is_lent(self) -> bool:
         """Whether the last gradient is alive, in `.grad` or elsewhere."""
-        # underneath: storage has no public count of its tensors; two are the table and this very question
-        return self.table is not None and torch._C._storage_Use_Count(self.table.untyped_storage()._cdata) > 2
+        return self.table is not None and holders(self.table) > 1
+
+    def holds(self, gradient: Tensor) -> bool:
+        """Whether the gradient lies in the table."""
+        return self.table is not None and self.table.data_ptr() == gradient.data_ptr()
+
+    def __reduce__(self) -> tuple[type[ZeroTable], tuple[()]]:
+        return ZeroTable, ()  # a copy, or a saved model, begins with no memory
 
     def with_rows(self, weight: Tensor, rows: Tensor, values: Tensor) -> Tensor:
         """A gradient of the weight: `values` (rows, width) in these rows, zero in all others."""
@@ -71,7 +83,7 @@ class _Lookup(torch.autograd.Function):
         # With create_graph=True, gradient mode is on here: someone may differentiate again.
         if torch.is_grad_enabled() or ctx.memory.is_lent():
             return backward(gradients[0], ids, len(weight), ctx.padding_idx, False), None, None, None
-        rows, places = torch.unique(ids, return_inverse=True)
+        rows, places = torch.unique(ids.long(), return_inverse=True)
         values = backward(gradients[0], places, len(rows), -1, False)  # (rows, width): adds in the same order
         values[rows == ctx.padding_idx] = 0
         return ctx.memory.with_rows(weight, rows, values), None, None, None

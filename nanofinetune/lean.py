@@ -19,7 +19,8 @@ for FlashAttention on GPUs). Losses and gradients are those of the whole but for
 rows may add in another order. Dropout is the same, bit for bit: noise is drawn for the whole, and a part of it is used.
 
 `last_hidden_state` has the first tokens alone. A batch with a row that does not begin with a token, or whose mask is
-anything but one of padding, is computed as transformers does.
+anything but one of padding, is computed as transformers does; so is every batch with gradient checkpointing, or where
+`output_hidden_states` or the like is asked for.
 
 Proof: test_a_lean_model_matches_the_whole_one, test_ten_updates_match_the_whole_model,
 test_dropout_matches_the_whole_one, test_pack_and_unpack_are_each_others_gradient and
@@ -28,7 +29,7 @@ test_other_batches_are_computed_whole in tests/test_lean.py.
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -161,13 +162,21 @@ def by_heads(x: Tensor, heads: int) -> Tensor:
 
 def encode(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
     """BertEncoder.forward, of packed tokens."""
-    layout = layout_of(hidden_states, attention_mask)
-    for module in self.modules():
-        if isinstance(module, PackedDropout):
-            module.layout = layout
+    from transformers.utils.output_capturing import _active_collector
+
+    # underneath: hooks collect what layers return; and checkpointing computes a layer again when its layout is gone
+    whole = bool(_active_collector.get()) or self.layer[0].gradient_checkpointing
+    layout = None if whole else layout_of(hidden_states, attention_mask)
     if layout is None:
         return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
-    out = type(self).forward(self, layout.pack(hidden_states), attention_mask, *args, layout=layout, **kwargs)
+    dropouts = [module for module in self.modules() if isinstance(module, PackedDropout)]
+    try:
+        for dropout in dropouts:
+            dropout.layout = layout
+        out = type(self).forward(self, layout.pack(hidden_states), attention_mask, *args, layout=layout, **kwargs)
+    finally:
+        for dropout in dropouts:
+            dropout.layout = None
     out.last_hidden_state = out.last_hidden_state.transpose(0, 1)  # (1, B, width) -> (B, 1, width)
     return out
 
@@ -201,8 +210,9 @@ def use_lean_encoder(model: Any) -> None:
 
     Call it after `use_exact_dropout` or `use_fast_dropout`, whose attention it lays the tokens out for.
     """
-    name = model.config._attn_implementation
-    if type(model).__name__ != "BertForSequenceClassification" or model.config.is_decoder or name not in ATTENTIONS:
+    name, config = model.config._attn_implementation, model.config
+    known = type(model).__name__ == "BertForSequenceClassification" and name in ATTENTIONS
+    if not known or config.is_decoder or config.chunk_size_feed_forward:
         return
     encoder, last = model.bert.encoder, model.bert.encoder.layer[-1]
     for module in encoder.modules():
@@ -213,4 +223,4 @@ def use_lean_encoder(model: Any) -> None:
             module.only_first = True
     last.attends_by = name
     attend_with(model, f"{name}_lean", laid_out(ATTENTIONS[name]))
-    encoder.forward, last.forward = MethodType(encode, encoder), MethodType(last_layer, last)
+    encoder.forward, last.forward = partial(encode, encoder), partial(last_layer, last)  # these can be copied and saved

@@ -410,6 +410,32 @@ def test_a_large_gradient_is_reduced_where_it_lies(group_of_one):
     assert large.flat is None and not large.views
 
 
+class Shared(nn.Module):
+    """Two parameters whose gradients autograd makes as views of one buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(300, 300)), nn.Parameter(torch.randn(300, 300))
+
+    def forward(self, x):  # (90_000,)
+        return ((self.a.view(-1) + self.b.view(-1)) * x).sum()
+
+
+def _shared(world):
+    ours, theirs = pair(Shared, world.rank, partial(DistributedDataParallel, bucket_cap_mb=0.1))
+    for step in range(3):
+        torch.manual_seed(10 * world.rank + step)
+        x = torch.randn(90_000)
+        for model in (ours, theirs):
+            model.zero_grad()
+            model(x).backward()
+        assert_same(grads(ours), grads(theirs))
+
+
+def test_gradients_that_share_memory_match_torch_ddp():
+    run_world(_shared, 2)
+
+
 @pytest.mark.parametrize("large", [1, 400, 1024, 10**9])
 def test_large_parameters_get_buckets_of_their_own(large):
     generator = torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@ python -m pytest tests/test_embedding.py
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -153,9 +154,9 @@ def test_a_gradient_that_is_kept_stays_as_it_is():
         lambda grad: grad[400:].copy_(torch.ones(100, WIDTH)),
         lambda grad: torch._foreach_add_([grad], 1.0),
         lambda grad: grad.detach().sub_(3),
-        lambda grad: nn.utils.clip_grads_with_norm_([nn.Parameter(grad)], 0.1, torch.tensor(1.0)),
+        lambda grad: grad.mul_(float("nan")),
     ],
-    ids=["add_", "fill_", "slice", "foreach", "detach", "clip"],
+    ids=["add_", "fill_", "slice", "foreach", "detach", "clipped by a norm of NaN"],
 )
 def test_what_others_write_into_the_gradient_does_not_stay(write):
     library, ours = pair()
@@ -244,8 +245,28 @@ def test_a_copy_and_a_cast_have_memory_of_their_own():
     assert torch.equal(other.weight.grad, library.weight.grad) and other.weight.grad.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_ids_of_either_integer_type_match_torch_embedding(dtype):
+    library, ours = pair()
+    for module in (library, ours):
+        backward(module, ids_of(0).to(dtype))
+    assert torch.equal(library.weight.grad, ours.weight.grad) and is_in_the_table(ours)
+
+
+def test_a_copy_made_after_a_write_begins_clean(tmp_path):
+    library, ours = pair()
+    backward(ours, ids_of(0))
+    ours.weight.grad.add_(1)
+    torch.save(ours, tmp_path / "embedding.pt")
+    for other in (copy.deepcopy(ours), torch.load(tmp_path / "embedding.pt", weights_only=False)):
+        other.weight.grad = library.weight.grad = None
+        for module in (library, other):
+            backward(module, ids_of(1), 1)
+        assert torch.equal(library.weight.grad, other.weight.grad)
+
+
 def test_a_model_matches_itself_with_torch_embeddings():
-    """The whole of a BERT: same losses, same gradients, same names; only the large table is kept."""
+    """The whole of a BERT: same losses, same gradients, same names."""
     library, ours = tiny_bert(), tiny_bert()
     use_row_gradients(ours)
     assert list(library.state_dict()) == list(ours.state_dict())
@@ -272,12 +293,15 @@ def test_a_model_matches_itself_with_torch_embeddings():
     assert is_in_the_table(ours.get_input_embeddings())
 
 
+LARGE = partial(DistributedDataParallel, bucket_cap_mb=0.01)  # the table has a bucket of its own
+
+
 def _two_ranks(world, wrap, window):
     """On each rank other rows: averaged gradients must have those of both, and nothing of the step before."""
     library, ours = pair(padding_idx=0)
     models = [wrap(nn.Sequential(module, nn.Linear(WIDTH, 2))) for module in (library, ours)]
     models[1].module[1].load_state_dict(models[0].module[1].state_dict())
-    rank = world.rank
+    rank, seen = world.rank, []
     for step in range(6):
         found = []
         for model in models:
@@ -286,14 +310,19 @@ def _two_ranks(world, wrap, window):
             with nullcontext() if (step + 1) % window == 0 else model.no_sync():
                 backward(model, ids_of(100 * rank + step), step)
             found.append([parameter.grad.clone() for parameter in model.parameters()])
+        if (step + 1) % window == 0:
+            seen.append(is_in_the_table(ours))
         for one, other in zip(*found, strict=True):
             assert torch.equal(one, other), step
     assert ours.memory.table is not None
+    assert any(seen) == (wrap is not DistributedDataParallel)  # which has copied it into a bucket
 
 
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize(
-    "wrap", [DistributedDataParallel, NaiveDDP, nn.parallel.DistributedDataParallel], ids=["ours", "naive", "torch"]
+    "wrap",
+    [DistributedDataParallel, LARGE, NaiveDDP, nn.parallel.DistributedDataParallel],
+    ids=["ours", "reduced in the table", "naive", "torch"],
 )
 def test_two_ranks_match_torch_embedding(wrap, window):
     run_world(_two_ranks, 2, wrap, window)

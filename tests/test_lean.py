@@ -4,13 +4,14 @@ python -m pytest tests/test_lean.py
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from conftest import tiny_bert
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from nanofinetune import lean
 from nanofinetune.dropout import use_exact_dropout, use_fast_dropout
 from nanofinetune.lean import Layout, layout_of, use_lean_encoder
 from nanofinetune.optim import AdamW
@@ -88,31 +89,52 @@ def test_logits_match_the_whole_model_in_evaluation(lengths):
     assert (theirs - found).abs().max() < 1e-6
 
 
-def test_dropout_matches_the_whole_one(monkeypatch):
-    """Every noise is what torch's dropout has there: same numbers in the same order, and the generator ends alike."""
+def noted_masks(model, batch):
+    """Which numbers each dropout lets pass, in order, and the state of the generator after it."""
+    masks: list[torch.Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda _, args, out: masks.append(out.ne(0) | args[0].eq(0)))
+        for module in model.modules()
+        if isinstance(module, nn.Dropout)
+    ]
+    torch.manual_seed(3)
+    model.train()(**batch)
+    for handle in handles:
+        handle.remove()
+    return masks, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS["much padding"], LENGTHS["no padding"]], ids=["much", "no"])
+def test_dropout_matches_the_whole_one(lengths):
+    """What is dropped of a token is what would have been: bit for bit, and the generator ends where it would have."""
     whole, ours = pair(0.5)
-    batch = batch_of(LENGTHS["much padding"])
-    drawn: list[torch.Tensor] = []
-    true_noise = lean.torch_noise
+    batch = batch_of(lengths)
+    (theirs, their_state), (found, our_state) = (noted_masks(model, batch) for model in (whole, ours))
+    assert torch.equal(their_state, our_state)
+    layout = Layout(batch["attention_mask"].bool())
+    embeddings, *first_layer, attention_output, output, classifier = theirs
+    expected = [embeddings, *map(layout.pack, map(torch.Tensor.float, first_layer))]
+    expected += [layout.first(layout.pack(mask.float())) for mask in (attention_output, output)] + [classifier]
+    assert len(found) == len(expected) == 1 + 2 * 2 + 1
+    for mask, other in zip(found, expected, strict=True):
+        assert torch.equal(mask, other.bool()) and 0 < mask.float().mean() < 1
 
-    def noted(shape, dtype, p):
-        drawn.append(true_noise(shape, dtype, p))
-        return drawn[-1]
 
-    monkeypatch.setattr(lean, "torch_noise", noted)
-    monkeypatch.setattr("nanofinetune.dropout.torch_noise", noted)
-    states = []
-    for model in (whole, ours):
+def test_attentions_dropout_matches_the_whole_one():
+    """Its noise is drawn for all queries; of the last layer's the first one's is used."""
+    whole, ours = pair(0.5)
+    batch = batch_of(LENGTHS["no padding"])
+    seen: dict[str, list[torch.Tensor]] = {"whole": [], "ours": []}
+    for name, model in (("whole", whole), ("ours", ours)):
+        for layer in model.bert.encoder.layer:  # attention's outcome, before anything else is dropped
+            layer.attention.output.dense.register_forward_pre_hook(
+                lambda _, args, name=name: seen[name].append(args[0])
+            )
         torch.manual_seed(3)
         model.train()(**batch)
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
-    positions = 4 * 60
-    assert [noise.shape.numel() for noise in drawn] == [
-        positions * 32,  # the embeddings
-        *[4 * 2 * 60 * 60, positions * 32, positions * 32] * 2,  # a layer: attention, its output, the layer's output
-        4 * 32,  # the classifier
-    ]
+    first, last = seen["whole"]
+    assert torch.allclose(seen["ours"][0], first.reshape(1, -1, 32), atol=1e-6)
+    assert torch.allclose(seen["ours"][1][0], last[:, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -253,3 +275,78 @@ def test_a_saved_model_knows_nothing_of_it(tmp_path):
     loaded = BertForSequenceClassification.from_pretrained(tmp_path)
     batch = batch_of(LENGTHS["much padding"])
     assert torch.equal(loaded.eval()(**batch).logits, whole.eval()(**batch).logits)
+
+
+def test_used_twice_is_used_once():
+    """A notebook's cell may run again."""
+    whole, ours = pair(0.5)
+    use_exact_dropout(ours)
+    use_lean_encoder(ours)
+    batch = batch_of(LENGTHS["much padding"])
+    theirs, found = (backward(model.train(), batch).logits for model in (whole, ours))
+    assert torch.allclose(theirs, found, atol=1e-6)
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "gradient checkpointing", "a float mask", "chunks"])
+def test_what_needs_the_whole_gets_it(asked):
+    """Bit for bit the whole model's logits and gradients."""
+    settings = {"chunk_size_feed_forward": 3} if asked == "chunks" else {}
+    whole, ours = tiny_bert(dropout=0.1), tiny_bert(dropout=0.1)
+    for model in (whole, ours):
+        model.config.update(settings)
+        for layer in model.bert.encoder.layer:
+            layer.chunk_size_feed_forward = settings.get("chunk_size_feed_forward", 0)
+    use_exact_dropout(ours)
+    use_lean_encoder(ours)
+    batch = batch_of(LENGTHS["much padding"])
+    if asked == "a float mask":
+        allowed = batch["attention_mask"].bool()[:, None, None, :].expand(4, 1, 60, 60)
+        batch["attention_mask"] = torch.zeros(4, 1, 60, 60).masked_fill(~allowed, -1e4)
+    options = {"output_hidden_states": True} if asked == "output_hidden_states" else {}
+    outs = []
+    for model in (whole, ours):
+        if asked == "gradient checkpointing":
+            for layer in model.bert.encoder.layer:
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        model.train()
+        torch.manual_seed(1)
+        out = model(**batch, **options)
+        torch.manual_seed(2)
+        other = model(**batch_of([9, 8], 1))  # a second forward, of another layout, before the first one's backward
+        (out.loss + other.loss).backward()
+        outs.append(out)
+    assert torch.equal(outs[0].logits, outs[1].logits)
+    assert_close_gradients(whole, ours, 1e-5)  # the second forward may have been lean
+    if options:
+        assert [h.shape for h in outs[1].hidden_states] == [(4, 60, 32)] * 3
+        assert all(torch.equal(*pair) for pair in zip(*(out.hidden_states for out in outs), strict=True))
+
+
+def test_two_forwards_before_a_backward_match_the_whole_model():
+    whole, ours = pair(0.5)
+    for model in (whole, ours):
+        model.train()
+        torch.manual_seed(1)
+        losses = [model(**batch_of(lengths, i)).loss for i, lengths in enumerate(LENGTHS.values())]
+        sum(losses).backward()
+    assert_close_gradients(whole, ours, 1e-5)
+
+
+def test_an_exception_leaves_nothing_behind():
+    _, ours = pair()
+    handle = ours.bert.encoder.layer[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ours(**batch_of(LENGTHS["much padding"]))
+    handle.remove()
+    assert all(getattr(module, "layout", None) is None for module in ours.modules())
+
+
+def test_a_pickled_model_computes_as_its_original(tmp_path):
+    _, ours = pair()
+    torch.save(ours, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    batch = batch_of(LENGTHS["much padding"])
+    logits = [model.eval()(**batch).logits for model in (ours, loaded)]
+    assert torch.equal(*logits)
+    assert loaded.bert.encoder.forward.args == (loaded.bert.encoder,)
