@@ -376,7 +376,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axis.set_yticks(list(places), names, fontsize=7)
         axis.invert_yaxis()
     figure.tight_layout()
-    figure.savefig(path, dpi=90, metadata={"Software": None})
+    figure.savefig(path, dpi=90, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
 
 
