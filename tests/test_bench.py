@@ -283,6 +283,7 @@ def test_metrics_and_data_pass_their_gates(tiny_job, monkeypatch):
 
 
 def test_metrics_and_data_refuse_other_results(tiny_job, no_clock, monkeypatch):
+    pytest.importorskip("sklearn", reason="one of the sides")
     monkeypatch.setattr(pieces.Metric, "compute", lambda self: {"accuracy": 0.25, "f1": 0.25})
     with pytest.raises(pieces.NotEqual, match="accuracy is"):
         next(pieces.metrics(tiny_job, 5))

@@ -36,7 +36,7 @@ def exercise(monkeypatch, capfd):
 
 
 def test_every_module_of_the_ground_floor_can_be_rebuilt(exercise):
-    """And DDP, which needs nothing of the package either, though it stands higher."""
+    """And DDP, which needs hardly anything of the package, though it stands higher."""
     assert {name for name, floor in FLOOR_OF.items() if floor == 0} | {"ddp"} <= set(modules())
     code, listed, _ = exercise()
     assert code == 0 and [line.split()[0] for line in listed.splitlines()] == list(modules())
