@@ -110,8 +110,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     )
     rows_per_update = rows_per_step * accelerator.gradient_accumulation_steps
     # A batch of one length is one shape of its products, and low-precision kernels are made anew for every shape.
-    steps_of_8 = args.group_by_length and args.precision != "no" and limit % 8 == 0
-    multiple = 8 if steps_of_8 else 1
+    multiple = 8 if args.group_by_length and args.precision != "no" and limit % 8 == 0 else 1
     collator: Callable[[Any], Any] = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
     if device.type == "xla":
         collator = partial(collate_to_fixed_length, tokenizer, fixed_lengths(limit))

@@ -1,4 +1,4 @@
-"""Dropout on a CPU, with torch's masks drawn faster, or with cheaper masks: the largest cost beside matrix products.
+"""Dropout on a CPU, with torch's masks drawn faster, or with cheaper masks of its own.
 
 >>> torch.manual_seed(0).initial_seed()
 0
@@ -53,7 +53,7 @@ def _by_doubles(out: Tensor, p: float, generator: torch.Generator | None = None)
     """`out.bernoulli_(p)`, where torch draws a double for each number."""
     doubles = torch.empty(min(CHUNK, out.numel()), dtype=torch.float64)
     for part in out.view(-1).split(CHUNK):
-        # underneath: bernoulli_ does the same a number at a time, which takes a third longer
+        # underneath: bernoulli_ does the same a number at a time, from the draw to the comparison
         torch.lt(doubles[: len(part)].uniform_(generator=generator), p, out=part)
     return out
 

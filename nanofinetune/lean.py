@@ -9,10 +9,11 @@
 [5.0, 8.0]
 
 Underneath: `transformers.models.bert.modeling_bert.BertEncoder` (transformers 5.23) computes every position of a padded
-batch in every layer; attention's mask only keeps the real tokens from looking at the others. With batches of 8 in
-random order a quarter of all positions of MRPC is padding. And `transformers.models.bert.modeling_bert.BertPooler`
-reads the first token alone, for which the last layer needs the keys and values of all tokens, but one query a row, and
-one token of everything after attention. On a CPU, where matrix products are most of a step, both are time for nothing.
+batch in every layer; attention's mask only keeps the real tokens from looking at the others. Where rows differ in
+length, that is a good part of a batch (train.py's plan says how much). And the pooler,
+`transformers.models.bert.modeling_bert.BertPooler`, reads the first token alone, for which the last layer needs the
+keys and values of all tokens, but one query a row, and one token of everything after attention. On a CPU, where matrix
+products are most of a step, both are time for nothing.
 Here each layer works on one (1, tokens, width) tensor of the batch's tokens; queries, keys and values are laid out as
 (B, S) for attention, which alone mixes positions (FlashAttention's and ModernBERT's "unpadding"; `transformers` has it
 for FlashAttention on GPUs). Losses and gradients are those of the whole but for rounding: a matrix product of other
