@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Start train.py in one process, or in several through torchrun. `launch.sh --help` says what it reads.
-# Here is which processes to start; how a failure reaches the screen is in nanofinetune/launch.py.
+# Here is which processes to start; how a failure reaches the screen is in nanofinetune/launch/job.py.
 #
 # Underneath: `accelerate launch` and `accelerate config` (accelerate 1.15), which choose the processes and hand them to
 # torchrun (torch 2.13), as this file does. Kept: options, and a file of settings that a questionnaire writes. Left out:
@@ -116,7 +116,7 @@ if [[ -n ${SLURM_STEP_ID-} ]] && ((${SLURM_NTASKS:-1} > 1)); then
             MASTER_ADDR=$(scontrol show hostnames "$nodes")
             MASTER_ADDR=${MASTER_ADDR%%$'\n'*}
         elif [[ -z ${MASTER_ADDR-} ]]; then # a container without SLURM's programs
-            first_host='import sys; from nanofinetune.distributed import first_host; print(first_host(sys.argv[1]))'
+            first_host='import sys; from nanofinetune.ranks.environment import first_host; print(first_host(sys.argv[1]))'
             MASTER_ADDR=$("$python" -c "$first_host" "$nodes")
         fi
     fi

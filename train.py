@@ -28,62 +28,138 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import BatchSampler, DataLoader
 
-from nanofinetune.accelerator import Accelerator, DataLoaderConfiguration
-from nanofinetune.cli import Parser, number, run, steps_or_ratio
-from nanofinetune.collate import DataCollatorWithPadding
-from nanofinetune.data import Data, load_tokens
-from nanofinetune.device import (
-    end_step,
-    fixed_lengths,
-    keep_freed_memory,
-    manual_seed,
-    peak_rss_mb,
-    seconds_since_start,
-    spread_rows,
-    state_on_host,
-)
-from nanofinetune.distributed import TIMEOUT, agree, broadcast_object_list, gather_object
-from nanofinetune.dropout import use_exact_dropout, use_fast_dropout
-from nanofinetune.embedding import use_row_gradients
-from nanofinetune.errors import Halt, UsageError, first_line
-from nanofinetune.faults import ALL_WELL, Mishap, StopSignals, Watch, noted, preflight, smaller
-from nanofinetune.lean import use_lean_encoder
-from nanofinetune.loader import prepare_data_loader, skip_first_batches
-from nanofinetune.metrics import Metric, UndefinedMetricWarning
-from nanofinetune.optim import AdamW, decay_groups
-from nanofinetune.pretrained import import_library, length_limit, load_model, load_tokenizer, resolve_default
-from nanofinetune.progress import Log, Start, batch_plan, find_start, halted, run_of, stopped
-from nanofinetune.sampler import (
+from nanofinetune import Accelerator, AdamW, DataCollatorWithPadding, get_scheduler
+from nanofinetune.cpu.dropout import use_exact_dropout, use_fast_dropout
+from nanofinetune.cpu.embedding import use_row_gradients
+from nanofinetune.cpu.lean import use_lean_encoder
+from nanofinetune.cpu.memory import keep_freed_memory
+from nanofinetune.data.cache import load_tokens
+from nanofinetune.data.load import Data
+from nanofinetune.data.pretrained import import_library, length_limit, load_model, load_tokenizer, resolve_default
+from nanofinetune.ground.cli import Parser, number, run_main, steps_or_ratio
+from nanofinetune.ground.errors import Halt, UsageError, first_line
+from nanofinetune.ground.precision import PRECISIONS
+from nanofinetune.ground.process import peak_rss_mb, seconds_since_start
+from nanofinetune.ground.xla import end_step, fixed_lengths, state_on_host
+from nanofinetune.ranks.collectives import agree, broadcast_object_list, gather_object
+from nanofinetune.ranks.loader import prepare_data_loader
+from nanofinetune.ranks.world import TIMEOUT
+from nanofinetune.run.resume import Start, batch_plan, find_start, run_of
+from nanofinetune.run.run import Plan, Run
+from nanofinetune.run.watch import preflight
+from nanofinetune.settings import DataLoaderConfiguration
+from nanofinetune.step.metrics import Metric, UndefinedMetricWarning
+from nanofinetune.step.optim import decay_groups
+from nanofinetune.step.order import (
     LengthGroupedBatchSampler,
     RebatchedSampler,
     SeedableRandomSampler,
     SortedBatchSampler,
-    mix,
 )
-from nanofinetune.schedule import get_scheduler, linear_factor
+from nanofinetune.step.schedule import linear_factor
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] | None:
     """The whole run -> the result, as it is printed; None for a dry run."""
-    device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     keep_freed_memory()
     preflight(accelerator.world)  # ranks that cannot talk are found before any long work
+    start = common_start(args, accelerator)  # a checkpoint to go on from, or nothing
 
-    # --- data and model: the data first, since the labels decide the model's head ---
-    start = Start()
-    if args.output is not None or args.resume is not None:  # rank 0 looks what is there, and tells the others
-        # A node counts its own restarts: another one's ranks may know of none.
-        restarted = bool(agree([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"], accelerator.world)[0])
-        with accelerator.main_process_first():
-            found = [find_start(args, restarted) if accelerator.is_main_process else None]
-        start = broadcast_object_list(found, accelerator.world)[0]
-    output = None if args.output is None else Path(args.output).expanduser()
+    # --- data and model ---
+    job = load(args, accelerator, start)
+    model, rows = job.model, len(job.train)
+
+    # --- batches of all processes together; their order is a function of (seed, epoch) alone ---
+    rows_per_step, accumulate = batch_plan(args.batch_size, args.accumulate, accelerator.num_processes, start)
+    accelerator.gradient_accumulation_steps = accumulate
+    new_loader = partial(training_loader, args, job, start.rows_per_step or rows_per_step)
+    train_loader = new_loader(rows_per_step)
+
+    # --- optimizer and schedule: the schedule counts updates, neither batches nor processes ---
+    updates = args.max_steps or args.epochs * math.ceil(rows / (rows_per_step * accumulate))
+    if args.warmup_steps > updates:
+        raise UsageError(f"--warmup-steps {args.warmup_steps}: the run has only {updates} updates; choose fewer")
+    optimizer = AdamW(decay_groups(model, args.weight_decay), lr=args.lr)
+    scheduler = get_scheduler("linear", optimizer, args.warmup_steps, updates)
+
+    identity = run_of(vars(args), accelerator.num_processes, job.found(optimizer), start)
+    plan = Plan(args, rows, rows_per_step, accumulate, updates, start, identity, new_loader)
+    padding = padding_fraction(job.train.lengths, train_loader.batch_sampler, job.multiple)
+    if accelerator.is_main_process:
+        print_plan(args, accelerator, job, scheduler, padding, rows_per_step)
+    if args.dry_run:
+        return None
+    # accelerate
+    model, optimizer, train_loader, scheduler = accelerator.prepare(model, optimizer, train_loader, scheduler)
+
+    # --- the loop: the course's. `run` is what the course leaves to luck: nanofinetune/run/run.py ---
+    with Run(plan, accelerator, model, optimizer, scheduler, train_loader) as run:
+        for epoch in run.epochs():
+            model.train()
+            for batch in run.batches(epoch):  # accelerate: this rank's rows, on the device already
+                with accelerator.accumulate(model), run.step():  # accelerate: gradients travel once a window
+                    loss = None  # frees the forward before it, if its backward ran out of memory
+                    loss = model(**batch).loss
+                    accelerator.backward(loss)  # accelerate: in place of loss.backward()
+                    if run.agreed(loss):  # a window's end: on every rank there was memory, and the loss is a number
+                        if args.clip_norm is not None:
+                            accelerator.clip_grad_norm_(model.parameters(), args.clip_norm)
+                        optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+            run.end_epoch(evaluate_all(args, accelerator, model, job))
+
+    result = summary(args, accelerator, job, run.log, padding)
+    if run.output and accelerator.is_main_process:
+        whole = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        save(run.output, whole, job.tokenizer, result, run.log.evaluations, args)
+    accelerator.wait_for_everyone()
+    return result
+
+
+class Job(NamedTuple):
+    """What is trained on what."""
+
+    model: Any
+    model_name: str
+    made_anew: list[str]
+    tokenizer: Any
+    data: Data
+    train: Any  # a TokenStore
+    validation: dict[str, Any]
+    collator: Callable[[Any], Any]
+    limit: int  # tokens of a row
+    multiple: int
+    notes: list[str]
+
+    def found(self, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+        """What the names stand for: a run goes on only with the same."""
+        return {
+            "the model": self.model_name, "the data set": self.data.name,
+            "the hash of the training rows": self.train.digest(), "the optimizer": type(optimizer).__name__,
+        }  # fmt: skip
+
+
+def common_start(args: argparse.Namespace, accelerator: Accelerator) -> Start:
+    """What --output and --resume ask for: rank 0 looks what is there, and tells the others."""
+    if args.output is None and args.resume is None:
+        return Start()
+    # A node counts its own restarts: another one's ranks may know of none.
+    restarted = bool(agree([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"], accelerator.world)[0])
+    with accelerator.main_process_first():
+        found = [find_start(args, restarted) if accelerator.is_main_process else None]
+    return broadcast_object_list(found, accelerator.world)[0]
+
+
+def load(args: argparse.Namespace, accelerator: Accelerator, start: Start) -> Job:
+    """Model, tokenizer and tokens; the data first, since the labels decide the model's head."""
+    device = accelerator.device
     import_library()
     with accelerator.local_main_process_first():  # one rank of a node tokenizes, the others read its cache
         model_name, model_note = (args.model, "") if args.model is not None else resolve_default()
@@ -102,141 +178,28 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
             (use_fast_dropout if args.fast_dropout else use_exact_dropout)(model)
             use_lean_encoder(model)
     model.config.text_columns = list(data.text_columns)  # saved with the model: predict.py asks it for one text or two
-    train_store = stores.pop("train")
-
-    # --- batches of all processes together; their order is a function of (seed, epoch) alone ---
-    rows_per_step, accelerator.gradient_accumulation_steps = batch_plan(
-        args.batch_size, args.accumulate, processes, start
-    )
-    rows_per_update = rows_per_step * accelerator.gradient_accumulation_steps
     # A batch of one length is one shape of its products, and low-precision kernels are made anew for every shape.
     multiple = 8 if args.group_by_length and args.precision != "no" and limit % 8 == 0 else 1
     collator: Callable[[Any], Any] = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
     if device.type == "xla":
         collator = partial(collate_to_fixed_length, tokenizer, fixed_lengths(limit))
-    rows_per_group = start.rows_per_step or rows_per_step
-    batches = batches_of(args, train_store, rows_per_step, rows_per_group)
-    train_loader: Any = DataLoader(train_store, batch_sampler=batches, collate_fn=collator)
+    train_store = stores.pop("train")
+    return Job(model, model_name, made_anew, tokenizer, data, train_store, stores, collator, limit, multiple, notes)
 
-    # --- optimizer and schedule: the schedule counts updates, neither batches nor processes ---
-    updates_per_epoch = math.ceil(len(train_store) / rows_per_update)
-    updates = args.max_steps or args.epochs * updates_per_epoch
-    optimizer = AdamW(decay_groups(model, args.weight_decay), lr=args.lr)
-    if args.warmup_steps > updates:
-        raise UsageError(f"--warmup-steps {args.warmup_steps}: the run has only {updates} updates; choose fewer")
-    scheduler = get_scheduler("linear", optimizer, args.warmup_steps, updates)
 
-    meant = {
-        "the model": model_name, "the data set": data.name, "the hash of the training rows": train_store.digest(),
-        "the optimizer": type(optimizer).__name__,
-    }  # fmt: skip
-    run_identity = run_of(vars(args), processes, meant, start)
+def training_loader(args: argparse.Namespace, job: Job, rows_per_group: int, rows_per_step: int) -> DataLoader:
+    """All processes' batches: the same rows in the same order, whatever the size of a batch."""
+    batches = batches_of(args, job.train, rows_per_step, rows_per_group)
+    return DataLoader(job.train, batch_sampler=batches, collate_fn=job.collator)
 
-    padding = padding_fraction(train_store.lengths, batches, multiple)
-    if accelerator.is_main_process:
-        print_plan(
-            args, accelerator, data, train_store, scheduler, model=model, model_name=model_name, made_anew=made_anew,
-            limit=limit, padding=padding, rows_per_step=rows_per_step,
-        )  # fmt: skip
-    if args.dry_run:
-        return None
-    # accelerate
-    model, optimizer, train_loader, scheduler = accelerator.prepare(model, optimizer, train_loader, scheduler)
 
-    # --- what went before, if anything: model, optimizer, schedule, and the log's place in the data ---
-    log = Log(output, updates, accelerator, run_identity)
-    accelerator.register_for_checkpointing(log)
-    if start.folder is not None:
-        accelerator.load_state(start.folder)
-        log.saved = log.update if output is not None and start.folder.parent == output / "checkpoints" else -1
-    save_now = partial(save_checkpoint, accelerator, log, output, args.keep)
-
-    # --- the loop ---
-    watch, stop = Watch(accelerator.world), StopSignals()
-    mishap = Mishap(accelerator, model, stop)
-    loader: Any = train_loader
-
-    def here() -> str:
-        if not accelerator.unwrap_model(model).training:
-            return f"rank {rank}, in the evaluation after update {log.update}"
-        return f"rank {rank}, update {log.update + 1}: {rows_of(loader, log.batches + 1)}"
-
-    with stop, watch, log, noted(here):
-        while log.epoch < math.ceil(updates / updates_per_epoch):
-            model.train()
-            train_loader.set_epoch(log.epoch)
-            # Skips what this epoch has used: more than 0 where it is resumed, or goes on after a lack of memory.
-            loader = skip_first_batches(train_loader, math.ceil(log.rows / rows_per_step))
-            verdict = ALL_WELL
-            log.start_clock()
-            for batch in loader if log.update < updates else ():  # accelerate: this rank's rows, on the device already
-                watch.update = log.update + 1
-                with accelerator.accumulate(model):  # accelerate: gradients travel, and optimizers step, once a window
-                    if log.window_is_empty:  # dropout: masks of no other update or rank
-                        manual_seed(mix(args.seed, log.update, rank), device)
-                    with mishap:  # takes note of a lack of memory
-                        spread_rows(batch, device)  # over the devices of an XLA process; elsewhere nothing
-                        loss = None  # of the batch before: it holds all of its forward, if memory ran out in backward
-                        loss = model(**batch).loss
-                        accelerator.backward(loss)  # accelerate: in place of loss.backward()
-                        log.add(loss.detach(), loader.valid_rows)
-                    if accelerator.sync_gradients:
-                        verdict = mishap.verdict(log.is_finite(args.on_nan), loader.batch_index)
-                    if verdict.no_memory:
-                        break
-                    if args.clip_norm is not None and accelerator.sync_gradients and not verdict.nonfinite:
-                        accelerator.clip_grad_norm_(model.parameters(), args.clip_norm)
-                    lr = scheduler.get_last_lr()[0]
-                    if verdict.nonfinite:
-                        place = log.nonfinite(lr, rows_of(loader, log.batches))
-                        if args.on_nan == "stop":
-                            why = f"{place}; nothing was changed by it, and --on-nan skip leaves such updates out"
-                            raise halted(1, why, save_now())
-                        log.say(f"{place}: left out")
-                    else:
-                        optimizer.step()
-                    scheduler.step()
-                    optimizer.zero_grad()
-                    end_step(device)  # XLA runs what was recorded; elsewhere nothing
-                if not accelerator.sync_gradients:
-                    continue
-                log.end_update(lr, rows_per_update, len(train_store))
-                if log.update == 1:
-                    log.first_step_seconds = seconds_since_start()
-                due = verdict.signal or (args.save_every and log.update % args.save_every == 0)
-                saved = save_now(background=not verdict.signal) if due else ""
-                if verdict.signal:
-                    raise stopped(verdict.signal, log.update, saved)
-                verdict = ALL_WELL
-                if log.update == updates:
-                    break
-            if verdict.no_memory:  # on one rank or more: all go back to the update's beginning, with smaller batches
-                optimizer.zero_grad()
-                log.drop_window()
-                log.flush()
-                if rows_per_step == processes:
-                    why = "out of memory with one row a batch: choose a smaller model, or a device with more memory"
-                    raise halted(1, why, save_now())
-                rows_per_step = shrink(accelerator, rows_per_step, rows_per_update)
-                log.run["fits"] = rows_per_step // processes
-                batches = batches_of(args, train_store, rows_per_step, rows_per_group)
-                accelerator.forget(train_loader)
-                train_loader = accelerator.prepare(DataLoader(train_store, batch_sampler=batches, collate_fn=collator))
-                continue
-            training_loss = log.mean_loss()
-            scores: dict[str, Any] = {}
-            for name, store in stores.items():  # MNLI has two validation splits: the first's scores have plain names
-                score = evaluate(accelerator, model, store, collator, args.eval_batch_size, Metric(data.metrics))
-                prefix = "" if name == next(iter(stores)) else f"{name}_"
-                scores |= {prefix + key: value for key, value in score.items()}
-            log.end_epoch({"epoch": log.epoch + 1, "loss": training_loss, **scores})
-        accelerator.wait_for_everyone()  # the last checkpoint too is written, while signals are only noted
-
-    main_metric = data.metrics[0]  # "best" is where it is greatest: an error would have to be negated
-    result = {
-        "model": model_name,
-        "data": data.name,
-        "world": processes,
+def summary(args: Any, accelerator: Accelerator, job: Job, log: Any, padding: float) -> dict[str, Any]:
+    main_metric = job.data.metrics[0]  # "best" is where it is greatest: an error would have to be negated
+    device = accelerator.device
+    return {
+        "model": job.model_name,
+        "data": job.data.name,
+        "world": accelerator.num_processes,
         "steps": log.update,
         "seconds": round(seconds_since_start(), 3),
         "examples_per_second": round(log.examples / log.seconds, 2),
@@ -247,12 +210,18 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
         "best": max(log.evaluations, key=lambda found: -math.inf if found[main_metric] is None else found[main_metric]),
         "device": str(device),
         "precision": accelerator.mixed_precision,
-        "notes": notes,
+        "notes": job.notes,
     }
-    if output and accelerator.is_main_process:
-        save(output, accelerator.unwrap_model(model, keep_fp32_wrapper=False), tokenizer, result, log.evaluations, args)
-    accelerator.wait_for_everyone()
-    return result
+
+
+def evaluate_all(args: Any, accelerator: Accelerator, model: Any, job: Job) -> dict[str, Any]:
+    """MNLI has two validation splits: the first's scores have plain names."""
+    scores: dict[str, Any] = {}
+    for name, store in job.validation.items():
+        score = evaluate(accelerator, model, store, job.collator, args.eval_batch_size, Metric(job.data.metrics))
+        prefix = "" if name == next(iter(job.validation)) else f"{name}_"
+        scores |= {prefix + key: value for key, value in score.items()}
+    return scores
 
 
 @torch.inference_mode()
@@ -302,43 +271,6 @@ def batches_of(args: argparse.Namespace, store: Any, rows_per_step: int, rows_pe
     return grouped if rows_per_step == rows_per_group else RebatchedSampler(grouped, rows_per_step)
 
 
-def shrink(accelerator: Accelerator, rows_per_step: int, rows_per_update: int) -> int:
-    """Smaller batches, and more of them an update -> rows of a step of all ranks from now on."""
-    rows, accumulate = smaller(rows_per_step // accelerator.num_processes, accelerator.gradient_accumulation_steps)
-    accelerator.gradient_accumulation_steps, accelerator.step = accumulate, 0
-    accelerator.print(
-        f"note: out of memory: {rows} row(s) per process x {accelerator.num_processes} process(es) x {accumulate}"
-        f" accumulated from here on, {rows_per_update} rows an update as before",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
-    return rows * accelerator.num_processes
-
-
-def rows_of(loader: Any, batches: int) -> str:
-    """Which rows of the training split this rank's latest batches hold."""
-    ids = loader.sample_ids(batches)
-    return f"rows {', '.join(map(str, ids)) or 'none'} of the training split"
-
-
-def save_checkpoint(
-    accelerator: Accelerator, log: Log, output: Path | None, keep: int, background: bool = False
-) -> str:  # fmt: skip
-    """Save the state after the latest update -> the folder, "" where there is none. A collective."""
-    if output is None or log.update == 0:
-        return ""
-    folder = output / "checkpoints" / f"update-{log.update:08d}"
-    if log.saved == log.update:
-        accelerator.wait_for_everyone()
-        return str(folder) if folder.exists() else ""
-    log.flush()
-    log.saved = log.update
-    try:
-        return accelerator.save_state(folder, keep=keep, background=background)
-    except (OSError, RuntimeError, MemoryError) as error:
-        accelerator.print(f"{folder} was not saved: {error}", file=sys.stderr, flush=True)
-        return ""
-
-
 def padding_fraction(lengths: Any, batches: Iterable[list[int]], multiple: int = 1) -> float:
     """The share of all tokens of the first epoch's batches that is padding, up to a multiple of so many tokens."""
     widths = (len(batch) * multiple * math.ceil(lengths[batch].max() / multiple) for batch in batches)
@@ -346,10 +278,10 @@ def padding_fraction(lengths: Any, batches: Iterable[list[int]], multiple: int =
 
 
 def print_plan(
-    args: argparse.Namespace, accelerator: Accelerator, data: Data, train_store: Any, scheduler: Any,
-    *, model: Any, model_name: str, made_anew: list[str], limit: int, padding: float, rows_per_step: int,
-) -> None:  # fmt: skip
+    args: argparse.Namespace, accelerator: Accelerator, job: Job, scheduler: Any, padding: float, rows_per_step: int
+) -> None:
     """Everything that a setting may have got wrong, before the first step."""
+    data, model, train_store, limit = job.data, job.model, job.train, job.limit
     optimizer: torch.optim.Optimizer = scheduler.optimizer
     processes, updates = accelerator.num_processes, scheduler.num_training_steps
     batches, accumulate = math.ceil(len(train_store) / rows_per_step), accelerator.gradient_accumulation_steps
@@ -363,7 +295,7 @@ def print_plan(
     grouped = ", grouped by length" if args.group_by_length else ""
     dropout = ", fast dropout (masks of its own)" if args.fast_dropout else ""
     lines = {
-        "model": f"{model_name}, {model.num_parameters():,} parameters, new: {', '.join(made_anew) or 'none'}",
+        "model": f"{job.model_name}, {model.num_parameters():,} parameters, new: {', '.join(job.made_anew) or 'none'}",
         "data": f"{data.name}, {splits} rows; {' + '.join(data.text_columns)} -> {data.label_column} ({label})",
         "device": f"{accelerator.device}, {processes} process(es) of {torch.get_num_threads()} thread(s)",
         "batch": f"{rows_per_step // processes} per process x {processes} process(es) x {accumulate} accumulated = "
@@ -428,7 +360,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--clip-norm", metavar="NORM", type=number(float, 0, above=True), help="largest gradient norm (default: any)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", metavar="KIND", default="auto", help="auto, cpu, cuda, cuda:N, mps, tpu or xla (default auto)")
-    add("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast; no is fp32 (default no)")
+    add("--precision", choices=tuple(PRECISIONS), default="no", help="autocast; no is fp32 (default no)")
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=42, help="order, head and dropout (default 42)")
     add("--uneven", choices=("mask", "wrap"), default="mask",
         help="the last batch of several processes: masked, or filled with the first rows again (default mask)")
@@ -469,4 +401,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("train.py", main))
+    sys.exit(run_main("train.py", main))

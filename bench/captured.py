@@ -30,14 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pieces import BATCH, LR, SEED, STEPS, Job, Row, interleave, machine, model_of
 
-from nanofinetune.accelerator import PRECISIONS
-from nanofinetune.cli import Parser, number, run
-from nanofinetune.device import choose_device, fixed_lengths
-from nanofinetune.errors import UsageError
-from nanofinetune.loader import prepare_data_loader
-from nanofinetune.optim import AdamW
-from nanofinetune.pretrained import length_limit
-from nanofinetune.sampler import LengthGroupedBatchSampler
+from nanofinetune.data.pretrained import length_limit
+from nanofinetune.ground.cli import Parser, number, run_main
+from nanofinetune.ground.device import choose_device
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.precision import PRECISIONS
+from nanofinetune.ground.xla import fixed_lengths
+from nanofinetune.ranks.loader import prepare_data_loader
+from nanofinetune.step.optim import AdamW
+from nanofinetune.step.order import LengthGroupedBatchSampler
 from train import collate_to_fixed_length
 
 Replay = Callable[[], None]
@@ -182,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("captured.py", main))
+    sys.exit(run_main("captured.py", main))

@@ -33,12 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pieces import BATCH, LR, SEED, Job, model_of, shuffled
 
 from nanofinetune.accelerator import Accelerator
-from nanofinetune.cli import Parser, number, run
-from nanofinetune.collate import DataCollatorWithPadding
-from nanofinetune.errors import UsageError
-from nanofinetune.optim import AdamW
-from nanofinetune.sampler import mix
-from nanofinetune.schedule import get_scheduler
+from nanofinetune.ground.cli import Parser, number, run_main
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.step.collate import DataCollatorWithPadding
+from nanofinetune.step.optim import AdamW
+from nanofinetune.step.order import mix
+from nanofinetune.step.schedule import get_scheduler
 
 # What a part of a step is made by, for the one who looks for the mistake.
 MADE_BY = {
@@ -191,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("compare.py", main))
+    sys.exit(run_main("compare.py", main))

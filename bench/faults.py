@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from readme import machine_text
 
-from nanofinetune.launch import free_port
+from nanofinetune.launch.job import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, BATCH, SAVE_EVERY, WORDS = 2, 4, 5, [f"word{i}" for i in range(40)]
@@ -59,7 +59,7 @@ def ours(work: Path, out: Path, world: int, resume: bool, fault: str) -> None:
     sys.modules["train"] = train
     spec.loader.exec_module(train)
     if fault in ("stop", "skip") and os.environ["RANK"] == "1":
-        from nanofinetune.loader import DataLoaderShard
+        from nanofinetune.ranks.loader import DataLoaderShard
 
         iterate = DataLoaderShard.__iter__
 
@@ -247,7 +247,7 @@ def whole_checkpoint(side: str, folder: Path) -> bool:
     import torch
     from safetensors.torch import load_file
 
-    from nanofinetune.checkpoint import check
+    from nanofinetune.run.checkpoint import check
 
     if side == "nanofinetune":
         return not check(folder)
@@ -416,8 +416,8 @@ def save_cost(repeats: int = 7) -> dict[str, Any]:
     from torch import nn
 
     from nanofinetune.accelerator import Accelerator
-    from nanofinetune.device import keep_freed_memory
-    from nanofinetune.optim import AdamW
+    from nanofinetune.cpu.memory import keep_freed_memory
+    from nanofinetune.step.optim import AdamW
 
     keep_freed_memory()  # as train.py does
     accelerator = Accelerator(cpu=True)

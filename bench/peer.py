@@ -57,14 +57,14 @@ def prepare_data(data: str, tokenizer: Any) -> DatasetDict:
 
 def same_order(rows: int, seed: int) -> list[int]:
     """The order in which train.py draws the rows of its first epoch."""
-    from nanofinetune.sampler import SeedableRandomSampler
+    from nanofinetune.step.order import SeedableRandomSampler
 
     return list(SeedableRandomSampler(range(rows), data_seed=seed))
 
 
 def same_dropout(seed: int, step: int, rank: int) -> None:
     """Seed dropout as train.py does before a step."""
-    from nanofinetune.sampler import mix
+    from nanofinetune.step.order import mix
 
     torch.manual_seed(mix(seed, step, rank))
 

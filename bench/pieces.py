@@ -46,20 +46,23 @@ from torch.utils.data import BatchSampler, DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanofinetune.accelerator import Accelerator
-from nanofinetune.cli import Parser, number, run
-from nanofinetune.collate import DataCollatorWithPadding
-from nanofinetune.data import TokenStore, load_data, load_tokens, tokenize
-from nanofinetune.ddp import DistributedDataParallel, NaiveDDP
-from nanofinetune.device import keep_freed_memory, peak_rss_mb
-from nanofinetune.dropout import use_exact_dropout
-from nanofinetune.embedding import use_row_gradients
-from nanofinetune.errors import UsageError
-from nanofinetune.lean import use_lean_encoder
-from nanofinetune.metrics import Metric
-from nanofinetune.optim import AdamW
-from nanofinetune.pretrained import length_limit, load_model, load_tokenizer, packaged_model
-from nanofinetune.sampler import mix
-from nanofinetune.schedule import get_scheduler
+from nanofinetune.cpu.dropout import use_exact_dropout
+from nanofinetune.cpu.embedding import use_row_gradients
+from nanofinetune.cpu.lean import use_lean_encoder
+from nanofinetune.cpu.memory import keep_freed_memory
+from nanofinetune.data.load import load_data
+from nanofinetune.data.pretrained import length_limit, load_model, load_tokenizer, packaged_model
+from nanofinetune.data.tokens import TokenStore, load_tokens, tokenize
+from nanofinetune.ground.cli import Parser, number, run_main
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.process import peak_rss_mb
+from nanofinetune.ranks.ddp import DistributedDataParallel
+from nanofinetune.ranks.naive_ddp import NaiveDDP
+from nanofinetune.step.collate import DataCollatorWithPadding
+from nanofinetune.step.metrics import Metric
+from nanofinetune.step.optim import AdamW
+from nanofinetune.step.order import mix
+from nanofinetune.step.schedule import get_scheduler
 
 SEED, LR, BATCH, TOKENS = 42, 5e-5, 8, 70
 BATCHES = 50  # collated in a turn
@@ -883,6 +886,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(run("pieces.py", main))
+        sys.exit(run_main("pieces.py", main))
     except NotEqual as error:
         sys.exit(f"pieces.py: {error}")  # on stderr, with exit code 1

@@ -65,7 +65,7 @@ def summarise(runs: dict[int, dict[str, dict[str, Any]]], data: str) -> dict[str
 
 
 def main() -> None:
-    from nanofinetune.pretrained import packaged_model
+    from nanofinetune.data.pretrained import packaged_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(

@@ -35,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pieces import NotEqual, machine, model_of
 from readme import machine_text, measured, reached
 
-from nanofinetune.cli import Parser, number, run
-from nanofinetune.device import peak_rss_mb
-from nanofinetune.errors import UsageError
-from nanofinetune.pretrained import packaged_model
+from nanofinetune.data.pretrained import packaged_model
+from nanofinetune.ground.cli import Parser, number, run_main
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.process import peak_rss_mb
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 42
@@ -474,6 +474,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(run("throughput.py", main))
+        sys.exit(run_main("throughput.py", main))
     except NotEqual as error:
         sys.exit(f"throughput.py: {error}")  # on stderr, with exit code 1

@@ -115,7 +115,8 @@ def _code_lines(path: Path) -> int:
 
 def overlap() -> str:
     """docs/overlap.svg, from what was measured."""
-    from nanofinetune.trace import Event, picture
+    from nanofinetune.trace.observe import Event
+    from nanofinetune.trace.picture import picture
 
     saved = json.loads((ROOT / "docs" / "overlap.json").read_text())
     return picture([[Event(**event) for event in rank] for rank in saved["ranks"]], saved["title"])

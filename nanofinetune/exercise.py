@@ -34,8 +34,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nanofinetune.cli import Parser, run
-from nanofinetune.errors import UsageError
+from nanofinetune.ground.cli import Parser, run_main
+from nanofinetune.ground.errors import UsageError
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -168,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("nanofinetune.exercise", main))
+    sys.exit(run_main("nanofinetune.exercise", main))

@@ -23,13 +23,13 @@ from typing import Any, TextIO
 
 import torch
 
-from nanofinetune.cli import Parser, number, run
-from nanofinetune.collate import DataCollatorWithPadding
-from nanofinetune.data import tokenize_texts
-from nanofinetune.device import choose_device
-from nanofinetune.errors import UsageError
-from nanofinetune.pretrained import length_limit, load_tokenizer, load_trained
-from nanofinetune.sampler import SortedBatchSampler
+from nanofinetune.data.pretrained import length_limit, load_tokenizer, load_trained
+from nanofinetune.data.tokens import tokenize_texts
+from nanofinetune.ground.cli import Parser, number, run_main
+from nanofinetune.ground.device import choose_device
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.step.collate import DataCollatorWithPadding
+from nanofinetune.step.order import SortedBatchSampler
 
 BLOCK = 4096  # lines that are held at a time
 
@@ -115,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("nanofinetune.predict", main))
+    sys.exit(run_main("nanofinetune.predict", main))

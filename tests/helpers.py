@@ -106,7 +106,7 @@ def run_world(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 6
 
 
 def _in_group(fn: Callable[..., Any], *args: Any) -> Any:
-    from nanofinetune.distributed import init_world, shutdown
+    from nanofinetune.ranks.world import init_world, shutdown
 
     world = init_world("cpu")
     result = fn(world, *args)

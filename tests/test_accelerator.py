@@ -24,21 +24,23 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from nanofinetune import accelerator as facade
-from nanofinetune.accelerator import (
+from nanofinetune.accelerator import Accelerator
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.ranks.ddp import DistributedDataParallel
+from nanofinetune.ranks.loader import DataLoaderShard
+from nanofinetune.settings import (
     ABSENT,
-    AcceleratedOptimizer,
-    Accelerator,
     AutocastKwargs,
     DataLoaderConfiguration,
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
     GradScalerKwargs,
+    InitProcessGroupKwargs,
 )
-from nanofinetune.ddp import DDPCommunicationHookType, DistributedDataParallel, DistributedDataParallelKwargs
-from nanofinetune.distributed import InitProcessGroupKwargs
-from nanofinetune.errors import UsageError
-from nanofinetune.loader import DataLoaderShard
-from nanofinetune.optim import AdamW
-from nanofinetune.sampler import SeedableRandomSampler
-from nanofinetune.schedule import get_scheduler
+from nanofinetune.step.optim import AdamW
+from nanofinetune.step.order import SeedableRandomSampler
+from nanofinetune.step.schedule import get_scheduler
+from nanofinetune.wrappers import AcceleratedOptimizer
 
 
 def ours(**arguments):

@@ -23,7 +23,6 @@ import torch
 from conftest import ROOT, WORDS, load_script, tiny_bert
 
 from nanofinetune import accelerator, predict
-from nanofinetune.cli import run
 
 
 def lines(row: Callable[[int], str], header: str = "", rows: int = 20) -> str:
@@ -327,7 +326,7 @@ def test_every_bad_input_gives_one_line_and_exit_2(command, yard, train, monkeyp
     before = state_of(yard)
     monkeypatch.setattr(sys, "argv", ["train.py", *with_the_rest(yard, arguments(yard, command))])
     monkeypatch.setattr(accelerator.Accelerator, "prepare", lambda *args: pytest.fail("it began to train"))
-    assert run("train.py", train.main) == 2
+    assert run_main("train.py", train.main) == 2
     assert_one_line(capfd.readouterr().err, "train.py", TRAIN[command])
     assert state_of(yard) == before
 
@@ -336,7 +335,7 @@ def test_every_bad_input_gives_one_line_and_exit_2(command, yard, train, monkeyp
 def test_every_bad_input_to_predict_gives_one_line_and_exit_2(command, yard, monkeypatch, capfd):
     before = state_of(yard)
     monkeypatch.setattr(sys, "argv", ["predict", *arguments(yard, command)])
-    assert run("nanofinetune.predict", predict.main) == 2
+    assert run_main("nanofinetune.predict", predict.main) == 2
     assert_one_line(capfd.readouterr().err, "nanofinetune.predict", PREDICT[command])
     assert state_of(yard) == before
 
@@ -376,7 +375,7 @@ def test_the_good_inputs_of_these_tests_are_good(yard, train, monkeypatch, capfd
     """Else every case above might fail for the same reason: the same model and data train, and the result is a line."""
     before = state_of(yard)
     monkeypatch.setattr(sys, "argv", ["train.py", *with_the_rest(yard, ["--max-steps", "2", "--device", "cpu"])])
-    assert run("train.py", train.main) == 0
+    assert run_main("train.py", train.main) == 0
     assert json.loads(capfd.readouterr().out.splitlines()[-1])["steps"] == 2
     assert state_of(yard) == before
 
@@ -388,5 +387,5 @@ def test_texts_beyond_the_models_limit_are_cut_and_the_plan_says_so(yard, train,
     )
     (tmp_path / "validation.csv").write_text(GOOD)
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", str(yard / "model"), "--data", str(tmp_path), "--dry-run"])
-    assert run("train.py", train.main) == 0
+    assert run_main("train.py", train.main) == 0
     assert "3 rows fill the limit of 64 tokens" in capfd.readouterr().out

@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT / "bench"))
 import captured
 import throughput
 
-from nanofinetune.collate import DataCollatorWithPadding
-from nanofinetune.optim import AdamW
+from nanofinetune.step.collate import DataCollatorWithPadding
+from nanofinetune.step.optim import AdamW
 
 
 def again(function):

@@ -25,9 +25,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from nanofinetune import checkpoint
-from nanofinetune.accelerator import Accelerator, ProjectConfiguration
-from nanofinetune.optim import AdamW
-from nanofinetune.schedule import get_scheduler
+from nanofinetune.accelerator import Accelerator
+from nanofinetune.settings import ProjectConfiguration
+from nanofinetune.step.optim import AdamW
+from nanofinetune.step.schedule import get_scheduler
 
 
 @pytest.fixture

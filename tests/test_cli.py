@@ -14,8 +14,8 @@ import sys
 import pytest
 from conftest import ROOT, load_script
 
-from nanofinetune.cli import Parser, number, run, steps_or_ratio
-from nanofinetune.errors import UsageError
+from nanofinetune.ground.cli import Parser, number, run_main, steps_or_ratio
+from nanofinetune.ground.errors import UsageError
 
 # Every option of train.py and what it is where nobody gives it. A line here is a promise to everyone's scripts.
 COMMAND_LINE = {
@@ -155,7 +155,7 @@ def test_run_gives_the_exit_code_and_one_line(raised, code, shown, capsys):
         if raised is not None:
             raise raised
 
-    assert run("name", main) == code
+    assert run_main("name", main) == code
     assert capsys.readouterr() == ("", shown)
 
 
@@ -164,7 +164,7 @@ def test_run_lets_our_own_faults_keep_their_traceback():
         raise ValueError("a fault of ours")
 
     with pytest.raises(ValueError, match="a fault of ours"):
-        run("name", main)
+        run_main("name", main)
 
 
 @pytest.mark.parametrize("rows", [3, 100_000])
@@ -172,7 +172,7 @@ def test_run_ends_with_141_where_head_has_left(rows):
     """A real pipe into `head -1`. The 3 later lines fit into the buffer: it is the last flush that fails."""
     program = f"""
 import sys
-from nanofinetune.cli import run
+from nanofinetune.ground.cli import run_main
 
 def main():
     print("first", flush=True)
@@ -180,7 +180,7 @@ def main():
     for row in range({rows}):
         print(row)
 
-sys.exit(run("name", main))
+sys.exit(run_main("name", main))
 """
     writer = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanofinetune.collate import Batch, DataCollatorWithPadding, FlatRows
+from nanofinetune.step.collate import Batch, DataCollatorWithPadding, FlatRows
 
 transformers = pytest.importorskip("transformers", reason="the reference is transformers' own collator")
 

@@ -100,11 +100,11 @@ def wrong_schedule(monkeypatch):
 
 
 def wrong_ticking(monkeypatch):
-    monkeypatch.setattr("nanofinetune.accelerator.AcceleratedScheduler.step", lambda self: None)
+    monkeypatch.setattr("nanofinetune.wrappers.AcceleratedScheduler.step", lambda self: None)
 
 
 def forgotten_zero_grad(monkeypatch):
-    monkeypatch.setattr("nanofinetune.accelerator.AcceleratedOptimizer.zero_grad", lambda self: None)
+    monkeypatch.setattr("nanofinetune.wrappers.AcceleratedOptimizer.zero_grad", lambda self: None)
 
 
 def wrong_order(monkeypatch):

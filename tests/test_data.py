@@ -13,10 +13,11 @@ from conftest import ROOT, WORDS
 
 from nanofinetune import data as data_module
 from nanofinetune import metrics
-from nanofinetune.collate import DataCollatorWithPadding
-from nanofinetune.data import TokenStore, load_data, tokenize, tokenize_texts
-from nanofinetune.errors import UsageError
-from nanofinetune.tasks import GLUE, Task, default_metrics
+from nanofinetune.data.load import load_data
+from nanofinetune.data.tasks import GLUE, Task, default_metrics
+from nanofinetune.data.tokens import TokenStore, tokenize, tokenize_texts
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.step.collate import DataCollatorWithPadding
 
 
 def rows(n: int, seed: int = 0, pair: bool = True) -> list[dict]:
@@ -61,7 +62,7 @@ def test_every_kind_of_file_gives_the_same_rows_as_datasets(kind, tmp_path):
 WITHOUT_DATASETS = """
 import sys
 from transformers import AutoTokenizer
-from nanofinetune.data import load_tokens
+from nanofinetune.data.tokens import load_tokens
 folder, saved, library = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(saved)
 data, stores = load_tokens(folder, None, None, 42, tokenizer, 16)

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from nanofinetune.ddp import DistributedDataParallel, NaiveDDP, broadcast_from_first, bucket_plan, large_alone
+from nanofinetune.ranks.ddp import DistributedDataParallel, broadcast_from_first, bucket_plan, large_alone
+from nanofinetune.ranks.naive_ddp import NaiveDDP
 
 TorchDDP = nn.parallel.DistributedDataParallel
 MANY_BUCKETS = partial(DistributedDataParallel, bucket_cap_mb=1e-4)  # 104 bytes: nearly one bucket a parameter

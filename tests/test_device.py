@@ -18,8 +18,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from nanofinetune import device
 from nanofinetune.device import (
     backend_for,
     choose_device,
@@ -32,8 +30,10 @@ from nanofinetune.device import (
     spread_rows,
     state_on_host,
 )  # fmt: skip
-from nanofinetune.errors import UsageError
-from nanofinetune.optim import FUSED_DEVICES
+
+from nanofinetune import device
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.step.optim import FUSED_DEVICES
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's counters are in /proc: Linux")
@@ -133,7 +133,7 @@ def test_tpu_is_taken_where_torch_has_one_as_its_accelerator():
     code = """
         import torch
         torch.utils.rename_privateuse1_backend("tpu")  # for good, as torch_tpu does it: so in a process of its own
-        from nanofinetune.device import backend_for, choose_device
+        from nanofinetune.ground.device import backend_for, choose_device
         seen = []
         def current_accelerator(check_available=False):
             seen.append(check_available)
@@ -252,7 +252,7 @@ def test_fixed_lengths_need_a_limit():
 
 FAULTS = """
     import resource, statistics, sys, torch
-    from nanofinetune.device import keep_freed_memory
+    from nanofinetune.cpu.memory import keep_freed_memory
     if sys.argv[1] == "keep":
         assert keep_freed_memory()
     def faults_of_one_step():  # two blocks of 64 MiB, written to and freed
@@ -281,7 +281,7 @@ def test_keep_freed_memory_says_so_where_there_is_no_glibc(monkeypatch):
 
 RSS = """
     import resource, sys, torch
-    from nanofinetune.device import peak_rss_mb
+    from nanofinetune.ground.process import peak_rss_mb
     block = torch.ones(300 * 2**18)  # 300 MiB
     del block
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -324,7 +324,7 @@ def test_peak_rss_of_another_process_matches_its_own():
 START = """
     import sys, time
     time.sleep(0.6)  # what came before our import
-    from nanofinetune.device import seconds_since_start
+    from nanofinetune.ground.process import seconds_since_start
     first = seconds_since_start()
     time.sleep(0.2)
     print(first, seconds_since_start() - first)

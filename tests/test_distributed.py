@@ -22,25 +22,20 @@ import torch.distributed as dist
 from helpers import ROOT, run_ranks, run_torchrun, run_world
 
 from nanofinetune import distributed
-from nanofinetune.distributed import (
-    Launch,
-    World,
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.ranks.collectives import (
     broadcast,
     broadcast_object_list,
-    first_host,
     gather,
     gather_object,
-    init_world,
     local_main_process_first,
     main_process_first,
     pad_across_processes,
-    read_environment,
     reduce,
-    set_seed,
-    shutdown,
     wait_for_everyone,
 )
-from nanofinetune.errors import UsageError
+from nanofinetune.ranks.environment import Launch, first_host, read_environment
+from nanofinetune.ranks.world import World, init_world, set_seed, shutdown
 
 Point = collections.namedtuple("Point", "x y")
 ALONE = World(0, 0, 1, 1, torch.device("cpu"), None)

@@ -314,7 +314,7 @@ def facts():
 
 @EACH_DOCUMENT
 def test_every_number_in_the_prose_is_accounted_for(name, facts):
-    from nanofinetune.tasks import GLUE
+    from nanofinetune.data.tasks import GLUE
 
     assert f'requires-python = ">={"3.11"}"' in (ROOT / "pyproject.toml").read_text()
     glue = {"cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"}
@@ -324,7 +324,7 @@ def test_every_number_in_the_prose_is_accounted_for(name, facts):
 
 def test_numbers_in_words_are_true_too():
     from nanofinetune import distributed
-    from nanofinetune.optim import FORMS
+    from nanofinetune.step.optim import FORMS
 
     tour, torchrun = DOCUMENTS["docs/underneath.md"], ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     assert "missed after five minutes" in tour and timedelta(minutes=5) == distributed.TIMEOUT
@@ -421,7 +421,7 @@ def test_a_checkpoint_holds_the_files_that_are_told(tmp_path):
     from torch.utils.data import DataLoader
 
     from nanofinetune import Accelerator, AdamW, get_scheduler
-    from nanofinetune.progress import Log
+    from nanofinetune.run.log import Log
 
     accelerator = Accelerator(cpu=True)
     model = torch.nn.Linear(2, 1)

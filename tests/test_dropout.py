@@ -12,7 +12,7 @@ from conftest import tiny_bert
 from torch import nn
 
 from nanofinetune import dropout
-from nanofinetune.dropout import (
+from nanofinetune.cpu.dropout import (
     ExactDropout,
     FastDropout,
     draws_doubles,
@@ -23,7 +23,7 @@ from nanofinetune.dropout import (
     use_exact_dropout,
     use_fast_dropout,
 )
-from nanofinetune.errors import UsageError
+from nanofinetune.ground.errors import UsageError
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -13,9 +13,10 @@ from conftest import tiny_bert
 from helpers import run_world
 from torch import nn
 
-from nanofinetune.ddp import DistributedDataParallel, NaiveDDP
-from nanofinetune.embedding import Embedding, use_row_gradients
-from nanofinetune.optim import AdamW
+from nanofinetune.cpu.embedding import Embedding, use_row_gradients
+from nanofinetune.ranks.ddp import DistributedDataParallel
+from nanofinetune.ranks.naive_ddp import NaiveDDP
+from nanofinetune.step.optim import AdamW
 
 ROWS, WIDTH = 500, 8
 

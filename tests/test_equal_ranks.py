@@ -20,7 +20,7 @@ from helpers import run_ranks, run_torchrun
 from torch.utils.data import DataLoader
 
 from nanofinetune.accelerator import Accelerator
-from nanofinetune.optim import AdamW
+from nanofinetune.step.optim import AdamW
 
 # 101 rows are 8 steps of 12 and one of 5, which on 4 ranks is 2 + 2 + 1 + 0; windows of 4 steps leave a last one alone.
 ROWS, BATCH, UPDATES = 101, 12, 40

@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT
 from test_layers import FLOOR_OF
 
-from nanofinetune.cli import run
 from nanofinetune.exercise import emptied, main, modules, proof_of
+from nanofinetune.ground.cli import run_main
 
 FAST = "schedule"
 
@@ -27,7 +27,7 @@ def exercise(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["exercise", *map(str, arguments)])
         code: Any
         try:
-            code = run("nanofinetune.exercise", main)
+            code = run_main("nanofinetune.exercise", main)
         except SystemExit as ended:  # pytest's exit code
             code = ended.code
         return code, *capfd.readouterr()

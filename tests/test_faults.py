@@ -19,8 +19,10 @@ import torch.distributed as dist
 from conftest import ROOT
 from helpers import run_ranks
 
-from nanofinetune.distributed import init_world, shutdown
-from nanofinetune.faults import Mishap, StopSignals, Watch, noted, out_of_memory, preflight, smaller, transport_failure
+from nanofinetune.ranks.world import init_world, shutdown
+from nanofinetune.run.run import Mishap, out_of_memory, smaller
+from nanofinetune.run.signals import StopSignals
+from nanofinetune.run.watch import Watch, noted, preflight, transport_failure
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -60,7 +62,7 @@ def test_another_thread_has_no_handlers():
 
 DEAF = """
 import time, ctypes
-from nanofinetune.faults import StopSignals
+from nanofinetune.run.signals import StopSignals
 with StopSignals():
     print("ready", flush=True)
     sleep = ctypes.PyDLL(None).usleep  # keeps the interpreter: no Python signal handler runs

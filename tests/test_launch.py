@@ -21,8 +21,9 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, run_torchrun
 
-from nanofinetune.errors import UsageError
-from nanofinetune.launch import QUESTIONS, configure, first_failure
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.launch.config import QUESTIONS, configure
+from nanofinetune.launch.job import first_failure
 
 LAUNCH = ROOT / "launch.sh"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="launch.sh needs bash")
@@ -381,8 +382,8 @@ def test_usage_error_is_not_started_again_where_torchrun_repeats_it(raised, code
 
 WARNED = """
 import os, signal, time
-from nanofinetune.errors import Halt
-from nanofinetune.faults import StopSignals
+from nanofinetune.ground.errors import Halt
+from nanofinetune.run.signals import StopSignals
 with StopSignals() as stop:
     if os.environ["RANK"] == "0":
         time.sleep(0.5)  # the other rank has its handler by then

@@ -12,9 +12,9 @@ from conftest import tiny_bert
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nanofinetune.dropout import use_exact_dropout, use_fast_dropout
-from nanofinetune.lean import Layout, layout_of, use_lean_encoder
-from nanofinetune.optim import AdamW
+from nanofinetune.cpu.dropout import use_exact_dropout, use_fast_dropout
+from nanofinetune.cpu.lean import Layout, layout_of, use_lean_encoder
+from nanofinetune.step.optim import AdamW
 
 LENGTHS = {
     "much padding": [60, 5, 8, 30],

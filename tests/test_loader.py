@@ -20,8 +20,14 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from nanofinetune.loader import DataLoaderShard, look_ahead, prepare_data_loader, send_to_device, skip_first_batches
-from nanofinetune.sampler import LengthGroupedBatchSampler, SeedableRandomSampler, SortedBatchSampler, mix
+from nanofinetune.ranks.loader import (
+    DataLoaderShard,
+    look_ahead,
+    prepare_data_loader,
+    send_to_device,
+    skip_first_batches,
+)
+from nanofinetune.step.order import LengthGroupedBatchSampler, SeedableRandomSampler, SortedBatchSampler, mix
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanofinetune.metrics import (
+from nanofinetune.step.metrics import (
     GLUE,
     Metric,
     UndefinedMetricWarning,
@@ -30,7 +30,7 @@ from nanofinetune.metrics import (
 )
 
 ALL_CLASSIFICATION = ("accuracy", "f1", "matthews_correlation")
-UNDEFINED = pytest.mark.filterwarnings("ignore::nanofinetune.metrics.UndefinedMetricWarning")
+UNDEFINED = pytest.mark.filterwarnings("ignore::nanofinetune.step.metrics.UndefinedMetricWarning")
 
 
 def sklearn_metrics():

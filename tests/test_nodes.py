@@ -26,8 +26,9 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="launch.sh 
 TRAIN = """
 import json, os, sys
 import torch
-from nanofinetune.ddp import DistributedDataParallel
-from nanofinetune.distributed import gather_object, init_world, shutdown
+from nanofinetune.ranks.ddp import DistributedDataParallel
+from nanofinetune.ranks.collectives import gather_object
+from nanofinetune.ranks.world import init_world, shutdown
 
 world = init_world("cpu")
 torch.manual_seed(world.rank)  # DistributedDataParallel makes them equal

@@ -20,7 +20,7 @@ import torch
 from helpers import ROOT
 
 from nanofinetune import launch
-from nanofinetune.launch import notebook_launcher
+from nanofinetune.launch.notebook import notebook_launcher
 
 pytestmark = pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="a notebook's ranks are forks of its kernel"
@@ -52,7 +52,7 @@ print(notebook_launcher(training_function, args=("hello",), num_processes=2, mix
 """
 FAIL = """
 def failing():
-    from nanofinetune.distributed import init_world
+    from nanofinetune.ranks.world import init_world
     world = init_world("cpu")
     if world.rank == 1:
         raise LookupError("the cause")

@@ -20,7 +20,7 @@ import torch
 from conftest import tiny_bert
 from torch.utils import _foreach_utils
 
-from nanofinetune.optim import FUSED_DEVICES, FUSED_DTYPES, AdamW, choose_form, decay_groups
+from nanofinetune.step.optim import FUSED_DEVICES, FUSED_DTYPES, AdamW, choose_form, decay_groups
 
 # form -> the arguments that ask for it, the same in torch and here
 FLAGS: dict[str, dict[str, Any]] = {

@@ -15,8 +15,7 @@ import torch
 from conftest import WORDS, tiny_bert
 
 from nanofinetune import predict
-from nanofinetune.cli import run
-from nanofinetune.errors import UsageError
+from nanofinetune.ground.errors import UsageError
 from nanofinetune.predict import read_lines, split_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +53,7 @@ def predicted(content: list[str], model: str, capsys, monkeypatch, tmp_path, *op
     """What the command prints for a file of the lines: a list of columns each."""
     (tmp_path / "lines.txt").write_text("".join(line + "\n" for line in content), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["predict", model, str(tmp_path / "lines.txt"), *options])
-    assert run("predict", predict.main) == 0
+    assert run_main("predict", predict.main) == 0
     return [line.split("\t") for line in capsys.readouterr().out.splitlines()]
 
 

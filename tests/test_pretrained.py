@@ -16,8 +16,7 @@ from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 from nanofinetune import pretrained
-from nanofinetune.errors import UsageError
-from nanofinetune.pretrained import (
+from nanofinetune.data.pretrained import (
     DEFAULT_MODEL,
     hub_in_reach,
     length_limit,
@@ -27,6 +26,7 @@ from nanofinetune.pretrained import (
     looks_like_path,
     resolve_default,
 )
+from nanofinetune.ground.errors import UsageError
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from conftest import ROOT, load_script, save_tiny_model
 from helpers import run_ranks, run_torchrun
 from safetensors.torch import load_file
 
-from nanofinetune.errors import UsageError
-from nanofinetune.progress import IDENTITY, Start, run_of
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.run.resume import IDENTITY, Start, run_of
 
 train = load_script(ROOT / "train.py")
 
@@ -477,7 +477,7 @@ def _graph(tensor):
 
 def without_memory(arguments, forward=None):
     patch = pytest.MonkeyPatch()
-    patch.setattr("nanofinetune.ddp.MIB", 2048)  # many buckets, also of a tiny model
+    patch.setattr("nanofinetune.ranks.ddp.MIB", 2048)  # many buckets, also of a tiny model
     try:
         return stderr_of(arguments, forward)
     finally:

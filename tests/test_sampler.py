@@ -12,17 +12,8 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, IterableDataset, RandomSampler
 
-from nanofinetune.sampler import (
-    PADDING,
-    BatchSamplerShard,
-    IterableDatasetShard,
-    LengthGroupedBatchSampler,
-    SeedableRandomSampler,
-    SkipBatchSampler,
-    SortedBatchSampler,
-    mix,
-    shard,
-)
+from nanofinetune.ranks.shard import PADDING, BatchSamplerShard, IterableDatasetShard, SkipBatchSampler, shard
+from nanofinetune.step.order import LengthGroupedBatchSampler, SeedableRandomSampler, SortedBatchSampler, mix
 
 SIZES, BATCH_SIZES, WORLDS = range(26), range(1, 5), range(1, 5)
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanofinetune.schedule import LinearSchedule, get_scheduler, linear_factor
+from nanofinetune.step.schedule import LinearSchedule, get_scheduler, linear_factor
 
 PAST_THE_END = pytest.mark.filterwarnings("ignore:step .* of a schedule made for")  # ours; has a test of its own
 LONG_WARMUP = pytest.mark.filterwarnings("ignore:num_warmup_steps is .*, more than")  # ours; has a test of its own

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from nanofinetune import stdlib_pairs
-from nanofinetune.errors import UsageError
+from nanofinetune.ground.errors import UsageError
 
 SPLITS = ["train", "validation"]
 

@@ -17,7 +17,8 @@ import torch
 from conftest import ROOT, tiny_bert
 
 from nanofinetune import trace
-from nanofinetune.accelerator import AcceleratedOptimizer, Accelerator
+from nanofinetune.accelerator import Accelerator
+from nanofinetune.wrappers import AcceleratedOptimizer
 
 UPDATES = 3
 

@@ -18,7 +18,7 @@ from conftest import ROOT, load_script, save_tiny_model, tiny_bert
 from helpers import run_ranks, run_torchrun
 
 from nanofinetune import loader
-from nanofinetune.collate import DataCollatorWithPadding
+from nanofinetune.step.collate import DataCollatorWithPadding
 
 RESULT_KEYS = {
     "model", "data", "world", "steps", "seconds", "examples_per_second", "first_step_seconds", "peak_rss_mb", "padding",

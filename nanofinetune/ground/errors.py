@@ -1,0 +1,33 @@
+"""The exceptions that a command turns into one line: what the user got wrong, and an end before the end.
+
+>>> raise UsageError("--lr is -1.0: it must be above 0")
+Traceback (most recent call last):
+nanofinetune.ground.errors.UsageError: --lr is -1.0: it must be above 0
+
+Underneath: transformers.HfArgumentParser (transformers 5.23) lets a wrong value surface wherever it first hurts, as
+that place's own traceback. Here everything that the user can mend is one `UsageError`, whose text names the thing, the
+value and the remedy in one line; the command-line programs print it on stderr and exit with 2. Anything else that is
+raised is a fault of ours and keeps its traceback.
+
+Proof: test_every_bad_input_gives_one_line_and_exit_2 in tests/test_bad_inputs.py.
+"""
+
+
+class UsageError(ValueError):
+    """What the user got wrong, in one line: the thing, the value, the remedy."""
+
+
+class Halt(Exception):
+    """An end before the end that is nobody's programming error: a signal, a loss that is not a number.
+
+    `code` is the exit code; the text is the one line to print.
+    """
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, cut to its first line and 200 characters, to be quoted in a UsageError."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip()

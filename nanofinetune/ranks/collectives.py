@@ -1,0 +1,313 @@
+"""The world of one run: which rank this process is, the process group, and what the ranks say to each other.
+
+>>> read_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+...                   "MASTER_ADDR": "node1", "MASTER_PORT": "29500"})
+Launch(launcher='torchrun', rank=3, local_rank=1, size=4, local_size=2, init_method='env://')
+>>> first_host("rack[2-3]n[07-09,11],login1")
+'rack2n07'
+
+Underneath: `accelerate.state.PartialState`, `accelerate.utils.operations.gather`, `accelerate.utils.operations.reduce`,
+`accelerate.utils.operations.broadcast`, `accelerate.utils.operations.pad_across_processes`,
+`accelerate.utils.operations.gather_object`, `accelerate.utils.operations.broadcast_object_list` and
+`accelerate.utils.set_seed` (accelerate 1.15). `PartialState` is one dictionary shared by all its instances and picks
+among a dozen backends. Its collectives walk a nested container and call `torch.distributed` leaf by leaf; where the
+ranks disagree about a shape they hang or return garbage. Kept: names, arguments, results, the early return at one
+process. Left out: XLA, NPU and the rest. Different on purpose: (1) torchrun on a machine without a GPU is real training
+over gloo, where Accelerate runs N silent copies; (2) before each collective the ranks exchange one small header (which
+call, shapes, dtypes; it costs two short all-gathers), so that a disagreement raises on all ranks and says who holds
+what; (3) ranks wait 5 minutes for each other, not gloo's 30; (4) a failure inside `main_process_first` reaches all
+ranks at once; (5) the state is a `World` that is passed around, not a global; (6) the ranks of a restart meet each
+other, and not what torchrun's store still knows of the dead ones.
+
+Proof: test_read_environment_table, test_collectives_match_accelerate, test_single_process_matches_accelerate,
+test_disagreement_raises_on_all_ranks, test_main_process_first_failure_reaches_all_ranks,
+test_set_seed_matches_accelerate, test_torchrun_on_cpu_is_one_world_where_accelerate_runs_copies and
+test_an_attempt_never_meets_the_dead in tests/test_distributed.py; test_restarted_ranks_meet_each_other in
+tests/test_launch.py; test_two_nodes_restart_together in tests/test_nodes.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.ranks.world import World
+
+
+def gather(data: Any, world: World) -> Any:
+    """Concatenate each leaf over the ranks, in rank order: (n, ...) on each -> (size * n, ...) on all, detached."""
+    if world.size == 1:
+        return data
+    _agree("gather", data, world)
+
+    def gather_one(tensor: torch.Tensor) -> torch.Tensor:
+        row = tensor.detach().contiguous()
+        row = row[None] if row.ndim == 0 else row  # underneath: so a 0-d tensor comes back as (size,)
+        wire = row.reshape(-1).view(torch.uint8)  # bytes, since gloo knows neither int16 nor float8
+        result = wire.new_empty(world.size, wire.numel())
+        dist.all_gather(list(result.unbind()), wire)
+        return result.reshape(-1).view(row.dtype).view(world.size * row.shape[0], *row.shape[1:])
+
+    return recursively_apply(gather_one, data)
+
+
+def reduce(data: Any, world: World, reduction: str = "mean") -> Any:
+    """Reduce each leaf over the ranks, into a new, detached tensor: "mean", "sum", "max" or "none".
+
+    Raises (on all ranks): ValueError for another reduction, for a sum or mean of bools and for a mean of integers.
+    """
+    if reduction not in ("mean", "sum", "max", "none"):
+        raise ValueError(f"reduction={reduction!r}: choose mean, sum, max or none")
+    if world.size == 1:
+        return recursively_apply(lambda tensor: _tensor(tensor).clone(), data)
+    _agree(f"reduce[{reduction}]", data, world)
+
+    def reduce_one(tensor: torch.Tensor) -> torch.Tensor:
+        countable = tensor.is_floating_point() or tensor.is_complex() or reduction != "mean"
+        if reduction != "max" and (tensor.dtype == torch.bool or not countable):
+            raise ValueError(f"reduce: there is no {reduction} of {tensor.dtype}; convert it to float or int64 first")
+        result = tensor.detach().clone(memory_format=torch.contiguous_format)
+        # underneath: Accelerate's "none" sums over the ranks as well; only at size 1 does it do nothing.
+        dist.all_reduce(result, dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM)
+        return result.div_(world.size) if reduction == "mean" else result
+
+    return recursively_apply(reduce_one, data)
+
+
+def broadcast(data: Any, world: World, from_process: int = 0) -> Any:
+    """Overwrite each leaf, in place, with that of rank `from_process`; return the container with the same tensors."""
+    if world.size == 1:
+        return data
+    _check_rank(from_process, world)
+    _agree(f"broadcast[{from_process}]", data, world)
+
+    def broadcast_one(tensor: torch.Tensor) -> torch.Tensor:
+        # underneath: gloo sends the memory from the tensor's first element on; of one with gaps, as Accelerate hands it
+        # over, that is the wrong elements. So send a dense copy, which for a contiguous tensor is the tensor itself.
+        row = tensor.detach().contiguous()
+        dist.broadcast(row.reshape(-1).view(torch.uint8), src=from_process)
+        if row.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(row)
+        return tensor
+
+    return recursively_apply(broadcast_one, data)
+
+
+def agree(flags: Sequence[int], world: World, name: str = "agree") -> list[int]:
+    """The greatest of each flag over all ranks, on all ranks: one short all-reduce, cheap enough for every update."""
+    if world.size == 1:
+        return list(flags)
+    world.calls.begin(name)
+    greatest = torch.tensor(flags, dtype=torch.int64, device=world.device)
+    dist.all_reduce(greatest, dist.ReduceOp.MAX)
+    return greatest.tolist()
+
+
+def pad_across_processes(data: Any, world: World, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
+    """Pad each leaf along `dim` to its greatest length on any rank, so that `gather` can take it.
+
+    (..., n, ...) -> (..., max n, ...), same dtype. A leaf without that dimension, or long enough, is returned as it is.
+    """
+    if world.size == 1:
+        return recursively_apply(_tensor, data)
+    everyone = _agree("pad_across_processes", data, world, ragged=True)
+    shapes = iter(zip(*([shape for _, _, shape in leaves] for leaves in everyone), strict=True))  # a leaf's, by rank
+
+    def pad_one(tensor: torch.Tensor) -> torch.Tensor:
+        by_rank = next(shapes)
+        if not -tensor.ndim <= dim < tensor.ndim:
+            return tensor
+        length, longest = tensor.shape[dim], max(shape[dim] for shape in by_rank)
+        if length == longest:
+            return tensor
+        size = list(tensor.shape)
+        size[dim] = longest
+        # underneath: Accelerate pads with `zeros + pad_index`, which makes bool int64, and only on the ranks that pad.
+        padded = tensor.new_full(size, pad_index)
+        padded.narrow(dim, longest - length if pad_first else 0, length).copy_(tensor)
+        return padded
+
+    return recursively_apply(pad_one, data)
+
+
+def gather_object(objects: Any, world: World) -> Any:
+    """The ranks' lists of picklable objects, joined in rank order, on all ranks."""
+    if world.size == 1:
+        return objects
+    # underneath: one level is flattened, so that a string falls into its letters. Pass a list.
+    return [item for part in _meet("gather_object", world, objects)[1] for item in part]
+
+
+def broadcast_object_list(object_list: list[Any], world: World, from_process: int = 0) -> list[Any]:
+    """Overwrite the list's items, in place, with those of rank `from_process`; return the list."""
+    if world.size == 1:
+        return object_list
+    _check_rank(from_process, world)
+    label, lengths = _meet(f"broadcast_object_list[{from_process}]", world, len(object_list))
+    if len(set(lengths)) > 1:
+        raise RuntimeError(f"{label}: the lists are of different lengths, by rank {lengths}")
+    dist.broadcast_object_list(object_list, src=from_process)
+    return object_list
+
+
+def wait_for_everyone(world: World) -> None:
+    """Return once all ranks are here."""
+    if world.size > 1:
+        _meet("wait_for_everyone", world, None)
+
+
+def main_process_first(world: World, timeout: timedelta = timedelta(hours=2)) -> AbstractContextManager[None]:
+    """A `with` block that rank 0 runs before the others do. If it fails there, all ranks raise at once.
+
+    `timeout` is this call's own: the first pass over a data set may take longer than ranks otherwise wait.
+    """
+    return _goes_first(world.rank == 0, "main_process_first", world, timeout)
+
+
+def local_main_process_first(world: World, timeout: timedelta = timedelta(hours=2)) -> AbstractContextManager[None]:
+    """A `with` block that the first rank of each node runs before all others do. If one of them fails, all raise."""
+    return _goes_first(world.local_rank == 0, "local_main_process_first", world, timeout)
+
+
+@contextmanager
+def _goes_first(first: bool, name: str, world: World, timeout: timedelta) -> Iterator[None]:
+    if world.size == 1:
+        yield
+        return
+    _meet(name, world, None)  # all ranks are here: from now on it is the work that takes the time
+    patient = dist.new_group(backend="gloo", timeout=timeout)
+
+    def hear_from_the_first(failure: BaseException | None = None) -> None:
+        who = f"rank {world.rank} failed with {type(failure).__name__}: {failure}"
+        told = None if failure is None else (who, str(failure) if isinstance(failure, UsageError) else "")
+        label, heard = _meet(f"end of {name}", world, told, patient)
+        failures = [pair for pair in heard if pair]
+        if failure is None and failures:
+            for _, what_the_user_got_wrong in failures:
+                if what_the_user_got_wrong:  # the same on every rank, and no rank's own fault
+                    raise UsageError(what_the_user_got_wrong)
+            raise RuntimeError(f"{label}: {'; '.join(text for text, _ in failures)}")
+
+    try:
+        if not first:
+            hear_from_the_first()
+            yield
+            return
+        # underneath: Accelerate has no `try` here: the other ranks wait until rank 0's process ends, or the timeout.
+        try:
+            yield
+        except BaseException as failure:
+            hear_from_the_first(failure)
+            raise
+        hear_from_the_first()
+    finally:
+        dist.destroy_process_group(patient)
+
+
+def _meet(name: str, world: World, payload: Any, group: dist.ProcessGroup | None = None) -> tuple[str, list[Any]]:
+    """This call's label ("gather#12") and every rank's payload in rank order, once all ranks are in this same call."""
+    if not dist.is_initialized():
+        raise RuntimeError(f"{name}: {world.size} ranks but no process group; call init_world first and shutdown last")
+    label = world.calls.begin(name)
+    everyone: list[Any] = [None] * world.size
+    try:
+        dist.all_gather_object(everyone, (label, payload), group=group)
+    except RuntimeError as failure:
+        who = f"{label} on rank {world.rank} of {world.size}"
+        raise RuntimeError(f"{who}: another rank has ended or did not come in time: {failure}") from failure
+    if len({label for label, _ in everyone}) > 1:
+        places = ", ".join(f"rank {rank} is at {label}" for rank, (label, _) in enumerate(everyone))
+        raise RuntimeError(
+            f"the ranks are in different calls: {places}; all must make the same calls in the same order"
+        )
+    return label, [payload for _, payload in everyone]
+
+
+def _agree(name: str, data: Any, world: World, ragged: bool = False) -> list[list[tuple[str, str, Any]]]:
+    """Every rank's leaves as (path, dtype@device, shape), now known to agree; `ragged`: lengths may differ."""
+    label, everyone = _meet(name, world, list(_describe(data)))
+    for leaf in zip_longest(*everyone, fillvalue=("", "nothing", ())):
+        if len({(path, kind, len(shape) if ragged else shape) for path, kind, shape in leaf}) > 1:
+            held = [
+                f"rank {rank} has data{path}: {kind} {list(shape)}" for rank, (path, kind, shape) in enumerate(leaf)
+            ]
+            remedy = "" if ragged else "; where only lengths differ, call pad_across_processes first"
+            raise RuntimeError(f"{label}: {', '.join(held)}{remedy}")
+    recursively_apply(_tensor, data)  # raises for other leaves, now that all ranks are known to hold them
+    return everyone
+
+
+def _describe(data: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    if isinstance(data, (tuple, list)):
+        for index, item in enumerate(data):
+            yield from _describe(item, f"{path}[{index}]")
+    elif isinstance(data, Mapping):
+        for key, item in data.items():
+            yield from _describe(item, f"{path}[{key!r}]")
+    elif isinstance(data, torch.Tensor):
+        yield path, f"{str(data.dtype).removeprefix('torch.')}@{data.device.type}", tuple(data.shape)
+    else:
+        yield path, type(data).__name__, ()
+
+
+def recursively_apply(function: Callable[[Any], Any], data: Any) -> Any:
+    """`data`'s container with `function` applied to each leaf, in the order of `_describe`."""
+    if isinstance(data, (tuple, list, Mapping)):
+        return rebuilt(lambda item: recursively_apply(function, item), data)
+    return function(data)
+
+
+def rebuilt(function: Callable[[Any], Any], container: Any) -> Any:
+    """A list, tuple or mapping of the same type, with `function` applied to each of its items."""
+    kind: Any = type(container)
+    if isinstance(container, Mapping):
+        return kind({key: function(item) for key, item in container.items()})
+    items = [function(item) for item in container]
+    return kind(*items) if hasattr(container, "_fields") else kind(items)  # a namedtuple takes its fields
+
+
+def _tensor(leaf: Any) -> torch.Tensor:
+    if not isinstance(leaf, torch.Tensor):
+        raise TypeError(f"collectives take tensors in nested lists, tuples and dicts, not {type(leaf).__name__}")
+    return leaf
+
+
+def _check_rank(rank: int, world: World) -> None:
+    if not 0 <= rank < world.size:
+        raise ValueError(f"from_process={rank}: there are {world.size} ranks, numbered from 0")
+
+
+def part_of(inputs: Any, rank: int, size: int, apply_padding: bool) -> Any:
+    """Rank `rank`'s part of `size` parts, of which the first are longer by one item where that must be."""
+    if size == 1:
+        return inputs
+    if isinstance(inputs, dict):
+        if len({len(values) for values in inputs.values()}) > 1:
+            raise ValueError("split_between_processes: the values of the dict are not equally long")
+        return {key: part_of(values, rank, size, apply_padding) for key, values in inputs.items()}
+    if not isinstance(inputs, (list, tuple, torch.Tensor)):
+        raise TypeError(f"split_between_processes: {type(inputs).__name__} is neither list, tuple, tensor nor dict")
+    shorter, longer = divmod(len(inputs), size)
+    begin = rank * shorter + min(rank, longer)
+    indices = list(range(begin, begin + shorter + (rank < longer)))
+    if apply_padding:
+        indices += [len(inputs) - 1] * (shorter + (longer > 0) - len(indices))
+    return inputs[indices] if isinstance(inputs, torch.Tensor) else type(inputs)(inputs[i] for i in indices)
+
+
+def first_rows(rows: torch.Tensor, count: int, expected: int) -> torch.Tensor:
+    """(expected, ...) -> (count, ...)."""
+    # underneath: Accelerate cuts whatever comes, one loss a rank too, and swallows it where that fails
+    if len(rows) != expected:
+        raise ValueError(
+            f"gather_for_metrics got {len(rows)} rows in a last step of {expected}: give it one row a sample, and other"
+            " values to gather or reduce"
+        )
+    return rows[:count]

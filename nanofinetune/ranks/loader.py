@@ -1,0 +1,536 @@
+"""Iterate a torch DataLoader as one of N ranks: this rank's batches, fetched one ahead, on the device.
+
+>>> loader = prepare_data_loader(DataLoader(torch.arange(5), batch_size=2), num_processes=2, process_index=1)
+>>> for batch in loader:  # the last step of the two ranks holds one row, so rank 1 gets repeated ones
+...     print(batch.tolist(), loader.end_of_dataloader, loader.remainder)
+[2, 3] False 1
+[1, 2] True 1
+
+Underneath: `accelerate.data_loader.prepare_data_loader` (accelerate 1.15) rebuilds the loader with `BatchSamplerShard`
+as its batch sampler, and `accelerate.data_loader.DataLoaderShard` fetches one batch ahead only to know, *before* it
+hands out the last batch, that it is the last: that flag makes the last accumulation window step and
+`gather_for_metrics` trim. There it travels through a global list of active loaders; here it lives on the loader, so
+that a loop left by `break`, or a loop inside a loop, disturbs no other. We differ on purpose:
+  - A RandomSampler is always replaced by a seeded one, and a sampler that draws from a `generator` gets one that is
+    reseeded by (seed, epoch): the order is the same for every number of ranks. (Accelerate: the seed of one process
+    comes from the global generator, that of several from rank 0's, by a broadcast each epoch.)
+  - The epoch moves on when an iteration starts. (Accelerate: at its end: `break` repeats a seedable sampler's order.)
+  - `remainder` is counted from the rows that the sampler draws, is 0 where the last step is full or left out, and
+    survives `skip_first_batches`. (Accelerate: -1 after a skip, so that repeated rows are counted.)
+  - `uneven="mask"`: a rank that has no row left in the last step gets one padding row, of label -100; `valid_rows` says
+    how many rows of a batch are real, `rows_of_step` beforehand how many any step has.
+  - With `non_blocking` on CUDA, batches are pinned and copied on a stream of their own while the model computes: a
+    second use of fetching one ahead, since the copy has begun when the batch's turn comes.
+Left out, and refused: `dispatch_batches`, stateful loaders, device meshes, synchronizing further generators.
+
+Proof: test_batches_match_accelerate, test_iterable_batches_match_accelerate,
+test_break_repeats_the_order_in_accelerate_only, test_skip_first_batches_keeps_what_accelerate_loses,
+test_remainder_counts_what_the_sampler_draws, test_masked_ranks_together_hold_the_single_process_batches,
+test_rows_of_step_are_known_beforehand, test_set_epoch_reaches_the_batch_sampler_that_accelerate_misses,
+test_running_iterations_are_known_the_latest_last, test_loops_do_not_disturb_each_other in tests/test_loader.py.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
+
+from nanofinetune.ranks.collectives import rebuilt
+from nanofinetune.ranks.shard import PADDING, BatchSamplerShard, IterableDatasetShard, SkipBatchSampler
+from nanofinetune.step.order import SeedableRandomSampler, mix
+
+T = TypeVar("T")
+
+
+def look_ahead(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """Yield each item with whether it is the last one, which takes holding one item back.
+
+    >>> list(look_ahead("abc"))
+    [('a', False), ('b', False), ('c', True)]
+    """
+    stream = iter(items)
+    for current in islice(stream, 1):
+        for following in stream:
+            yield current, False
+            current = following
+        yield current, True
+
+
+def send_to_device(batch: Any, device: torch.device | str, non_blocking: bool = False) -> Any:
+    """Copy the tensors in nested tuples, lists and mappings (source: accelerate.utils.send_to_device)."""
+    if hasattr(batch, "to"):  # a tensor; a BatchEncoding, which moves its own and keeps its type
+        return batch.to(device, non_blocking=True) if non_blocking else batch.to(device)
+    if isinstance(batch, (tuple, list, Mapping)):
+        return rebuilt(lambda item: send_to_device(item, device, non_blocking), batch)
+    return batch
+
+
+class DataLoaderShard(DataLoader):
+    """A DataLoader that looks one batch ahead and knows where it stands (source: accelerate's class of this name).
+
+    Args:
+        dataset: as torch's DataLoader takes it, like every further keyword.
+        device: where batches go; None leaves them where they are.
+        synchronized_generator: reseeded from (data_seed, epoch) at the start of every epoch.
+        skip_batches: batches to read and throw away, for streams; for other data sets `SkipBatchSampler` skips unread.
+        iteration: the epoch that the next iteration runs.
+        continues: the loader whose epoch this one finishes; it moves on to the next epoch together with this one.
+        positions: where each loop over this loader, and over others that share the list, stands while it lasts; the
+            one that got the latest batch is last.
+
+    While iterating, `end_of_dataloader` says whether the current batch is the last one, `valid_rows` how many rows of
+    it are not padding rows (None where nothing in it is a tensor); between iterations they are False and None.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        device: torch.device | str | None = None,
+        synchronized_generator: torch.Generator | None = None,
+        skip_batches: int = 0,
+        _non_blocking: bool = False,
+        iteration: int = 0,
+        *,
+        data_seed: int = 0,
+        continues: "DataLoaderShard | None" = None,
+        positions: "list[Position] | None" = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dataset, **kwargs)
+        self.device = None if device is None else torch.device(device)
+        self.synchronized_generator = synchronized_generator
+        self.skip_batches = skip_batches
+        self.iteration = iteration
+        self.data_seed = data_seed
+        self._non_blocking = _non_blocking
+        self._continues = continues
+        self.positions = [] if positions is None else positions
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.set_epoch(self.iteration)
+        # underneath: accelerate counts on only after the last batch: after `break` a seedable sampler repeats its order
+        self.iteration += 1
+        if self._continues is not None:
+            self._continues.iteration = self.iteration
+        copies = _Copies(self.device, self._non_blocking)
+        batches = ((copies.start(batch), valid_rows) for batch, valid_rows in self._fetch())
+        here = Position(self)
+        try:
+            for (copy_of_batch, valid_rows), last in look_ahead(batches):
+                here.index, here.end_of_dataloader, here.valid_rows = here.index + 1, last, valid_rows
+                if here in self.positions:
+                    self.positions.remove(here)
+                self.positions.append(here)
+                yield copies.wait(*copy_of_batch)
+        finally:  # of `break`, of an exception, and of the last batch
+            if here in self.positions:
+                self.positions.remove(here)
+
+    def _fetch(self) -> Iterator[tuple[Any, int | None]]:
+        """Batches as the workers collate them, each with its number of valid rows."""
+        for fetched in islice(super().__iter__(), self.skip_batches, None):
+            yield fetched if isinstance(self.dataset, _PaddedRows) else (fetched, _row_count(fetched))
+
+    def __len__(self) -> int:
+        return max(0, super().__len__() - self.skip_batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration runs, for the samplers, the data set and the generator."""
+        self.iteration = epoch
+        # underneath: accelerate looks only for a `sampler`, and so misses a batch sampler of one's own on N > 1 ranks
+        for source in [*_samplers(self), self.dataset]:
+            if hasattr(source, "set_epoch"):
+                source.set_epoch(epoch)
+        if self.synchronized_generator is not None:
+            self.synchronized_generator.manual_seed(mix(self.data_seed, epoch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this loader is: its epoch, and how many rows of it all ranks have been given (0 between epochs)."""
+        # underneath: accelerate saves a stream's sampler only: a seedable one resumes in epoch 0's order, others in any
+        seed = next((node.data_seed for node in _samplers(self) if hasattr(node, "data_seed")), self.data_seed)
+        state = {"epoch": self.iteration, "rows": 0, "data_seed": seed}
+        for position in self.positions:
+            loader = position.loader
+            if self in (loader, loader._continues):
+                skipped = loader.skip_batches + sum(getattr(node, "skip_batches", 0) for node in _samplers(loader))
+                total, steps = self.total_batch_size, skipped + position.index + 1
+                short = total - self.remainder if total and position.end_of_dataloader and self.remainder > 0 else 0
+                state |= {"epoch": self.iteration - 1, "rows": None if total is None else steps * total - short}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next iteration runs the epoch of `state` from its first row: `skip_first_batches` skips what is done."""
+        self.data_seed = state["data_seed"]
+        for node in _samplers(self):
+            if hasattr(node, "data_seed"):
+                node.data_seed = state["data_seed"]
+        self.set_epoch(state["epoch"])
+
+    def sample_ids(self, first: int, last: int) -> list[int]:
+        """Which rows of the data set this rank's batches `first` to `last` - 1 of the current epoch hold."""
+        if isinstance(self.dataset, IterableDataset):
+            return []
+        drawn = islice(iter(_batch_sampler(self)), max(0, first), last)
+        return [row for batch in drawn for row in batch if row != PADDING]
+
+    @property
+    def position(self) -> "Position":
+        """Where the loop over this loader stands that got the latest batch; a fresh one outside of any loop."""
+        # underneath: accelerate keeps the flag on the loader, where a loop inside a loop over it leaves it standing
+        return next((position for position in reversed(self.positions) if position.loader is self), Position(self))
+
+    @property
+    def end_of_dataloader(self) -> bool:
+        """Whether the current batch is the last one of this epoch."""
+        return self.position.end_of_dataloader
+
+    @property
+    def batch_index(self) -> int:
+        """The number of the current batch, counted from 0 where this loop began; -1 before the first."""
+        return self.position.index
+
+    @property
+    def valid_rows(self) -> int | None:
+        """How many rows of the current batch count, here on this rank; less than its size only with `uneven="mask"`."""
+        return self.position.valid_rows
+
+    def rows_of_step(self, index: int) -> tuple[int, int] | None:
+        """Rows that count in step `index` of an epoch, this rank's and all ranks': repeated ones do, padding does not.
+
+        None where that cannot be known beforehand: for streams, batches that vary in size, and `even_batches=False`.
+        """
+        alone = BatchSamplerShard([], uneven="mask")  # one process adds no rows
+        ranks = next((node for node in _samplers(self) if isinstance(node, BatchSamplerShard)), alone)
+        total, remainder = self.total_batch_size, self.remainder
+        if isinstance(self.dataset, IterableDataset) or total is None or remainder < 0 or not ranks.even_batches:
+            return None
+        try:
+            last = len(self) - 1
+        except TypeError:  # a batch sampler without a length
+            return None
+        rows = remainder if index == last and remainder > 0 and ranks.uneven == "mask" else total
+        part = -(-rows // ranks.num_processes)
+        return min(part, max(0, rows - ranks.process_index * part)), rows
+
+    @property
+    def total_batch_size(self) -> int | None:
+        """Rows of a full step of all ranks together; None where batches vary in size."""
+        source = self._step_source
+        size = getattr(source, "batch_size", None)
+        if size is None or getattr(source, "split_batches", False):
+            return size
+        return size * getattr(source, "num_processes", 1)
+
+    @property
+    def total_dataset_length(self) -> int:
+        """Rows of the data set (of a stream: of all ranks together)."""
+        dataset = self._whole_dataset
+        return dataset.total_length if hasattr(dataset, "total_length") else len(dataset)
+
+    @property
+    def remainder(self) -> int:
+        """Real rows of the epoch's last step, all ranks together; 0: it is full or left out, -1: it cannot be known."""
+        if getattr(self._step_source, "drop_last", False):
+            return 0
+        drawn = self._whole_dataset
+        if not isinstance(self.dataset, IterableDataset):
+            # underneath: accelerate takes len(dataset), which is not what a SubsetRandomSampler draws
+            drawn = next((node.sampler for node in _samplers(self) if hasattr(node, "sampler")), drawn)
+        total = self.total_batch_size
+        return len(drawn) % total if total is not None and isinstance(drawn, Sized) else -1
+
+    @property
+    def _whole_dataset(self) -> Any:
+        return self.dataset.dataset if isinstance(self.dataset, IterableDatasetShard) else self.dataset
+
+    @property
+    def _step_source(self) -> Any:
+        """What knows batch_size, num_processes, split_batches and drop_last."""
+        return self.dataset if isinstance(self.dataset, IterableDatasetShard) else _batch_sampler(self)
+
+
+def prepare_data_loader(
+    dataloader: DataLoader,
+    device: torch.device | str | None = None,
+    num_processes: int = 1,
+    process_index: int = 0,
+    split_batches: bool = False,
+    put_on_device: bool = False,
+    rng_types: list[str] | None = None,
+    dispatch_batches: bool | None = None,
+    even_batches: bool = True,
+    slice_fn_for_dispatch: Callable[..., Any] | None = None,
+    use_seedable_sampler: bool = True,
+    data_seed: int | None = None,
+    non_blocking: bool = False,
+    use_stateful_dataloader: bool = False,
+    torch_device_mesh: Any = None,
+    *,
+    uneven: str = "wrap",
+    positions: "list[Position] | None" = None,
+) -> DataLoaderShard:
+    """Give the loader of one rank (source: accelerate.data_loader.prepare_data_loader). `dataloader` stays as it is.
+
+    Args:
+        device, put_on_device: batches go to `device` if `put_on_device`.
+        num_processes, process_index: N and r. Every rank must call with equal loaders.
+        split_batches: False: `dataloader.batch_size` is a rank's; True: that of all ranks together.
+        even_batches, uneven: what becomes of a short last step on N > 1 ranks, see `BatchSamplerShard`. With "mask" the
+            batch must be a mapping with a tensor "labels"; the only padding row is the one of a rank without any real
+            row: row 0 with label -100 (-100.0 for regression, whose loss does not skip it: weigh it with zero).
+        data_seed: decides the order. None takes the `generator` of the sampler, else torch's global seed, which may
+            differ from rank to rank: so on N > 1 ranks None is refused where a sampler without a generator shuffles.
+        non_blocking: on CUDA, pin batches and copy them on a stream of their own.
+        positions: see `DataLoaderShard`.
+
+    Streams are read in full by every rank. Raises NotImplementedError for what accelerate can and this cannot.
+    """
+    if not isinstance(dataloader, DataLoader):
+        raise TypeError(f"dataloader is a {type(dataloader).__name__}: it must be a torch.utils.data.DataLoader")
+    if isinstance(dataloader, DataLoaderShard):
+        raise ValueError("this DataLoader is prepared already: preparing it again would shard the shard")
+    for name, refused in {
+        "dispatch_batches=True": dispatch_batches,
+        "slice_fn_for_dispatch": slice_fn_for_dispatch is not None,
+        "use_stateful_dataloader=True": use_stateful_dataloader or hasattr(dataloader, "load_state_dict"),
+        "torch_device_mesh": torch_device_mesh is not None,
+        "use_seedable_sampler=False": not use_seedable_sampler,  # the order is always a function of (seed, epoch)
+        f"rng_types={rng_types}": rng_types not in (None, [], ["generator"]),  # "generator" holds without asking
+    }.items():
+        if refused:
+            raise NotImplementedError(f"{name} is not supported here: use accelerate's prepare_data_loader for it")
+
+    dataset: Any = dataloader.dataset
+    settings = _settings(dataloader)
+    if isinstance(dataset, IterableDataset):
+        generator = getattr(dataset, "generator", None)
+        seed = 0 if generator is None else order_seed(data_seed, generator, num_processes)
+        batch_size = dataloader.batch_size
+        if num_processes > 1:
+            if batch_size is None:
+                raise ValueError(
+                    "a stream with batch_size=None has no steps that ranks could share: give it a batch_size"
+                )
+            if uneven == "mask" or not even_batches:
+                raise NotImplementedError(
+                    "uneven='mask' and even_batches=False are not supported for a stream: it wraps"
+                )
+            dataset = IterableDatasetShard(
+                dataset, batch_size, dataloader.drop_last, num_processes, process_index, split_batches
+            )
+            batch_size = dataset.per_process
+        settings |= {"batch_size": batch_size, "drop_last": dataloader.drop_last}
+    else:
+        batch_sampler, generator, seed = _seeded(_batch_sampler(dataloader), data_seed, num_processes)
+        shard = BatchSamplerShard(
+            batch_sampler, num_processes, process_index, split_batches, even_batches, uneven=uneven
+        )
+        settings |= _batches_from(dataloader, shard if num_processes > 1 else batch_sampler)
+        if num_processes > 1 and uneven == "mask":
+            if dataloader.batch_sampler is None:
+                raise NotImplementedError("uneven='mask' needs the batch sampler as batch_sampler=, not as sampler=")
+            dataset, settings["collate_fn"] = _PaddedRows(dataset), _MaskLabels(dataloader.collate_fn)
+
+    device = torch.device(device) if put_on_device and device is not None else None
+    if non_blocking and device is not None and device.type == "cuda":
+        settings["pin_memory"] = True  # only a copy from pinned memory runs beside the computation
+    return DataLoaderShard(dataset, device, generator, 0, non_blocking, data_seed=seed, positions=positions, **settings)
+
+
+def skip_first_batches(dataloader: DataLoader, num_batches: int = 0) -> DataLoader:
+    """Give a loader of the same epoch without its first `num_batches` batches (source: accelerate's of this name).
+
+    Of a data set with a length only the indices of these are drawn; of a stream they are read and thrown away. What is
+    known about the last step, the device and the epoch are kept: the epoch is the one that `dataloader` would run next,
+    and when the returned loader has begun it, `dataloader` goes on with the one after.
+    """
+    settings, skip_batches = _settings(dataloader), 0
+    if isinstance(dataloader.dataset, IterableDataset):
+        settings |= {"batch_size": dataloader.batch_size, "drop_last": dataloader.drop_last}
+        skip_batches = num_batches
+    else:
+        settings |= _batches_from(dataloader, SkipBatchSampler(_batch_sampler(dataloader), num_batches))
+    if isinstance(dataloader, DataLoaderShard):
+        return DataLoaderShard(
+            dataloader.dataset,
+            dataloader.device,
+            dataloader.synchronized_generator,
+            dataloader.skip_batches + skip_batches,
+            dataloader._non_blocking,
+            dataloader.iteration,
+            data_seed=dataloader.data_seed,
+            continues=dataloader if dataloader._continues is None else dataloader._continues,
+            positions=dataloader.positions,
+            **settings,
+        )
+    if skip_batches:
+        return DataLoaderShard(dataloader.dataset, skip_batches=skip_batches, **settings)
+    return DataLoader(dataloader.dataset, **settings)
+
+
+@dataclass(eq=False)
+class Position:
+    """Where one loop over a loader stands; each loop has its own, so that loops over one loader may be nested."""
+
+    loader: DataLoaderShard
+    index: int = -1  # of the current batch
+    end_of_dataloader: bool = False
+    valid_rows: int | None = None
+
+
+class _Copies:
+    """Copies to the device; without blocking on CUDA they run on a stream of their own, beside the computation."""
+
+    def __init__(self, device: torch.device | None, non_blocking: bool) -> None:
+        self.device = device
+        # On CUDA only: batches are not pinned for others, and a copy that runs on (MPS) may outlive what it reads.
+        own_stream = non_blocking and device is not None and device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if own_stream else None
+
+    def start(self, batch: Any) -> tuple[Any, torch.cuda.Event | None]:
+        """Begin to copy; the event is reached when the copy is complete."""
+        if self.device is None:
+            return batch, None
+        with torch.cuda.stream(self.stream):  # changes nothing where that is None
+            batch = send_to_device(batch, self.device, self.stream is not None)
+        return batch, None if self.stream is None else self.stream.record_event()
+
+    def wait(self, batch: Any, copied: torch.cuda.Event | None) -> Any:
+        """Make the computation wait for the copy (the host goes on), and the memory wait for the computation."""
+        if copied is not None:
+            computation = torch.cuda.current_stream(self.device)
+            computation.wait_event(copied)
+            for tensor in _tensors(batch):
+                tensor.record_stream(computation)  # else the allocator hands it to the next copy while still in use
+        return batch
+
+
+class _PaddedRows(Dataset):
+    """A data set that knows padding rows: it gives the real rows of a batch, or row 0 for none, and how many are real.
+
+    Padding rows next to real ones are left out: they would only cost time, and spoil the mean of a regression's loss.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, indices: list[int]) -> tuple[Any, int]:
+        valid = sum(index != PADDING for index in indices)
+        indices = indices[:valid] or [0]
+        fetch_many = getattr(self.dataset, "__getitems__", None)
+        return (fetch_many(indices) if fetch_many else [self.dataset[index] for index in indices]), valid
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+@dataclass(frozen=True)
+class _MaskLabels:
+    """Collate, then set the label of a padding row to -100, which cross entropy skips."""
+
+    collate_fn: Callable[[Any], Any]
+
+    def __call__(self, fetched: tuple[Any, int]) -> tuple[Any, int]:
+        rows, valid = fetched
+        batch = self.collate_fn(rows)
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError("uneven='mask' needs batches with a tensor 'labels' to mask: use uneven='wrap' for others")
+        if valid < len(labels):
+            labels = labels.clone()  # [rows]; the collate function may have given a view of the data set
+            labels[valid:] = -100
+            batch["labels"] = labels
+        return batch, valid
+
+
+def _seeded(batch_sampler: Any, data_seed: int | None, num_processes: int) -> tuple[Any, torch.Generator | None, int]:
+    """A batch sampler whose order follows from (seed, epoch), the generator to reseed for that, and the seed."""
+    sampler: Any = getattr(batch_sampler, "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        raise ValueError("a DistributedSampler shards already and `prepare` would shard its shard: use a RandomSampler")
+    if isinstance(sampler, SeedableRandomSampler) or not hasattr(sampler, "generator"):
+        return batch_sampler, None, 0
+    seed = order_seed(data_seed, sampler.generator, num_processes)
+    generator = None
+    if type(sampler) is RandomSampler:
+        sampler = SeedableRandomSampler(sampler.data_source, sampler.replacement, sampler._num_samples, data_seed=seed)
+    else:  # any other is kept, but draws from a generator of ours
+        sampler, generator = copy.copy(sampler), torch.Generator()
+        sampler.generator = generator
+    batch_sampler = copy.copy(batch_sampler)
+    batch_sampler.sampler = sampler
+    return batch_sampler, generator, seed
+
+
+def order_seed(data_seed: int | None, generator: torch.Generator | None, num_processes: int) -> int:
+    """What decides an order: the seed that was given, else the generator's, else, for one process, torch's."""
+    if data_seed is not None:
+        return data_seed
+    if generator is not None:
+        return generator.initial_seed()
+    if num_processes > 1:
+        raise ValueError(
+            "data_seed is None: every rank must draw the same order, so give all of them the same data_seed, "
+            "or give the sampler a generator with the same seed"
+        )
+    return torch.initial_seed()
+
+
+def seed_of(dataloader: DataLoader) -> int:
+    """What decides a loader's order: its generator's seed, else torch's of this process."""
+    sources = (getattr(dataloader.batch_sampler, "sampler", dataloader.sampler), dataloader.dataset)
+    generators = [getattr(source, "generator", None) for source in sources]
+    return order_seed(None, next((g for g in generators if isinstance(g, torch.Generator)), None), num_processes=1)
+
+
+def _batch_sampler(dataloader: DataLoader) -> Any:
+    """What yields lists of indices: the batch sampler, or a sampler that is one (batch_size=None)."""
+    if dataloader.batch_sampler is not None:
+        return dataloader.batch_sampler
+    if isinstance(dataloader.sampler, BatchSampler) or isinstance(dataloader.dataset, IterableDataset):
+        return dataloader.sampler
+    # underneath: accelerate rebuilds such a loader without its sampler, so a shuffled one is shuffled no more
+    raise ValueError("this DataLoader has batch_size=None, so nothing to share between ranks: give it a batch_size")
+
+
+def _batches_from(dataloader: DataLoader, batch_sampler: Any) -> dict[str, Any]:
+    """The DataLoader arguments that put `batch_sampler` where `dataloader` has its own."""
+    if dataloader.batch_sampler is None:
+        return {"sampler": batch_sampler, "batch_size": None}
+    return {"batch_sampler": batch_sampler}
+
+
+def _samplers(dataloader: DataLoader) -> list[Any]:
+    """The batch sampler, what it wraps, and so on down to the innermost sampler."""
+    found = [_batch_sampler(dataloader)]
+    while (inner := getattr(found[-1], "batch_sampler", getattr(found[-1], "sampler", None))) is not None:
+        found.append(inner)
+    return found
+
+
+def _settings(dataloader: DataLoader) -> dict[str, Any]:
+    """The arguments of a DataLoader that have nothing to do with which rows it reads."""
+    names = (
+        "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator",
+        "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order",
+    )  # fmt: skip
+    return {name: getattr(dataloader, name) for name in names}
+
+
+def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, (tuple, list, Mapping)):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(value)
+
+
+def _row_count(batch: Any) -> int | None:
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim > 0), None)

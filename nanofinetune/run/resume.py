@@ -1,0 +1,177 @@
+"""How far a run is: what it shows, what it writes, where in the data it stands, and from where it may go on.
+
+>>> batch_plan(8, 1, processes=2, start=Start())  # rows of a step of all ranks, and batches accumulated
+(16, 1)
+>>> start = Start(folder=Path("update-40"), run={"batch_size": 8, "accumulate": 1, "world": 2, "fits": 8})
+>>> batch_plan(8, 1, processes=1, start=start)  # one rank goes on for two: as many rows an update as before
+(8, 2)
+
+Underneath: in the course's loop this is `tqdm` and a `print`. To go on after an end, Accelerate's users call
+`accelerate.Accelerator.load_state` (accelerate 1.15), read the epoch and the batch out of the folder's name, and skip
+that many batches with `accelerate.skip_first_batches`. The order may be another one by then, and on another number of
+ranks as many batches hold other rows. Here the place is (epoch, rows of it that all ranks together have used), which
+means the same for every number of ranks, and is saved with the model.
+
+Proof: test_resume_matches_the_uninterrupted_run, test_ranks_may_change_between_runs,
+test_resume_refuses_another_run in tests/test_resume.py; test_accelerate_resumes_in_another_order in
+tests/test_checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.run import checkpoint
+from nanofinetune.run.log import locked, occupied
+
+# A run goes on as the same run: these must be what they were. (The batch may differ if an update has as many rows.)
+IDENTITY = (
+    "model", "data", "text_columns", "label_column", "epochs", "max_steps", "group_by_length", "lr", "weight_decay",
+    "warmup_steps", "clip_norm", "precision", "fast_dropout", "seed", "uneven",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Start:
+    """From where a run goes on: a checkpoint and what `run_of` said of its run; or from nothing."""
+
+    folder: Path | None = None
+    run: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def rows_per_step(self) -> int | None:
+        """Rows of a step of all ranks when the run began: what --group-by-length makes its groups of."""
+        return self.run["batch_size"] * self.run["world"] if self.run else None
+
+
+def run_of(arguments: Mapping[str, Any], processes: int, found: Mapping[str, Any], start: Start) -> dict[str, Any]:
+    """What makes a run this run, to be saved with it. `found`: what its names stand for, as the user would call it.
+
+    Raises UsageError where the run to resume had found something else under the same names.
+    """
+    for name, was in start.run.get("found", {}).items():
+        if found[name] != was:
+            raise UsageError(f"--resume: {name} is {found[name]}, and was {was}; a run goes on with what it began with")
+    if start.run:
+        return dict(start.run)
+    run = {name: arguments[name] for name in (*IDENTITY, "batch_size", "accumulate")}
+    # fits: rows a batch of a process for which there has been memory
+    return run | {"world": processes, "fits": run["batch_size"], "found": dict(found)}
+
+
+def batch_plan(batch_size: int, accumulate: int, processes: int, start: Start) -> tuple[int, int]:
+    """(rows of a step of all ranks, batches accumulated) -> with as many rows an update as the run began with.
+
+    Raises UsageError where the ranks cannot share these rows equally.
+    """
+    if not start.run:
+        return batch_size * processes, accumulate
+    before = start.run["batch_size"] * start.run["world"] * start.run["accumulate"]
+    if (batch_size, accumulate) == (start.run["batch_size"], start.run["accumulate"]):
+        part = next((part for part in range(start.run["fits"], 0, -1) if before % (part * processes) == 0), 0)
+        if part:
+            return part * processes, before // (part * processes)
+    if batch_size * processes * accumulate == before:
+        return batch_size * processes, accumulate
+    raise UsageError(
+        f"--resume: the run has {before} rows an update, and {processes} process(es) x --batch-size {batch_size} x"
+        f" --accumulate {accumulate} are {batch_size * processes * accumulate}: choose values that give {before}"
+    )
+
+
+def find_start(args: Any, restarted: bool = False) -> Start:
+    """What --output and --resume ask for: the place to begin, once all is known to be there and writable.
+
+    `restarted`: the launcher has started these ranks again, so that what --output holds is theirs.
+    Raises UsageError, before any long work, where something would be written over, or is not the same run.
+    """
+    restarted = restarted and args.output is not None
+    output = None if args.output is None else Path(args.output).expanduser()
+    if output is not None:
+        _claim(args.output, output, goes_on=restarted or args.resume is not None)
+    if args.resume is None and not restarted:
+        return Start()
+    folder: Path | None = None
+    passed_over: list[str] = []
+    named = args.resume not in (None, "auto")
+    if output is not None and (restarted or not named):  # what a restarted run has saved is newer than what it was told
+        folder, passed_over = checkpoint.newest(output / "checkpoints")
+    named = named and folder is None
+    if named:
+        folder, passed_over = _named(args.resume)
+    if folder is None:
+        return Start(note="; ".join([*map(_skipped, passed_over), f"no checkpoint in {args.output}: from the start"]))
+    state = checkpoint.read_part(folder, "custom")
+    run = state["run"]
+    for name in IDENTITY:
+        if run[name] != getattr(args, name):
+            flag, was = "--" + name.replace("_", "-"), "not given" if run[name] is None else run[name]
+            raise UsageError(f"{flag} {getattr(args, name)}: the run to resume had {was}; a run goes on as it was")
+    if output is not None and named:
+        there = checkpoint.numbered(output / "checkpoints")
+        later = [path for path in there if checkpoint.number_of(path) > checkpoint.number_of(folder)]
+        if later and not all(checkpoint.check(path) for path in later):
+            raise UsageError(
+                f"--resume {args.resume}: {args.output} holds later ones ({later[0].name}): say auto, or name another"
+                " --output"
+            )
+    resumed = f"resumed after update {state['update']}, from {folder}"
+    return Start(folder, run, "; ".join([*map(_skipped, passed_over), resumed]))
+
+
+def _skipped(reason: str) -> str:
+    return f"passed over {reason}"
+
+
+def _named(resume: str) -> tuple[Path, list[str]]:
+    """The checkpoint that --resume names: its own folder, or the newest in a run's."""
+    path = Path(resume).expanduser()
+    if (path / checkpoint.MANIFEST).exists():
+        if reason := checkpoint.check(path):
+            raise UsageError(f"--resume {resume}: {reason}; name another one, or its parent folder for the newest")
+        folder, passed_over = path, list[str]()
+    else:
+        inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        found, passed_over = checkpoint.newest(inside)
+        if found is None:
+            why = f" ({'; '.join(passed_over)})" if passed_over else ""
+            raise UsageError(f"--resume {resume}: there is no whole checkpoint{why}; name a folder that holds one")
+        folder = found
+    try:
+        checkpoint.read_part(folder, "custom")["run"]
+    except (KeyError, TypeError):
+        raise UsageError(f"--resume {resume}: train.py did not make this checkpoint; name one that it made") from None
+    return folder, passed_over
+
+
+def _claim(name: str, output: Path, goes_on: bool) -> None:
+    """Make sure, before any long work, that the folder can be written and holds nothing that would be written over."""
+    if not name:
+        raise UsageError("--output is empty: name a folder")
+    try:
+        there = [
+            child for child in ("model", "metrics.jsonl", "result.json", "checkpoints") if (output / child).exists()
+        ]
+        if "result.json" in there and goes_on:
+            raise UsageError(
+                f"--output {name}: this run is complete, there is nothing to resume; its result.json says how it ended"
+            )
+        if there and not goes_on:
+            raise UsageError(
+                f"--output {name}: it already holds {', '.join(there)} of an earlier run; name another folder"
+                + (", or go on with --resume auto" if "checkpoints" in there and "result.json" not in there else "")
+            )
+        if "metrics.jsonl" in there:
+            with (output / "metrics.jsonl").open("a") as file:
+                if not locked(file):
+                    raise UsageError(occupied(name))
+        existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+        tempfile.TemporaryFile(dir=existing).close()  # the folder is made when there is something to put into it
+    except OSError as error:
+        raise UsageError(f"--output {name}: it cannot be written ({error.strerror}); name another folder") from error

@@ -1,0 +1,119 @@
+"""All ranks' state into one checkpoint, and back: which objects, and how every rank hears how it went.
+
+>>> prepared = Prepared()
+>>> prepared.models += [torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)]
+>>> sorted(prepared.stateful())
+['model', 'model_1']
+
+Underneath: `accelerate.Accelerator.save_state`, `accelerate.checkpointing.save_accelerator_state` (accelerate 1.15).
+  - Each kind of object is numbered in the order in which it was prepared. Kept.
+  - There every rank writes its own file of random states; here rank 0 writes them all, since one folder is one save.
+  - There rank 0's failure leaves the others waiting; here all ranks hear of it and raise.
+  - How files reach the disk is in checkpoint.py.
+
+Proof: test_save_state_and_load_state_on_ranks, test_a_failure_to_save_reaches_all_ranks in tests/run/test_checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from nanofinetune.ranks import collectives
+from nanofinetune.ranks.ddp import DistributedDataParallel
+from nanofinetune.ranks.world import World
+from nanofinetune.run import checkpoint
+
+METHODS = ("state_dict", "load_state_dict")  # what an object needs to be saved
+
+
+class Prepared:
+    """Everything that an Accelerator has prepared or registered, by kind, in the order in which it came."""
+
+    def __init__(self) -> None:
+        self.models: list[Any] = []
+        self.optimizers: list[Any] = []
+        self.schedulers: list[Any] = []
+        self.loaders: list[Any] = []
+        self.custom: list[Any] = []
+
+    def forget(self, *objects: Any) -> None:
+        """Let go of prepared objects; `custom` ones stay."""
+        for held in (self.models, self.optimizers, self.schedulers, self.loaders):
+            held[:] = [thing for thing in held if not any(thing is obj for obj in objects)]
+
+    def stateful(self, scaler: Any = None) -> dict[str, Any]:
+        """Everything with a state, by the name of its part of a checkpoint: model, model_1, optimizer, ..."""
+        kinds = {
+            "model": [model.module if isinstance(model, DistributedDataParallel) else model for model in self.models],
+            "optimizer": self.optimizers,
+            "scheduler": self.schedulers,
+            "loader": self.loaders,
+            "scaler": [] if scaler is None else [scaler],
+            "custom": self.custom,
+        }
+        return {f"{kind}_{i}" if i else kind: thing for kind, things in kinds.items() for i, thing in enumerate(things)}
+
+
+def save(
+    folder: Path, things: dict[str, Any], world: World, saver: checkpoint.Saver, keep: int | None, background: bool
+) -> None:
+    """Write the state of `things`, and every rank's random state, into the folder. A collective; rank 0 writes.
+
+    Raises, as `Accelerator.save_state` says, on rank 0; RuntimeError with rank 0's reason on the others.
+    """
+    random_states = collectives.gather_object([checkpoint.random_state()], world)
+    if keep is not None and keep < 1:
+        raise ValueError(f"save_state: keep (or total_limit) is {keep}: it must be 1 or more")
+    failure: Exception | None = None
+    if world.rank == 0:
+        try:
+            parts = {name: thing.state_dict() for name, thing in things.items()}
+            parts["random_states"] = random_states
+            if folder.exists() and not checkpoint.check(folder):
+                raise ValueError(f"{folder} is there already: name another folder, or remove it")
+            saver.save(folder, parts, keep)
+            if not background:
+                saver.wait(raising=True)
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+            failure = error
+    failures = collectives.gather_object([str(failure or "")], world)
+    if failure is not None:
+        raise failure
+    if failures[0]:
+        raise RuntimeError(f"rank 0 could not save: {failures[0]}")
+
+
+def newest(parent: Path, world: World) -> Path:
+    """The newest whole checkpoint in `parent`, as rank 0 sees it; each newer one is printed with its reason."""
+    found: list[Path | None] = [None]
+    if world.rank == 0:
+        found[0], passed_over = checkpoint.newest(parent)
+        for line in passed_over:
+            print(f"passed over: {line}", file=sys.stderr)
+    folder = collectives.broadcast_object_list(found, world)[0]
+    if folder is None:
+        raise ValueError(f"load_state: there is no whole checkpoint in {parent}")
+    return folder
+
+
+def load(folder: Path, things: dict[str, Any], world: World) -> None:
+    """Put `things`, and this rank's random state, where `save` found them. A collective; every rank reads the folder.
+
+    Raises ValueError, on all ranks and before anything is changed, where one rank cannot read it or it does not fit.
+    """
+    states, reason = {}, ""
+    try:
+        states = checkpoint.load(folder)
+        if odd := sorted({"random_states", *things} ^ set(states)):
+            reason = f"{folder} and what was prepared differ in {', '.join(odd)}"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    for rank, why in enumerate(collectives.gather_object([reason], world)):
+        if why:
+            raise ValueError(why if rank == world.rank else f"rank {rank} cannot load: {why}")
+    random_states = states.pop("random_states")
+    for name, thing in things.items():
+        thing.load_state_dict(states[name])
+    checkpoint.set_random_state(random_states, world.rank)

@@ -1,0 +1,4 @@
+"""Watch a real job from the inside: `python -m nanofinetune.trace` trains two updates on two ranks and says what ran.
+
+Read `observe` (what each rank notes), `told` (the report) and `picture` (the last update as a drawing).
+"""

@@ -1,0 +1,105 @@
+"""Watch a real job from the inside: `python -m nanofinetune.trace` trains two updates on two ranks and says what ran.
+
+>>> observer = Observer()
+>>> observer.observe(json, "dumps", "write", lambda text, data: f"{len(data)} items, {len(text)} letters")
+>>> json.dumps([1, 2, 3])
+'[1, 2, 3]'
+>>> observer.events[-1].what, observer.events[-1].text, observer.events[-1].place
+('write', '3 items, 9 letters', 'json.py::dumps')
+>>> observer.close()
+>>> merged([(0.0, 2.0), (1.0, 3.0), (5.0, 6.0)])
+[(0.0, 3.0), (5.0, 6.0)]
+
+Underneath: `torch.profiler.profile` (torch 2.13), which `accelerate.Accelerator.profile` (accelerate 1.15) starts,
+records every operator of one process: thousands of lines a step, and the ranks' files share no clock. Here the names
+that this repository's files give to things are recorded, a few dozen a step: each function of the list in `observe_all`
+is wrapped in one that notes when it began and ended, and what shapes and bytes it saw. What runs is train.py and
+nothing else, started by launch.sh; the wrapped functions get and return the very same objects, so that the losses are
+those of a run that nobody watches. Ranks of one machine share its monotonic clock, so that one axis holds for all.
+Times are the host's: on a GPU they say when work was handed over, not when it was done.
+
+Proof: test_losses_are_those_of_an_unwatched_run, test_two_ranks_tell_what_happens_in_order,
+test_the_picture_holds_what_was_measured and test_observing_ends in tests/test_trace.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from nanofinetune.ground.cli import Parser, number, run_main
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.trace.observe import ROOT, Event
+from nanofinetune.trace.picture import picture
+from nanofinetune.trace.told import Ranks, phases, told
+
+
+def traced(arguments: Sequence[str], processes: int) -> Ranks:
+    """Run launch.sh -n `processes` with train.py's `arguments`, observed -> the events of each rank.
+
+    Raises SystemExit with the job's exit code where it failed; it has said why.
+    """
+    with tempfile.TemporaryDirectory(prefix="nanofinetune-trace-") as folder:
+        script = Path(folder, "train.py")  # (by that name it signs what the user got wrong)
+        script.write_text("from nanofinetune.trace.observe import rank\n\nrank()\n")
+        environment = os.environ | {
+            "PYTHON": sys.executable, "NANOFINETUNE_SCRIPT": str(script), "NANOFINETUNE_TRACE": folder,
+            "NANOFINETUNE_LAUNCH_ENV": os.devnull,  # launch.env may speak of several nodes
+        }  # fmt: skip
+        command = [str(ROOT / "launch.sh"), "-n", str(processes), "--", *arguments]
+        code = subprocess.run(command, env=environment, check=False).returncode
+        if code:
+            sys.exit(code)
+        files = [Path(folder, f"{r}.json") for r in range(processes)]
+        return [[Event(**event) for event in json.loads(file.read_text())] for file in files]
+
+
+def main() -> None:
+    """Train, then print what happened and draw the last update."""
+    parser = Parser(prog="python -m nanofinetune.trace", description=__doc__)
+    parser.add_argument("-n", metavar="N", dest="processes", type=number(int, 1), default=2, help="ranks (default 2)")
+    parser.add_argument("--updates", metavar="N", type=number(int, 1), default=2, help="how many (default 2)")
+    parser.add_argument("--picture", metavar="FILE", default="trace.svg", help="of the last update (default trace.svg)")
+    parser.add_argument("--json", metavar="FILE", help="what was measured, to draw it again")
+    parser.epilog = "every other argument goes to train.py: --model, --data, --batch-size, --accumulate ..."
+    args, others = parser.parse_known_args()
+    if not (ROOT / "train.py").is_file():
+        raise UsageError("train.py is not beside the package: clone the repository")
+    if "--dry-run" in others:
+        raise UsageError("--dry-run: there is nothing to trace in a run that stops before its first step")
+    ranks = traced([*others, "--max-steps", str(args.updates)], args.processes)
+    print("\n".join(told(ranks)))
+    title = title_of(ranks)
+    try:
+        if args.json:
+            events = [[asdict(event) for event in rank] for rank in ranks]
+            Path(args.json).write_text(json.dumps({"title": title, "ranks": events}) + "\n")
+        Path(args.picture).write_text(picture(ranks, title))
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be written ({error.strerror})") from error
+    print(f"\nwrote {args.picture}: the last update, all ranks on one axis")
+
+
+def title_of(ranks: Ranks) -> str:
+    """What the picture shows, from what was measured."""
+    last = [phase for name, phase in phases(ranks[0]) if name.startswith("update")][-1]
+    of = {event.what: event.text for event in [*ranks[0], *last]}
+    _, backend, device, threads = of["world"].split(", ")
+    rows, numbers = of["collate"].partition(" rows")[0], of["optimizer"].split("tensors, ")[1]
+    who = f"{len(ranks)} ranks of {threads} over {backend}" if len(ranks) > 1 else f"one process of {threads}"
+    return (
+        f"The last update: {who} on {device}, {rows} rows each,"
+        f" {numbers.replace('numbers', 'parameters')}, torch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_main("nanofinetune.trace", main))

@@ -1,0 +1,270 @@
+"""Watch a real job from the inside: `python -m nanofinetune.trace` trains two updates on two ranks and says what ran.
+
+>>> observer = Observer()
+>>> observer.observe(json, "dumps", "write", lambda text, data: f"{len(data)} items, {len(text)} letters")
+>>> json.dumps([1, 2, 3])
+'[1, 2, 3]'
+>>> observer.events[-1].what, observer.events[-1].text, observer.events[-1].place
+('write', '3 items, 9 letters', 'json.py::dumps')
+>>> observer.close()
+>>> merged([(0.0, 2.0), (1.0, 3.0), (5.0, 6.0)])
+[(0.0, 3.0), (5.0, 6.0)]
+
+Underneath: `torch.profiler.profile` (torch 2.13), which `accelerate.Accelerator.profile` (accelerate 1.15) starts,
+records every operator of one process: thousands of lines a step, and the ranks' files share no clock. Here the names
+that this repository's files give to things are recorded, a few dozen a step: each function of the list in `observe_all`
+is wrapped in one that notes when it began and ended, and what shapes and bytes it saw. What runs is train.py and
+nothing else, started by launch.sh; the wrapped functions get and return the very same objects, so that the losses are
+those of a run that nobody watches. Ranks of one machine share its monotonic clock, so that one axis holds for all.
+Times are the host's: on a GPU they say when work was handed over, not when it was done.
+
+Proof: test_losses_are_those_of_an_unwatched_run, test_two_ranks_tell_what_happens_in_order,
+test_the_picture_holds_what_was_measured and test_observing_ends in tests/test_trace.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import runpy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanofinetune import accelerator, settings, wrappers
+from nanofinetune.ranks import collectives, ddp, loader
+from nanofinetune.step import collate, metrics, optim, schedule
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Event:
+    """One call of an observed function, or one bucket's journey."""
+
+    what: str
+    begin: float  # seconds on the machine's monotonic clock
+    end: float
+    text: str
+    place: str  # file.py::symbol
+    bucket: int | None = None
+
+
+class Observer:
+    """Wraps functions in place so that each call leaves an Event; `close` puts the originals back."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._originals: list[tuple[Any, str, Any]] = []
+
+    def observe(self, owner: Any, name: str, what: str, describe: Callable[..., str]) -> None:
+        """Note every call of `owner.name`; `describe` gets its result and its arguments, and changes neither."""
+        inner = getattr(owner, name)
+
+        @functools.wraps(inner)
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.monotonic()
+            result = inner(*args, **kwargs)
+            self.note(what, begin, time.monotonic(), describe(result, *args, **kwargs), inner)
+            return result
+
+        self.replace(owner, name, observed)
+
+    def note(self, what: str, begin: float, end: float, text: str, function: Any, bucket: int | None = None) -> None:
+        place = f"{function.__module__.rpartition('.')[2]}.py::{function.__qualname__}"
+        self.events.append(Event(what, begin, end, text, place, bucket))
+
+    def replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        self._originals.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, function)
+
+    def close(self) -> None:
+        while self._originals:
+            setattr(*self._originals.pop())
+
+
+def observe_all(observer: Observer) -> None:
+    """Everything that happens around a step, in the order in which it happens."""
+    facade = accelerator.Accelerator
+    for owner, name, what, describe in (
+        (settings, "init_world", "world", _world),
+        (ddp, "broadcast_from_first", "broadcast", lambda _, tensors, *__: f"rank 0's {described(tensors)}"),
+        (facade, "prepare_model", "prepare", _model),
+        (facade, "prepare_data_loader", "prepare", _loader),
+        (facade, "prepare_optimizer", "prepare", lambda ours, *_: f"{_kind(ours)} around {_kind(ours.optimizer)}"),
+        (facade, "prepare_scheduler", "prepare", lambda ours, *_: f"{_kind(ours)} around {_kind(ours.scheduler)}"),
+        (collate.DataCollatorWithPadding, "__call__", "collate", _batch),
+        (loader, "send_to_device", "to device", lambda batch, *_: described(getattr(batch, "values", list)())),
+        (facade, "_weigh", "weigh", _weight),
+        (facade, "backward", "backward", lambda *_: "in it every gradient, from the last layer to the first"),
+        (facade, "clip_grad_norm_", "clip", lambda norm, *_, **__: f"the norm was {norm.item():.4g}"),
+        (schedule.LinearSchedule, "step", "schedule", _rate),
+        (wrappers.AcceleratedOptimizer, "zero_grad", "zero_grad", _reset),
+        (metrics.Metric, "add_batch", "count", lambda _, self, **batch: f"{len(batch['references'])} rows"),
+        (collectives, "gather", "gather", lambda _, data, *__: described([data])),
+        (collectives, "reduce", "reduce", lambda _, data, *__: described([data])),
+        (collectives, "gather_object", "gather", lambda _, objects, *__: f"{len(objects)} objects"),
+        (collectives, "wait_for_everyone", "barrier", lambda *_: "all are here"),
+    ):
+        observer.observe(owner, name, what, describe)
+    _observe_forward(observer)
+    _observe_buckets(observer)
+    _observe_optimizer(observer)
+
+
+def described(tensors: Any) -> str:
+    """How many tensors, their shape or their numbers, and bytes."""
+    found = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    size = in_bytes(sum(tensor.numel() * tensor.element_size() for tensor in found))
+    if len(found) == 1:
+        return f"{tuple(found[0].shape)} {str(found[0].dtype).removeprefix('torch.')}, {size}"
+    return f"{len(found)} tensors, {sum(tensor.numel() for tensor in found):,} numbers, {size}"
+
+
+def in_bytes(size: int) -> str:
+    return f"{size / MIB:.1f} MiB" if size >= MIB else f"{size:,} bytes"
+
+
+def _kind(thing: Any) -> str:
+    return type(thing).__name__
+
+
+def _world(world: Any, *_: Any) -> str:
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    return f"rank {world.rank} of {world.size}, {world.backend}, {world.device}, {threads}"
+
+
+def _model(model: Any, *_: Any) -> str:
+    if not isinstance(model, ddp.DistributedDataParallel):
+        return f"{_kind(model)}, as it is: one process averages with nobody"
+    buckets = [described(bucket.parameters.values()).rpartition(", ")[2] for bucket in model._buckets]
+    return f"{_kind(model)} around {_kind(model.module)}, buckets of {', '.join(buckets)}"
+
+
+def _loader(shard: Any, *_: Any) -> str:
+    last = f"{shard.remainder or 'all'} of them real in the last"
+    return f"{_kind(shard)}: {len(shard)} batches a rank, {shard.total_batch_size} rows a step, {last}"
+
+
+def _batch(batch: Any, _: Any, rows: Any) -> str:
+    lengths = batch["attention_mask"].sum(1).tolist()
+    shape = tuple(batch["input_ids"].shape)
+    which = f" {', '.join(map(str, rows.indices.tolist()))}" if hasattr(rows, "indices") and len(rows) <= 16 else ""
+    padding = 1 - sum(lengths) / (shape[0] * shape[1])
+    return f"{len(lengths)} rows{which} of {min(lengths)} to {max(lengths)} tokens -> {shape}, {padding:.0%} padding"
+
+
+def _weight(_: Any, self: Any, __: Any) -> str:
+    position = self.position
+    rows = None if position is None else position.loader.rows_of_step(position.index)
+    if rows is None:
+        return f"loss / {self.gradient_accumulation_steps}"
+    return f"the mean over {rows[0]} of the step's {rows[1]} rows; batch {position.index + 1} of {len(position.loader)}"
+
+
+def _rate(_: Any, self: Any, *__: Any) -> str:
+    return f"lr is {self.get_last_lr()[0]:.3g} after {self.last_epoch} of {self.num_training_steps} updates"
+
+
+def _reset(_: Any, self: Any, *__: Any) -> str:
+    return "every .grad is None" if self.accelerator.sync_gradients else "inside a window: nothing"
+
+
+def _observe_forward(observer: Observer) -> None:
+    """Hooks on the model itself, since evaluation calls it without its wrapper."""
+    prepare_model = accelerator.Accelerator.prepare_model
+
+    @functools.wraps(prepare_model)
+    def prepared(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        began: list[float] = []
+
+        def before(module: Any, inputs: Any) -> None:
+            began.append(time.monotonic())
+
+        def after(module: Any, inputs: Any, outputs: Any) -> None:
+            text = f"logits {described([outputs.logits])}"
+            if outputs.loss is not None and outputs.loss.device.type == "cpu":  # elsewhere reading it would wait
+                text += f"; loss {outputs.loss.item():.4f}"
+            observer.note("forward", began.pop(), time.monotonic(), text, type(module).forward)
+
+        model.register_forward_pre_hook(before)
+        model.register_forward_hook(after)
+        return prepare_model(self, model, *args, **kwargs)
+
+    observer.replace(accelerator.Accelerator, "prepare_model", prepared)
+
+
+def _observe_buckets(observer: Observer) -> None:
+    """When each gradient is there, when its bucket leaves, when it is back, how long backward then waits."""
+    wrapper = ddp.DistributedDataParallel
+    put_into, send, finish = wrapper._put_into, wrapper._send_full_buckets, wrapper._finish
+
+    @functools.wraps(put_into)
+    def observed_put(self: Any, bucket: Any, i: int) -> None:
+        begin = time.monotonic()
+        put_into(self, bucket, i)
+        observer.note("gradient", begin, time.monotonic(), self._names[i], put_into, self._buckets.index(bucket))
+
+    @functools.wraps(send)
+    def observed_send(self: Any) -> None:
+        first, begin = self._next, time.monotonic()
+        send(self)
+        for k in range(first, self._next):
+            bucket = self._buckets[k]
+            text = f"bucket {k + 1} of {len(self._buckets)}, {described([bucket.wire])}"
+            if bucket.wire.device.type == "cpu":  # the moment it is back; on a GPU only the stream knows
+
+                def back(_: Any, k: int = k, text: str = text) -> None:
+                    observer.note("all-reduce", begin, time.monotonic(), text, send, k)
+
+                bucket.work.get_future().then(back)
+            else:
+                observer.note("all-reduce", begin, time.monotonic(), text, send, k)
+
+    @functools.wraps(finish)
+    def observed_finish(self: Any) -> None:
+        begin = time.monotonic()
+        finish(self)
+        observer.note("wait", begin, time.monotonic(), "backward is done; wait for what is on its way", finish)
+
+    for name, function in (
+        ("_put_into", observed_put), ("_send_full_buckets", observed_send), ("_finish", observed_finish)
+    ):  # fmt: skip
+        observer.replace(wrapper, name, function)
+
+
+def _observe_optimizer(observer: Observer) -> None:
+    """The steps of whatever optimizer was prepared, where they are let through: at the end of a window."""
+    step = wrappers.AcceleratedOptimizer.step
+
+    @functools.wraps(step)
+    def observed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        group, begin = self.param_groups[0], time.monotonic()
+        form = f", {self.optimizer.form(group)}" if isinstance(self.optimizer, optim.AdamW) else ""
+        result = step(self, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            text = f"{_kind(self.optimizer)}{form}, lr {group['lr']:.3g}: {described(parameters)}"
+            observer.note("optimizer", begin, time.monotonic(), text, type(self.optimizer).step)
+        return result
+
+    observer.replace(wrappers.AcceleratedOptimizer, "step", observed)
+
+
+def rank() -> None:
+    """What each rank runs: train.py, observed; then its events go into the folder NANOFINETUNE_TRACE."""
+    observer = Observer()
+    observe_all(observer)
+    try:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    finally:
+        target = Path(os.environ["NANOFINETUNE_TRACE"], f"{os.environ.get('RANK', '0')}.json")
+        target.write_text(json.dumps([asdict(event) for event in observer.events]))

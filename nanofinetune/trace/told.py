@@ -1,0 +1,124 @@
+"""Watch a real job from the inside: `python -m nanofinetune.trace` trains two updates on two ranks and says what ran.
+
+>>> observer = Observer()
+>>> observer.observe(json, "dumps", "write", lambda text, data: f"{len(data)} items, {len(text)} letters")
+>>> json.dumps([1, 2, 3])
+'[1, 2, 3]'
+>>> observer.events[-1].what, observer.events[-1].text, observer.events[-1].place
+('write', '3 items, 9 letters', 'json.py::dumps')
+>>> observer.close()
+>>> merged([(0.0, 2.0), (1.0, 3.0), (5.0, 6.0)])
+[(0.0, 3.0), (5.0, 6.0)]
+
+Underneath: `torch.profiler.profile` (torch 2.13), which `accelerate.Accelerator.profile` (accelerate 1.15) starts,
+records every operator of one process: thousands of lines a step, and the ranks' files share no clock. Here the names
+that this repository's files give to things are recorded, a few dozen a step: each function of the list in `observe_all`
+is wrapped in one that notes when it began and ended, and what shapes and bytes it saw. What runs is train.py and
+nothing else, started by launch.sh; the wrapped functions get and return the very same objects, so that the losses are
+those of a run that nobody watches. Ranks of one machine share its monotonic clock, so that one axis holds for all.
+Times are the host's: on a GPU they say when work was handed over, not when it was done.
+
+Proof: test_losses_are_those_of_an_unwatched_run, test_two_ranks_tell_what_happens_in_order,
+test_the_picture_holds_what_was_measured and test_observing_ends in tests/test_trace.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nanofinetune.trace.observe import Event
+
+# ---- In the end: tell ------------------------------------------------------------------------------------------------
+Ranks = list[list[Event]]  # the events of each rank
+
+
+def phases(events: list[Event]) -> list[tuple[str, list[Event]]]:
+    """A rank's events -> set-up, update 1, update 2, ..., and what follows the last update."""
+    ordered = sorted(events, key=lambda event: event.begin)
+    first = next((i for i, event in enumerate(ordered) if event.what == "collate"), len(ordered))
+    found, rest = [("set-up", ordered[:first])], ordered[first:]
+    steps = [event.end for event in rest if event.what == "optimizer"]
+    resets = [event.end for event in rest if event.what == "zero_grad"]
+    for count, step in enumerate(steps, start=1):
+        end = min(reset for reset in resets if reset >= step)  # an update ends with zero_grad
+        found.append((f"update {count}", [event for event in rest if event.begin < end]))
+        rest = [event for event in rest if event.begin >= end]
+    return [*found, ("afterwards", rest)]
+
+
+def told(ranks: Ranks) -> Iterator[str]:
+    """The lines of the report: one for each thing that happened, with begin and duration on every rank."""
+    split = [dict(phases(events)) for events in ranks]
+    zero = split[0]["update 1"][0].begin if "update 1" in split[0] else split[0]["set-up"][0].begin
+    times = "   ".join(f"{f'rank {r}: at':>12}{'took':>9}" for r in range(len(ranks)))
+    for name in split[0]:
+        yield ""
+        yield f"{name:<{len(times)}}   (milliseconds; 0 is the first batch)" if name == "set-up" else name
+        if name in ("set-up", "update 1"):
+            yield times
+        by_rank = [_grouped(phase.get(name, []), name == "afterwards") for phase in split]
+        for i, event in enumerate(by_rank[0]):
+            same = [rows[i] if i < len(rows) and rows[i].what == event.what else None for rows in by_rank]
+            columns = "   ".join(
+                f"{(e.begin - zero) * 1e3:12.1f}{(e.end - e.begin) * 1e3:9.1f}" if e else " " * 21 for e in same
+            )
+            yield f"{columns}   {event.what:<11} {event.text}"
+            for r, other in enumerate(same[1:], start=1):
+                if other is not None and other.text != event.text:
+                    yield f"{' ' * len(columns)}   {f'  (rank {r})':<11} {other.text}"
+        for r, phase in enumerate(split):
+            if summary := overlap(phase.get(name, [])):
+                yield f"{'':{len(times)}}   rank {r}: {summary}"
+    yield ""
+    yield "where that is:"
+    for what, place in dict.fromkeys((event.what, event.place) for event in sorted(ranks[0], key=lambda e: e.begin)):
+        yield f"  {what:<17} {place}"
+
+
+def overlap(events: list[Event]) -> str:
+    """How much of the all-reduces ran beside backward, in words; "" where there were none."""
+    journeys = [event for event in events if event.what == "all-reduce"]
+    waits = [event for event in events if event.what == "wait"]
+    if not journeys or not waits:
+        return ""
+    done = waits[-1].begin  # the last gradient was there
+    busy = merged([(event.begin, event.end) for event in journeys])
+    whole = sum(end - begin for begin, end in busy)
+    hidden = sum(max(0.0, min(end, done) - begin) for begin, end in busy)
+    waited = sum(event.end - event.begin for event in waits)
+    return (
+        f"{len(journeys)} buckets were on their way for {whole * 1e3:.1f} ms, {hidden * 1e3:.1f} ms of it while"
+        f" backward still ran; it waited {waited * 1e3:.1f} ms"
+    )
+
+
+def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The union of intervals, as intervals that do not touch."""
+    union: list[tuple[float, float]] = []
+    for begin, end in sorted(spans):
+        if union and begin <= union[-1][1]:
+            union[-1] = (union[-1][0], max(union[-1][1], end))
+        else:
+            union.append((begin, end))
+    return union
+
+
+def _grouped(events: list[Event], evaluation: bool) -> list[Event]:
+    """The gradients of a bucket as one event; after training, all calls of one kind as one."""
+    groups: dict[Any, list[Event]] = {}
+    for i, event in enumerate(events):
+        key: Any = (event.what, event.bucket) if event.what == "gradient" else i
+        groups.setdefault((event.what, event.place) if evaluation and event.text else key, []).append(event)
+    rows = []
+    for group in groups.values():
+        first, last = group[0], max(event.end for event in group)
+        text = first.text
+        if len(group) > 1 and first.what == "gradient":
+            assert first.bucket is not None
+            text = f"{len(group)} into bucket {first.bucket + 1}: {first.text} to {group[-1].text}"
+        elif len(group) > 1:
+            text = f"{len(group)} times, the first: {text}"
+            last = first.begin + sum(event.end - event.begin for event in group)
+        rows.append(Event(first.what, first.begin, last, text, first.place, first.bucket))
+    return sorted(rows, key=lambda event: event.begin)
