@@ -21,7 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = ("nanofinetune", ".", "bench", "tests", "docs")  # where `file.py::symbol` is looked for
+# Where `file.py::symbol` is looked for: the package, its rooms, and what stands beside it.
+PLACES = [ROOT / "nanofinetune", *sorted(path.parent for path in (ROOT / "nanofinetune").glob("*/__init__.py"))]
+PLACES += [ROOT, ROOT / "bench", ROOT / "docs", ROOT / "tests", *sorted(p for p in (ROOT / "tests").iterdir() if p.is_dir())]
 COMMANDS = ("train.py", "launch.sh")
 
 SYMBOL = re.compile(r"\[`(\w+\.py)::([\w.]+)`\]\([^)]*\)")
@@ -60,7 +62,7 @@ def render(text: str, folder: Path) -> str:
     """A document's text, whose links are relative to `folder`, with everything that is computed made anew."""
 
     def to_symbol(found: re.Match[str]) -> str:
-        path = next((ROOT / place / found[1] for place in PLACES if (ROOT / place / found[1]).is_file()), None)
+        path = next((place / found[1] for place in PLACES if (place / found[1]).is_file()), None)
         if path is None:
             raise LookupError(f"there is no file {found[1]}")
         first, last = span(path, found[2])
@@ -92,7 +94,7 @@ def sizes() -> str:
     """Lines of each file that runs, and what of them is code: neither empty, nor a comment, nor a docstring."""
     rows = ["| file | lines | of them code |", "|---|---|---|"]
     total = [0, 0]
-    for path in [*sorted((ROOT / "nanofinetune").glob("*.py")), *(ROOT / name for name in COMMANDS)]:
+    for path in [*sorted((ROOT / "nanofinetune").rglob("*.py")), *(ROOT / name for name in COMMANDS)]:
         numbers = [length(path), _code_lines(path)]
         total = [a + b for a, b in zip(total, numbers, strict=True)]
         rows.append(f"| {path.relative_to(ROOT)} | {numbers[0]:,} | {numbers[1]:,} |")
