@@ -23,7 +23,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Where `file.py::symbol` is looked for: the package, its rooms, and what stands beside it.
 PLACES = [ROOT / "nanofinetune", *sorted(path.parent for path in (ROOT / "nanofinetune").glob("*/__init__.py"))]
-PLACES += [ROOT, ROOT / "bench", ROOT / "docs", ROOT / "tests", *sorted(p for p in (ROOT / "tests").iterdir() if p.is_dir())]
+PLACES += [
+    ROOT,
+    ROOT / "bench",
+    ROOT / "docs",
+    ROOT / "tests",
+    *sorted(p for p in (ROOT / "tests").iterdir() if p.is_dir()),
+]
 COMMANDS = ("train.py", "launch.sh")
 
 SYMBOL = re.compile(r"\[`(\w+\.py)::([\w.]+)`\]\([^)]*\)")
