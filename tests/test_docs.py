@@ -1,6 +1,6 @@
 """What the prose says is true: links into lines, names, commands, options, numbers, generated tables, the picture.
 
-The prose is README.md, CONTRIBUTING.md and docs/*.md; the references are the code, and the libraries that it names.
+The prose is README.md, CONTRIBUTING.md, SECURITY.md and docs/*.md; the references are the code, and the libraries that it names.
 
     python -m pytest tests/test_docs.py
 """
@@ -27,7 +27,10 @@ from test_layers import resolve, symbols
 
 DOCUMENTS = {
     str(path.relative_to(ROOT)): path.read_text()
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (
+        *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
 }
 README = DOCUMENTS["README.md"]
 BASH = re.compile(r"```bash\n(.*?)```", re.DOTALL)
