@@ -50,6 +50,28 @@ def on_last_process(accelerator: Any, function: Callable[..., Any]) -> Callable[
     return function if accelerator.is_last_process else _nothing
 
 
+def on_process(
+    accelerator: Any, function: Callable[..., Any] | None = None, process_index: int | None = None
+) -> Callable[..., Any]:
+    """Decorator, with the number of a rank: the function runs there, and on no other."""
+    if process_index is None:
+        raise ValueError("on_process: name the process_index on which the function is to run")
+    if function is None:
+        return lambda function: on_process(accelerator, function, process_index)
+    return function if accelerator.process_index == process_index else _nothing
+
+
+def on_local_process(
+    accelerator: Any, function: Callable[..., Any] | None = None, local_process_index: int | None = None
+) -> Callable[..., Any]:
+    """Decorator, with the number of a rank on its node: the function runs there, once a node."""
+    if local_process_index is None:
+        raise ValueError("on_local_process: name the local_process_index on which the function is to run")
+    if function is None:
+        return lambda function: on_local_process(accelerator, function, local_process_index)
+    return function if accelerator.local_process_index == local_process_index else _nothing
+
+
 def print_once_a_node(accelerator: Any, *args: Any, **kwargs: Any) -> None:
     """Print once a node."""
     if accelerator.is_local_main_process:
