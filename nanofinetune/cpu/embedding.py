@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanofinetune.ranks.ddp import LENDER, holders
+from nanofinetune.ranks.ddp import OWNER, holders
 
 
 class ZeroTable:
@@ -100,7 +100,7 @@ class Embedding(nn.Embedding):
         options = self.max_norm is not None or self.scale_grad_by_freq or self.sparse
         if small or options or self.weight.device.type != "cpu":
             return super().forward(input)
-        setattr(self.weight, LENDER, self.memory)  # in every forward: a copied parameter has lost it
+        setattr(self.weight, OWNER, self.memory)  # in every forward: a copied parameter has lost it
         padding_idx = -1 if self.padding_idx is None else self.padding_idx
         return _Lookup.apply(self.weight, input, padding_idx, self.memory)
 
