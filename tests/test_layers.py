@@ -28,11 +28,12 @@ FLOORS = {
     2: "ground/device ranks/environment cpu/dropout cpu/embedding data/stdlib_pairs data/pretrained data/columns",
     3: "ranks/world cpu/lean data/load",
     4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch",
-    5: "ranks/loader settings run/state run/log data/cache launch/job launch/config",
-    6: "wrappers run/resume dropin/processes dropin/saving launch/notebook",
-    7: "accelerator run/run predict exercise launch/__main__",
+    5: "ranks/loader settings run/state run/log data/cache launch/job launch/config dropin/processes dropin/logs"
+    " dropin/local_sgd dropin/tracking dropin/uneven",
+    6: "wrappers run/resume dropin/saving dropin/profiling dropin/state launch/notebook",
+    7: "accelerator run/run predict exercise launch/__main__ dropin/attributes dropin/operations",
     8: "trace/observe",
-    9: "trace/told",
+    9: "trace/told dropin/memory",
     10: "trace/picture",
     11: "trace/__main__",
 }

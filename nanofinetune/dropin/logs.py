@@ -33,7 +33,7 @@ def get_logger(name: str, log_level: str | None = None) -> MultiProcessAdapter:
     return MultiProcessAdapter(logger, {})
 
 
-class MultiProcessAdapter(logging.LoggerAdapter):  # type: ignore[type-arg]
+class MultiProcessAdapter(logging.LoggerAdapter):
     """`main_process_only=False` lets every rank speak; `in_order=True` one after the other, which is a collective."""
 
     def __init__(self, logger: logging.Logger, extra: dict[str, Any]) -> None:

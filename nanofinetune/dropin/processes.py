@@ -20,7 +20,7 @@ test_public_names_and_signatures_match_accelerate in tests/test_accelerator.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from nanofinetune.ranks import collectives
@@ -33,6 +33,16 @@ def split_between_processes(accelerator: Any, inputs: Any, apply_padding: bool =
     `apply_padding` repeats the last item until all parts are equally long.
     """
     yield collectives.part_of(inputs, accelerator.process_index, accelerator.num_processes, apply_padding)
+
+
+def main_process_first(accelerator: Any) -> AbstractContextManager[None]:
+    """A `with` block that rank 0 runs before the others do. If it fails there, all ranks raise at once."""
+    return collectives.main_process_first(accelerator.world)
+
+
+def local_main_process_first(accelerator: Any) -> AbstractContextManager[None]:
+    """A `with` block that the first rank of each node runs before all others do."""
+    return collectives.local_main_process_first(accelerator.world)
 
 
 def on_main_process(accelerator: Any, function: Callable[..., Any]) -> Callable[..., Any]:
