@@ -35,7 +35,7 @@ Underneath: `accelerate.Accelerator` (accelerate 1.15).
   - Other backends are refused by name.
 
 Proof: test_windows_match_accelerate_but_for_the_short_one, test_ranks_equal_one_process_where_accelerate_does_not in
-tests/test_accelerator.py and tests/test_equal_ranks.py.
+tests/test_accelerator.py and tests/ranks/test_equal_ranks.py.
 """
 
 from __future__ import annotations

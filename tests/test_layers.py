@@ -121,7 +121,7 @@ def test_tests_mirror_the_package():
 
 
 # Test files that are about several modules of a room at once.
-OTHER_TESTS = {("ranks", "equal_ranks"), ("ranks", "nodes")}
+OTHER_TESTS = {("ranks", "equal_ranks"), ("ranks", "nodes"), ("ground", "xla_calls")}
 
 
 def loaded_by(statement: str) -> list[str]:

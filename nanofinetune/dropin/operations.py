@@ -80,10 +80,8 @@ def tqdm(*args: Any, main_process_only: bool = True, **kwargs: Any) -> Any:
     """tqdm's bar, on the first rank of each node only."""
     from tqdm.auto import tqdm as bar
 
-    local_rank = (
-        int(os.environ.get("LOCAL_RANK", "0")) if dist.is_initialized() else read_environment(os.environ).local_rank
-    )
-    return bar(*args, **kwargs | ({"disable": True} if main_process_only and local_rank != 0 else {}))
+    silent = main_process_only and read_environment(os.environ).local_rank != 0
+    return bar(*args, **kwargs | ({"disable": True} if silent else {}))
 
 
 def _world() -> World:
