@@ -1,6 +1,7 @@
 """What the prose says is true: links into lines, names, commands, options, numbers, generated tables, the picture.
 
-The prose is README.md, CONTRIBUTING.md, SECURITY.md and docs/*.md; the references are the code, and the libraries that it names.
+The prose is README.md, CONTRIBUTING.md, SECURITY.md and docs/*.md; the references are the code, and the libraries that it
+names.
 
     python -m pytest tests/test_docs.py
 """
