@@ -79,7 +79,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     rows_per_step, accumulate = batch_plan(args.batch_size, args.accumulate, accelerator.num_processes, start)
     accelerator.gradient_accumulation_steps = accumulate
     new_loader = partial(training_loader, args, job, start.rows_per_step or rows_per_step)
-    train_loader = new_loader(rows_per_step)
+    train_loader: Any = new_loader(rows_per_step)
 
     # --- optimizer and schedule: the schedule counts updates, neither batches nor processes ---
     updates = args.max_steps or args.epochs * math.ceil(rows / (rows_per_step * accumulate))

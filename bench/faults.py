@@ -23,6 +23,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -88,12 +89,11 @@ def ours(work: Path, out: Path, world: int, resume: bool, fault: str) -> None:
         "--timeout",
         str(patience(fault)),
     ]
-    sys.exit(train.run("train.py", train.main) if not resume else _resumed(train))
-
-
-def _resumed(train: Any) -> int:
-    sys.argv += ["--resume", "auto"]
-    return train.run("train.py", train.main)
+    if fault == "other" and os.environ["RANK"] == "1":
+        sys.argv += ["--lr", "1e-3"]
+    if resume:
+        sys.argv += ["--resume", "auto"]
+    sys.exit(train.run_main("train.py", train.main))
 
 
 def theirs(work: Path, out: Path, world: int, resume: bool, fault: str) -> None:
@@ -121,7 +121,8 @@ def theirs(work: Path, out: Path, world: int, resume: bool, fault: str) -> None:
     ]
     model = AutoModelForSequenceClassification.from_pretrained(work / "model")
     loader = DataLoader(rows, shuffle=True, batch_size=BATCH, collate_fn=DataCollatorWithPadding(tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.0)
+    rate = 1e-3 if fault == "other" and os.environ["RANK"] == "1" else 5e-5
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     updates = EPOCHS * len(loader)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=updates)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
@@ -152,6 +153,7 @@ def theirs(work: Path, out: Path, world: int, resume: bool, fault: str) -> None:
             count.updates = done
             if done % SAVE_EVERY == 0:
                 accelerator.save_state(str(out / f"step_{done}"))
+        accelerator.print(f"epoch {epoch}:", flush=True)
     accelerator.wait_for_everyone()
     accelerator.save_model(accelerator.unwrap_model(model), str(out / "model"))
     accelerator.end_training()
@@ -182,6 +184,10 @@ def rank_main(side: str, rank: int, world: int, port: int, work: str, out: str, 
     screen = os.open(f"{out}.screen{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(screen, 1)
     os.dup2(screen, 2)
+    if fault == "pipe":  # as in `train.py | head -1`: whoever read the output has gone
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
     import torch
 
     torch.set_num_threads(1)
@@ -374,8 +380,8 @@ def full_disk(side: str, work: Path) -> str:
     )
 
 
-def terminated(side: str, work: Path) -> str:
-    out = work / f"{side}-sigterm"
+def terminated(side: str, work: Path, number: signal.Signals = signal.SIGTERM) -> str:
+    out = work / f"{side}-{number.name}"
     run = Run(side, work, out, 2)
     while _latest(side, out) < 2 * SAVE_EVERY:
         if run.ranks[0].exitcode is not None:
@@ -384,9 +390,9 @@ def terminated(side: str, work: Path) -> str:
     time.sleep(0.02)
     for process in run.ranks:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid or 0, signal.SIGTERM)
+            os.kill(process.pid or 0, number)
     codes, _ = run.end()
-    saved = "saved at the update" if "stopped by SIGTERM after update" in run.screen() else "nothing saved"
+    saved = "saved at the update" if f"stopped by {number.name} after update" in run.screen() else "nothing saved"
     return f"exit {codes[0]}, {saved}"
 
 
@@ -406,6 +412,62 @@ def hung(side: str, work: Path, fault: str) -> str:
     }
     named = "names the rank and the place" if words[fault] in run.screen() else "names neither rank nor place"
     return f"ends after {seconds:.0f} s, {named}"
+
+
+def broken_pipe(side: str, work: Path) -> str:
+    out = work / f"{side}-pipe"
+    codes, _ = Run(side, work, out, 1, fault="pipe").end()
+    same = weights(out) == weights(work / f"{side}-whole-1")
+    return f"exit {codes[0]}, {'same weights' if same else 'no model'}"
+
+
+def other_rate(side: str, work: Path) -> str:
+    """Rank 1 has another learning rate than rank 0."""
+    run = Run(side, work, work / f"{side}-other", 2, fault="other")
+    codes, _ = run.end()
+    if codes == [0, 0]:
+        return "goes unnoticed: exit 0"
+    return f"exit {codes[0]}, {'names the option' if '--lr' in run.screen() else 'names nothing'}"
+
+
+def odd_folder(side: str, work: Path) -> str:
+    """Beside the checkpoints lies a copy that the user made, under a name that ends in a higher number."""
+    out = interrupted(side, work, "odd")
+    newest = checkpoints(side, out)[-1]
+    copy = newest.parent / ("backup-00000090" if side == "nanofinetune" else "step_backup_90")
+    shutil.copytree(newest, copy)
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    run = Run(side, work, out, 1, resume=True)
+    codes, _ = run.end()
+    if codes != [0]:
+        return f"does not resume: {run.screen().strip().splitlines()[-1][:90]}"
+    same = weights(out) == weights(work / f"{side}-whole-1")
+    return f"resumes, {'same' if same else 'other'} weights; the folder is {'there' if copy.exists() else 'gone'}"
+
+
+SAVES = """
+import sys
+from {package} import Accelerator
+import torch
+accelerator = Accelerator(cpu=True)
+accelerator.prepare(torch.nn.Linear(1, 1))
+accelerator.save_state(sys.argv[1])
+accelerator.save_state(sys.argv[1])
+print("saved twice")
+"""
+
+
+def own_folder(side: str, work: Path) -> str:
+    """save_state into a folder that holds a file of the user's, and once more."""
+    folder = work / f"{side}-own"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
+    command = [sys.executable, "-c", SAVES.format(package=side), str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    said = done.stdout.strip() or done.stderr.strip().splitlines()[-1][:90]
+    return f"the file is {'there' if (folder / 'thesis.tex').exists() else 'gone'}; {said}"
 
 
 def save_cost(repeats: int = 7) -> dict[str, Any]:
@@ -449,6 +511,11 @@ FAULTS: dict[str, Callable[[str, Path], str]] = {
     "newest checkpoint holds a malicious pickle": lambda side, work: damaged(side, work, "malicious"),
     "disk full from the first save on": full_disk,
     "SIGTERM on both ranks": terminated,
+    "SIGHUP on both ranks": lambda side, work: terminated(side, work, signal.SIGHUP),
+    "the reader of stdout has gone": broken_pipe,
+    "rank 1 has another learning rate": other_rate,
+    "a copied, damaged checkpoint under a higher number": odd_folder,
+    "save_state into a folder of the user's": own_folder,
     "a rank is stopped (SIGSTOP)": lambda side, work: hung(side, work, "stop"),
     "a rank skips a batch": lambda side, work: hung(side, work, "skip"),
     "rank 0 fails in main_process_first": lambda side, work: hung(side, work, "first"),

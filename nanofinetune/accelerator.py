@@ -40,7 +40,6 @@ tests/test_accelerator.py and tests/test_equal_ranks.py.
 
 from __future__ import annotations
 
-import builtins
 import gc
 import os
 import sys
@@ -56,6 +55,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from nanofinetune.dropin import processes, saving
 from nanofinetune.ground.precision import PRECISIONS, checked_precision
 from nanofinetune.ranks import collectives
 from nanofinetune.ranks.ddp import DistributedDataParallel
@@ -83,13 +83,11 @@ class Accelerator:
         uneven: what completes the last step of an epoch on N > 1 ranks: "wrap" repeats rows as Accelerate's
             `even_batches` does, "mask" adds none. It needs batches that are mappings with a tensor "labels"; a rank
             without a row in that step computes a loss that may be NaN, and that `backward` weighs with zero.
-        device: what `choose_device` takes: "auto", "cpu", "cuda", "cuda:N", "mps", "tpu" or "xla".
-        timeout: how long ranks wait for each other.
+        device: what `choose_device` takes. timeout: how long ranks wait for each other.
         kwargs_handlers: at most one of each kind that settings.py has.
 
-    Raises NotImplementedError, with its name, for an argument of Accelerate's that is not supported, and UsageError for
-    a precision that the device does not have. What Accelerate has and this class has not is listed in settings.ABSENT:
-    asked for, it raises AttributeError that says what to use instead.
+    Raises NotImplementedError for an argument that is not supported, UsageError for a precision that the device does
+    not have, AttributeError for a name in settings.ABSENT; each says what to use instead.
     """
 
     step: int  # micro-batches since the last epoch ended
@@ -106,15 +104,16 @@ class Accelerator:
         if len(placed) != len(args):
             raise ValueError(f"device_placement has {len(placed)} entries for {len(args)} objects: give one for each")
         result = list(args)
-        for kind, prepare in (  # in this order: optimizers follow their parameters, a schedule looks for its optimizer
-            (nn.Module, self.prepare_model),
+        kinds: tuple[tuple[type, Callable[..., Any]], ...] = (
+            (nn.Module, self.prepare_model),  # first: optimizers follow their parameters to the device
             (DataLoader, self.prepare_data_loader),
             (torch.optim.Optimizer, self.prepare_optimizer),
-            (LRScheduler, lambda scheduler, _: self.prepare_scheduler(scheduler)),
-        ):
+            (LRScheduler, lambda scheduler, _: self.prepare_scheduler(scheduler)),  # last: it looks for its optimizer
+        )
+        for kind, prepare in kinds:
             for i, obj in enumerate(args):
                 if isinstance(obj, kind):
-                    result[i] = prepare(obj, placed[i])  # type: ignore[arg-type]
+                    result[i] = prepare(obj, placed[i])
         return result[0] if len(result) == 1 else tuple(result)
 
     @contextmanager
@@ -156,11 +155,12 @@ class Accelerator:
             return collectives.gather_object(input_data, self.world)[: remainder or None]
         if position is None or remainder == 0:
             return self.gather(input_data)
-        expected = position.loader.total_batch_size
+        expected = position.loader.total_batch_size or 0
         if self.uneven == "mask":  # equal parts, of which the last ranks hold less
             expected = -(-remainder // self.num_processes) * self.num_processes
             input_data = self.pad_across_processes(input_data)
-        return collectives.recursively_apply(lambda rows: collectives.first_rows(rows, remainder, expected), self.gather(input_data))
+        trim = partial(collectives.first_rows, count=remainder, expected=expected)
+        return collectives.recursively_apply(trim, self.gather(input_data))
 
     @property
     def position(self) -> Position | None:
@@ -184,11 +184,12 @@ class Accelerator:
         window = accumulated * everyones
         if self.index_in_window is not None:  # steps before the loader's first one, after a `break`, count as full ones
             loader, first = position.loader, position.index - self.index_in_window
-            window = sum(loader.rows_of_step(i)[1] for i in range(first, min(first + accumulated, len(loader))))
+            steps = map(loader.rows_of_step, range(first, min(first + accumulated, len(loader))))
+            window = sum(step[1] for step in steps if step is not None)
         # underneath: Accelerate divides by `accumulated` here, however few micro-batches the epoch's last window holds
         return loss / (window / (mine * self.num_processes))
 
-    # ---- how it begins and ends -------------------------------------------------------------------------------------------
+    # ---- how it begins and ends --------------------------------------------------------------------------------------
 
     def __init__(
         self, device_placement: bool = True, split_batches: bool = False, mixed_precision: str | None = None,
@@ -206,14 +207,17 @@ class Accelerator:
         if not isinstance(gradient_accumulation_steps, int) or gradient_accumulation_steps < 1:
             raise ValueError(f"gradient_accumulation_steps is {gradient_accumulation_steps!r}: it must be 1 or more")
         self.project_configuration = project_config or ProjectConfiguration()
-        self.project_configuration.project_dir = self.project_configuration.project_dir or _text(project_dir)
+        self.project_configuration.project_dir = self.project_configuration.project_dir or (
+            None if project_dir is None else os.fspath(project_dir)
+        )
         refuse(save_on_each_node=self.project_configuration.save_on_each_node or None)
         self.autocast_handler, self.ddp_handler, self.scaler_handler, self.init_handler = handlers_of(kwargs_handlers)
         self.world = start_world("cpu" if cpu else device, timeout, self.init_handler)
         self.device, self.num_processes = self.world.device, self.world.size
         self.process_index, self.local_process_index = self.world.rank, self.world.local_rank
         self.is_main_process, self.is_local_main_process = self.process_index == 0, self.local_process_index == 0
-        self.is_last_process, self.use_distributed = self.process_index == self.num_processes - 1, self.num_processes > 1
+        self.is_last_process = self.process_index == self.num_processes - 1
+        self.use_distributed = self.num_processes > 1
         multi = "MULTI_GPU" if self.device.type == "cuda" else "MULTI_CPU"
         self.distributed_type = multi if self.use_distributed else "NO"  # equal to accelerate.DistributedType
         self.mixed_precision = checked_precision(mixed_precision, self.device)
@@ -239,7 +243,7 @@ class Accelerator:
         self._prepared = state.Prepared()  # nothing of ours holds the group: see shutdown
         shutdown(self.world)
 
-    # ---- prepare, one kind at a time --------------------------------------------------------------------------------------
+    # ---- prepare, one kind at a time ---------------------------------------------------------------------------------
 
     def prepare_model(self, model: Any, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
         """Autocast around `forward`, then the device, then DDP, which `evaluation_mode` leaves out."""
@@ -292,7 +296,11 @@ class Accelerator:
 
     def prepare_scheduler(self, scheduler: LRScheduler) -> AcceleratedScheduler:
         """A schedule that ticks when its optimizer steps (those of all optimizers prepared, where it has another)."""
-        own = [opt for opt in self._prepared.optimizers if scheduler.optimizer is opt or scheduler.optimizer is opt.optimizer]
+        own = [
+            opt
+            for opt in self._prepared.optimizers
+            if scheduler.optimizer is opt or scheduler.optimizer is opt.optimizer
+        ]
         self._prepared.schedulers.append(AcceleratedScheduler(scheduler, own or self._prepared.optimizers, self))
         return self._prepared.schedulers[-1]
 
@@ -316,15 +324,13 @@ class Accelerator:
             torch.cuda.empty_cache()
         return [None] * len(objects)
 
-    def clear(self, *objects: Any) -> list[None]:
-        """The same as `free_memory`."""
-        return self.free_memory(*objects)
+    clear = free_memory  # Accelerate has both names
 
     def forget(self, *objects: Any) -> None:
         """Let go of prepared models, optimizers, schedulers or loaders: `save_state` saves them no more."""
         self._prepared.forget(*objects)
 
-    # ---- one accumulation window ------------------------------------------------------------------------------------------
+    # ---- one accumulation window -------------------------------------------------------------------------------------
 
     def no_sync(self, model: Any) -> AbstractContextManager[None]:
         """A `with` block in which backward only accumulates, on each rank for itself."""
@@ -359,13 +365,15 @@ class Accelerator:
         dtype = PRECISIONS[self.mixed_precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype, **vars(settings))
 
-    # ---- saving and loading -----------------------------------------------------------------------------------------------
+    # ---- saving and loading ------------------------------------------------------------------------------------------
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Let `save_state` and `load_state` take care of these too: anything with `state_dict`, `load_state_dict`."""
         wrong = [type(obj).__name__ for obj in objects if not all(map(partial(hasattr, obj), state.METHODS))]
         if wrong:
-            raise ValueError(f"register_for_checkpointing: {', '.join(wrong)} lacks one of {' and '.join(state.METHODS)}")
+            raise ValueError(
+                f"register_for_checkpointing: {', '.join(wrong)} lacks one of {' and '.join(state.METHODS)}"
+            )
         self._prepared.custom.extend(objects)
 
     def save_state(
@@ -374,10 +382,7 @@ class Accelerator:
     ) -> str:  # fmt: skip
         """Save all that was prepared or registered, and the random states, into a folder -> its path. A collective.
 
-        Rank 0 writes. `keep`, from 1 on, lets older folders beside it go, those named as it is but for the number at
-        the end; with `background` this returns as soon as the state is copied, and a failure to write is a line on
-        stderr. Raises ValueError for a folder of a whole checkpoint that is there already, OSError where it could not
-        be written, TypeError for a state that a checkpoint does not take (on the other ranks, RuntimeError).
+        `keep`: how many such folders stay. `background`: return as soon as the state is copied. See run/state.py.
         """
         refuse(safe_serialization=None if safe_serialization else False, **save_model_func_kwargs)
         project = self.project_configuration
@@ -394,49 +399,20 @@ class Accelerator:
         self, input_dir: str | os.PathLike[str] | None = None, load_kwargs: dict[str, Any] | None = None,
         **load_model_func_kwargs: Any,
     ) -> None:  # fmt: skip
-        """Put all that was prepared or registered where `save_state` found it. A collective; all ranks read the folder.
+        """Put all that was prepared or registered where `save_state` found it. A collective; see run/state.py.
 
-        Without `input_dir`: the newest whole one of those that automatic naming made; what is passed over is printed,
-        with the reason. The number of ranks may be another one. A loader begins the epoch in which it was: skip what
-        was read of it with `skip_first_batches`.
-        Raises (on all ranks) ValueError where the folder is not a whole checkpoint, or holds other objects.
+        Without `input_dir`: the newest whole one of those that automatic naming made. A loader begins the epoch in
+        which it was: skip what was read of it with `skip_first_batches`.
         """
         refuse(load_kwargs=load_kwargs, **load_model_func_kwargs)
         project = self.project_configuration
-        folder = None if input_dir is None else Path(input_dir)
-        if folder is None:
-            folder = state.newest(Path(project.project_dir or ".", "checkpoints"), self.world)
+        named = Path(project.project_dir or ".", "checkpoints")
+        folder = state.newest(named, self.world) if input_dir is None else Path(input_dir)
         state.load(folder, self._prepared.stateful(self.scaler), self.world)
         if project.automatic_checkpoint_naming and (number := checkpoint.number_of(folder)) >= 0:
             project.iteration = number + 1  # underneath: Accelerate begins at 0 again, over what is there
 
-    def save_model(
-        self, model: nn.Module, save_directory: str | os.PathLike[str], max_shard_size: int | str = "10GB",
-        safe_serialization: bool = True,
-    ) -> None:  # fmt: skip
-        """Save the weights alone, unwrapped, in safetensors files of at most `max_shard_size`. Rank 0 writes."""
-        refuse(safe_serialization=None if safe_serialization else False)
-        if self.is_main_process:
-            from huggingface_hub import save_torch_state_dict
-
-            os.makedirs(save_directory, exist_ok=True)
-            state = self.unwrap_model(model).state_dict()
-            save_torch_state_dict(state, Path(save_directory), max_shard_size=max_shard_size)
-
-    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
-        """A model's weights by name; those of the wrapper, whose names begin with "module.", without `unwrap`."""
-        return (self.unwrap_model(model) if unwrap else model).state_dict()
-
-    def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
-        """torch.save on rank 0, or a dict of tensors that share no memory as a safetensors file."""
-        if self.is_main_process and safe_serialization:
-            from safetensors.torch import save_file
-
-            save_file(obj, f, metadata={"format": "pt"})
-        elif self.is_main_process:
-            torch.save(obj, f)
-
-    # ---- between ranks ----------------------------------------------------------------------------------------------------
+    # ---- between ranks -----------------------------------------------------------------------------------------------
 
     def gather(self, tensor: Any) -> Any:
         return collectives.gather(tensor, self.world)
@@ -447,14 +423,6 @@ class Accelerator:
 
     def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
         return collectives.pad_across_processes(tensor, self.world, dim, pad_index, pad_first)
-
-    @contextmanager
-    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
-        """A `with` block whose value is this rank's part of a list, tuple or tensor, or of each in a dict.
-
-        `apply_padding` repeats the last item until all parts are equally long.
-        """
-        yield collectives.part_of(inputs, self.process_index, self.num_processes, apply_padding)
 
     def wait_for_everyone(self) -> None:
         """Return when every rank has come here, and what `save_state` began in the background is written."""
@@ -467,32 +435,11 @@ class Accelerator:
     def local_main_process_first(self) -> AbstractContextManager[None]:
         return collectives.local_main_process_first(self.world)
 
-    def on_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: the function runs on rank 0; elsewhere it does nothing and returns None."""
-        return function if self.is_main_process else _nothing
-
-    def on_local_main_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: the function runs on the first rank of each node, and on no other."""
-        return function if self.is_local_main_process else _nothing
-
-    def on_last_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: the function runs on the last rank, and on no other."""
-        return function if self.is_last_process else _nothing
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print once a node."""
-        if self.is_local_main_process:
-            builtins.print(*args, **kwargs)
-
-    def set_trigger(self) -> None:
-        """Raise a flag on this rank, which the next `check_trigger` sees on all."""
-        self.flag_tensor.fill_(1)
-
-    def check_trigger(self) -> bool:
-        """Whether any rank has raised its flag; lowers all. A collective."""
-        raised = self.reduce(self.flag_tensor).item() > 0
-        self.flag_tensor.zero_()
-        return raised
+    # The rest of Accelerate's names: functions of dropin/, whose first argument is the Accelerator.
+    save, save_model, get_state_dict = saving.save, saving.save_model, saving.get_state_dict
+    on_main_process, on_local_main_process = processes.on_main_process, processes.on_local_main_process
+    on_last_process, split_between_processes = processes.on_last_process, processes.split_between_processes
+    set_trigger, check_trigger, print = processes.set_trigger, processes.check_trigger, processes.print_once_a_node
 
     if not TYPE_CHECKING:  # a type checker would take every name for known
 
@@ -500,11 +447,3 @@ class Accelerator:
             if name in ABSENT:
                 raise AttributeError(f"Accelerator.{name} is not supported here: {ABSENT[name]}")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-
-def _text(path: str | os.PathLike[str] | None) -> str | None:
-    return None if path is None else os.fspath(path)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """What a function for another rank does on this one."""

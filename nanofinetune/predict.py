@@ -3,13 +3,13 @@
 >>> split_line("a cat\\tthe cat", 1, 2), split_line("a cat", 7, 1)
 (('a cat', 'the cat'), ('a cat',))
 
-Underneath: `transformers.TextClassificationPipeline` (transformers 5.23) tokenizes and runs one text at a time unless
-it is told a batch_size, and takes a pair as a dict of `text` and `text_pair`; an empty second text is none to it,
-though in training it was one, and is one here. Here lines come in blocks, each block is sorted by length into batches,
-and what is printed keeps the order of the lines. A model that train.py saved knows whether it was trained on one text
-or on pairs, and a line that does not fit is refused; with any other model the first line decides.
+Underneath: transformers.TextClassificationPipeline (transformers 5.23)
+  - runs one text at a time unless it is told a batch_size; here lines come in blocks, and each block is sorted by
+    length into batches; the output keeps the order of the lines;
+  - drops an empty second text, which in training was a text like any other; here it is one;
+  - here a model that train.py saved knows whether it takes one text or two; with others the first line decides.
 
-Proof: test_predict_matches_the_transformers_pipeline and test_an_empty_second_text_is_what_it_was_in_training in
+Proof: test_predict_matches_the_transformers_pipeline, test_an_empty_second_text_is_what_it_was_in_training in
 tests/test_predict.py.
 """
 
@@ -31,11 +31,11 @@ from nanofinetune.ground.errors import UsageError
 from nanofinetune.step.collate import DataCollatorWithPadding
 from nanofinetune.step.order import SortedBatchSampler
 
-BLOCK = 4096  # lines that are held at a time
+BLOCK = 4096  # lines held in memory at a time
 
 
 def split_line(line: str, number: int, texts: int) -> tuple[str, ...]:
-    """A line -> its text or its pair. Raises UsageError, with the line's number, where the model wants the other."""
+    """A line -> its text or its pair. Raises UsageError, with the line's number, for a wrong number of tabs."""
     parts = tuple(line.split("\t"))
     if len(parts) != texts:
         wanted = "one text and no tab" if texts == 1 else "two texts with one tab between them"
@@ -48,7 +48,7 @@ def predict(
     lines: list[tuple[str, ...]], model: Any, tokenizer: Any, limit: int, batch_size: int
 ) -> list[tuple[str, float]]:
     """Texts or pairs -> for each (label, probability), or ("score", value) from a regression model."""
-    # underneath: the library's pipeline drops a second text that is empty, which in training was a text like others
+    # underneath: the library's pipeline drops an empty second text, which in training was a text like any other
     pairs = [line[1] for line in lines] if len(lines[0]) == 2 else None
     store = tokenize_texts([line[0] for line in lines], pairs, tokenizer, limit)
     collate = DataCollatorWithPadding(tokenizer)
@@ -100,7 +100,7 @@ def main() -> None:
     piped = args.file == "-"
     name = "stdin" if piped else args.file
     try:
-        # stdin is opened anew: Python's own is in the locale's encoding, and in the C locale lets any byte pass.
+        # stdin is opened again: Python's own has the locale's encoding, and in the C locale any byte passes
         with open(sys.stdin.fileno() if piped else name, encoding="utf-8", closefd=not piped) as source:
             for lines in read_lines(source, len(columns) if columns else None):
                 answers = predict(lines, model, tokenizer, limit, args.batch_size)

@@ -1,29 +1,20 @@
-"""The world of one run: which rank this process is, the process group, and what the ranks say to each other.
+"""What an Accelerator can be told, and what it cannot: Accelerate's settings objects, and the names that are absent.
 
->>> read_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-...                   "MASTER_ADDR": "node1", "MASTER_PORT": "29500"})
-Launch(launcher='torchrun', rank=3, local_rank=1, size=4, local_size=2, init_method='env://')
->>> first_host("rack[2-3]n[07-09,11],login1")
-'rack2n07'
+>>> autocast, ddp, scaler, process_group = handlers_of([AutocastKwargs(cache_enabled=False)])
+>>> autocast, ddp.bucket_cap_mb
+(AutocastKwargs(enabled=True, cache_enabled=False), 25)
+>>> refuse(dynamo_backend="inductor")
+Traceback (most recent call last):
+NotImplementedError: dynamo_backend='inductor' is not supported here: leave it out, or use accelerate for it
 
-Underneath: `accelerate.state.PartialState`, `accelerate.utils.operations.gather`, `accelerate.utils.operations.reduce`,
-`accelerate.utils.operations.broadcast`, `accelerate.utils.operations.pad_across_processes`,
-`accelerate.utils.operations.gather_object`, `accelerate.utils.operations.broadcast_object_list` and
-`accelerate.utils.set_seed` (accelerate 1.15). `PartialState` is one dictionary shared by all its instances and picks
-among a dozen backends. Its collectives walk a nested container and call `torch.distributed` leaf by leaf; where the
-ranks disagree about a shape they hang or return garbage. Kept: names, arguments, results, the early return at one
-process. Left out: XLA, NPU and the rest. Different on purpose: (1) torchrun on a machine without a GPU is real training
-over gloo, where Accelerate runs N silent copies; (2) before each collective the ranks exchange one small header (which
-call, shapes, dtypes; it costs two short all-gathers), so that a disagreement raises on all ranks and says who holds
-what; (3) ranks wait 5 minutes for each other, not gloo's 30; (4) a failure inside `main_process_first` reaches all
-ranks at once; (5) the state is a `World` that is passed around, not a global; (6) the ranks of a restart meet each
-other, and not what torchrun's store still knows of the dead ones.
+Underneath: `accelerate.utils.DataLoaderConfiguration`, `accelerate.utils.ProjectConfiguration`,
+`accelerate.utils.AutocastKwargs`, `accelerate.utils.GradScalerKwargs`, `accelerate.utils.InitProcessGroupKwargs`,
+`accelerate.utils.DistributedDataParallelKwargs` (accelerate 1.15).
+  - Kept: names, fields, defaults.
+  - A field or handler that is not supported raises with its name; nothing is ignored.
+  - ABSENT lists every other public name of `accelerate.Accelerator`, each with what to use instead.
 
-Proof: test_read_environment_table, test_collectives_match_accelerate, test_single_process_matches_accelerate,
-test_disagreement_raises_on_all_ranks, test_main_process_first_failure_reaches_all_ranks,
-test_set_seed_matches_accelerate, test_torchrun_on_cpu_is_one_world_where_accelerate_runs_copies and
-test_an_attempt_never_meets_the_dead in tests/test_distributed.py; test_restarted_ranks_meet_each_other in
-tests/test_launch.py; test_two_nodes_restart_together in tests/test_nodes.py.
+Proof: test_kwargs_handlers_match_accelerate, test_what_is_absent_says_what_to_use_instead in tests/test_accelerator.py.
 """
 
 from __future__ import annotations
@@ -203,7 +194,7 @@ def check_types(handlers: list[Any], *known: type) -> None:
 def handlers_of(
     handlers: list[Any] | None,
 ) -> tuple[AutocastKwargs | None, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs | None]:
-    """`kwargs_handlers` -> the one of each kind, or its default. Raises for a second one, and for what is not supported."""
+    """`kwargs_handlers` -> the one of each kind, or its default. Raises for a second one, and an unsupported one."""
     given = handlers or []
     check_types(given, *HANDLERS)
     by_type = {type(handler): handler for handler in given}
@@ -216,7 +207,7 @@ def handlers_of(
 
 
 def start_world(device: str, timeout: timedelta, handler: InitProcessGroupKwargs | None) -> World:
-    """`init_world`, as `timeout` or an InitProcessGroupKwargs says. Raises ValueError where these contradict the device."""
+    """`init_world`, as `timeout` or an InitProcessGroupKwargs says. Raises ValueError where these contradict it."""
     if handler is None:
         return init_world(device, timeout)
     if timeout != TIMEOUT:

@@ -19,6 +19,16 @@ _CACHE = tempfile.TemporaryDirectory(prefix="nanofinetune-tests-")  # nobody's o
 os.environ.setdefault("HF_DATASETS_CACHE", _CACHE.name)
 os.environ.setdefault("NANOFINETUNE_CACHE", os.path.join(_CACHE.name, "tokens"))
 
+try:  # property-based tests: the same few cases in every default run; `HYPOTHESIS_PROFILE=long` looks for new ones
+    import hypothesis
+
+    quiet = dict.fromkeys(("deadline", "database"))  # a busy machine is slow, and no run leaves a folder behind
+    hypothesis.settings.register_profile("default", max_examples=40, derandomize=True, **quiet)
+    hypothesis.settings.register_profile("long", max_examples=1000, **quiet)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+except ImportError:  # its tests are skipped with this reason
+    pass
+
 ROOT = Path(__file__).resolve().parent.parent
 GLUE = Path(os.environ.get("NANOFINETUNE_GLUE", ROOT.parent / "shared" / "data" / "glue"))
 

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import warnings
@@ -148,6 +149,17 @@ def run_torchrun(
             out, err = process.communicate()
         raise AssertionError(f"{command} ran longer than {timeout} s\n{out[-4000:]}\n{err[-8000:]}") from None
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def run_python(code: str, *arguments: str) -> list[float]:
+    """Run `code` in a fresh interpreter, without the user's settings of malloc -> the numbers that it printed."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    finished = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        env={**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=180,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    return [float(word) for word in finished.stdout.split()]
 
 
 def _stack(process: Any, file: Path) -> str:

@@ -14,6 +14,7 @@ import re
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
+from operator import attrgetter
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from nanofinetune import accelerator as facade
+from nanofinetune import settings
 from nanofinetune.accelerator import Accelerator
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ranks.ddp import DistributedDataParallel
@@ -548,14 +550,14 @@ def test_free_memory_forgets():
     with accelerator.accumulate():
         pass
     assert accelerator.free_memory(model, optimizer) == [None, None]
-    assert (accelerator.step, accelerator._models, accelerator._optimizers) == (0, [], [])
+    assert (accelerator.step, accelerator._prepared.models, accelerator._prepared.optimizers) == (0, [], [])
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 
 def test_public_names_and_signatures_match_accelerate(theirs):
-    added = {"world", "uneven", "forget"}
+    added = {"world", "uneven", "forget", "position", "positions", "index_in_window"}
     reference, accelerator = theirs(), ours()
     names = {name for name in dir(accelerator) if not name.startswith("_")} - added
     assert len(names) > 40
@@ -619,9 +621,10 @@ def test_a_function_for_one_rank_runs_where_accelerates_does(where, rank, theirs
 
 
 def test_clear_is_free_memory(theirs):
-    for accelerator in (ours(), theirs()):
+    for accelerator, held in ((ours(), "_prepared.models"), (theirs(), "_models")):
         model = accelerator.prepare(line())
-        assert accelerator.clear(model) == [None] and accelerator._models == []
+        assert attrgetter(held)(accelerator) == [model]
+        assert accelerator.clear(model) == [None] and attrgetter(held)(accelerator) == []
 
 
 def test_constructor_matches_accelerate_and_refuses_the_rest_by_name(theirs):
@@ -734,10 +737,10 @@ def test_other_handlers_are_refused_by_name():
 def test_autocast_handler_matches_accelerate(theirs):
     import accelerate.utils
 
-    for settings in ({}, {"enabled": False}, {"cache_enabled": False}):
+    for options in ({}, {"enabled": False}, {"cache_enabled": False}):
         seen = []
         for make, kwargs in ((theirs, accelerate.utils.AutocastKwargs), (ours, AutocastKwargs)):
-            accelerator = make(mixed_precision="bf16", kwargs_handlers=[kwargs(**settings)])
+            accelerator = make(mixed_precision="bf16", kwargs_handlers=[kwargs(**options)])
             model = accelerator.prepare(line())
             handlers = [None, kwargs(enabled=False)]
             states = []
@@ -749,18 +752,18 @@ def test_autocast_handler_matches_accelerate(theirs):
 
 
 def test_scaler_and_group_get_their_settings(monkeypatch):
-    monkeypatch.setattr(facade, "_precision", lambda name, device: "fp16")  # else refused: this is a CPU
+    monkeypatch.setattr(facade, "checked_precision", lambda name, device: "fp16")  # else refused: this is a CPU
     scaler = ours(kwargs_handlers=[GradScalerKwargs(8.0, 3.0, 0.25, 7)]).scaler
     found = (scaler.get_scale(), scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval())
     assert found == (8.0, 3.0, 0.25, 7)
     asked = []
-    init_world = facade.distributed.init_world
+    init_world = settings.init_world
 
     def listen(*args):
         asked.append(args)
         return init_world(*args)
 
-    monkeypatch.setattr(facade.distributed, "init_world", listen)
+    monkeypatch.setattr(settings, "init_world", listen)
     ours(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=5))])
     assert asked == [("cpu", timedelta(seconds=5))]
 

@@ -1,5 +1,7 @@
-"""What a user can get wrong, one case a line: train.py and predict.py answer each with one line that names the thing,
-the value and the remedy, exit with 2 before the first step, and leave every file as it was.
+"""What a user can get wrong, one case a line.
+
+train.py and predict.py answer each with one line that names the thing, the value and the remedy, exit with 2 before the
+first update, and leave every file as it was. There is no reference: the libraries answer with tracebacks.
 
     python -m pytest tests/test_bad_inputs.py
 
@@ -23,6 +25,7 @@ import torch
 from conftest import ROOT, WORDS, load_script, tiny_bert
 
 from nanofinetune import accelerator, predict
+from nanofinetune.ground.cli import run_main
 
 
 def lines(row: Callable[[int], str], header: str = "", rows: int = 20) -> str:

@@ -10,6 +10,7 @@ that the names in the text stay the course's. Both runs print every loss and the
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +210,36 @@ def test_course_sst2_exercise_matches_the_libraries(course_folder):
     preparation = PREPARATION.format(task="sst2", texts='example["sentence"]', remove='"sentence"')
     listing = preparation + MANUAL_LOOP + EVALUATION_LOOP.format(task="sst2") + REPORT
     compare(course_folder, listing, steps=3 * 12)
+
+
+# What README's block leaves to compare: losses after the training, and the last rate.
+AFTERWARDS = """
+import json
+model.eval()
+with torch.no_grad():
+    losses = [model(**batch).loss.item() for batch in eval_dl]
+print(json.dumps({"losses": losses, "lr": lr_scheduler.get_last_lr()}))
+"""
+
+
+def test_readmes_loop_matches_the_libraries(course_folder):
+    """README's first screen: the block of Python, with the imports of either side of the diff above it.
+
+    Rows keep their order, since `prepare` shuffles by a seed of its own on purpose.
+    """
+    pytest.importorskip("accelerate", reason="accelerate (extra `test`) is what the imports are changed from")
+    readme = (ROOT / "README.md").read_text()
+    diff, loop = (re.search(rf"```{kind}\n(.*?)```", readme, re.DOTALL)[1] for kind in ("diff", "python"))
+    texts = 'example["sentence1"], example["sentence2"]'
+    preparation = PREPARATION.format(task="mrpc", texts=texts, remove='"sentence1", "sentence2"')
+    preparation = preparation.replace("shuffle=True, ", "")
+    found = []
+    for side in "-+":
+        imports = "\n".join(line[1:] for line in diff.splitlines() if line[0] == side)
+        found.append(run_listing(course_folder, imports, preparation + loop + AFTERWARDS))
+    theirs, ours = found
+    assert len(ours["losses"]) == 3 and ours["lr"] == theirs["lr"] == [0.0]
+    np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=0, atol=1e-5)
 
 
 def test_the_courses_own_import_line_no_longer_works():

@@ -5,6 +5,7 @@ python -m pytest tests/test_layers.py
 
 import ast
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -15,32 +16,30 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "nanofinetune"
-MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 
-# A file imports only from lower floors.
+# A file imports only from lower floors. The numbers of the rooms say in which order they build on each other; within
+# a room a file may stand higher than its neighbours.
 FLOORS = {
-    0: {
-        "errors",
-        "cli",
-        "device",
-        "collate",
-        "optim",
-        "schedule",
-        "metrics",
-        "sampler",
-        "tasks",
-        "stdlib_pairs",
-        "dropout",
-        "embedding",
-    },
-    1: {"distributed", "lean", "pretrained"},
-    2: {"data", "ddp", "loader", "checkpoint"},
-    3: {"accelerator", "faults", "progress"},
-    4: {"launch", "predict", "trace", "exercise"},
+    0: "ground/errors",
+    1: "ground/cli ground/xla ground/process ground/precision step/collate step/optim step/schedule step/metrics"
+    " step/order ranks/shard ranks/naive_ddp ranks/ddp data/tasks cpu/memory",
+    2: "ground/device ranks/environment cpu/dropout cpu/embedding data/stdlib_pairs data/pretrained data/columns",
+    3: "ranks/world cpu/lean data/load",
+    4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch",
+    5: "ranks/loader settings run/state run/log data/cache launch/job launch/config",
+    6: "wrappers run/resume dropin/processes dropin/saving launch/notebook",
+    7: "accelerator run/run predict exercise launch/__main__",
+    8: "trace/observe",
+    9: "trace/told",
+    10: "trace/picture",
+    11: "trace/__main__",
 }
-# errors.py and cli.py are the ground that the ground floor stands on: who raises for people may import them.
-GROUND = {"errors": {"cli", "device", "dropout", "metrics", "stdlib_pairs"}, "cli": set()}
-FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
+FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
+ALONE = ("step/", "ranks/shard", "ranks/naive_ddp", "ranks/ddp")  # these import nothing of ours
+# Who may import from a room that is not open to all.
+PRIVATE = {"cpu": ("cpu",), "dropin": ("accelerator", "dropin")}
 HEAVY = ("transformers", "datasets", "accelerate")
 
 
@@ -55,31 +54,73 @@ def imports_of(source: str) -> set[str]:
     return found
 
 
+def own_imports(source: str) -> set[str]:
+    """Names of the package's own modules that a source text imports: "ground/errors"."""
+    return {name.removeprefix("nanofinetune.").replace(".", "/") for name in imports_of(source)} & set(FLOOR_OF)
+
+
 def wrong_imports(name: str, source: str) -> list[str]:
-    """Which of the package's own modules `name` imports although they are not on a lower floor."""
-    inner = {module.split(".")[1] for module in imports_of(source) if module.startswith("nanofinetune.")} & set(
-        FLOOR_OF
-    )
+    """Which of the package's own modules `name` imports although they are not on a lower floor, or not open to it."""
     allowed = {other for other in FLOOR_OF if FLOOR_OF[other] < FLOOR_OF[name]}
-    allowed |= {other for other, importers in GROUND.items() if name in importers}
-    return sorted(inner - allowed - {name})
+    allowed -= {
+        other
+        for other in allowed
+        for room, importers in PRIVATE.items()
+        if other.startswith(room + "/") and not name.startswith(importers)
+    }
+    if name.startswith(ALONE):
+        allowed = set()
+    return sorted(own_imports(source) - allowed - {name})
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def named(path: Path) -> str:
+    return str(path.relative_to(PACKAGE).with_suffix(""))
+
+
+EACH_MODULE = pytest.mark.parametrize("path", MODULES, ids=named)
+
+
+@EACH_MODULE
 def test_a_module_imports_only_from_lower_floors(path):
-    assert path.stem in FLOOR_OF, "a new module needs a floor"
-    assert not wrong_imports(path.stem, path.read_text())
+    assert named(path) in FLOOR_OF, "a new module needs a floor"
+    assert not wrong_imports(named(path), path.read_text())
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if FLOOR_OF[path.stem] == 0], ids=lambda path: path.stem)
-def test_the_ground_floor_does_not_import_torch_distributed(path):
+@EACH_MODULE
+def test_what_needs_no_ranks_does_not_import_torch_distributed(path):
+    if not named(path).startswith(("step/", "data/", "cpu/", "ground/", "ranks/shard")):
+        pytest.skip("this file is about ranks")
     assert not [name for name in imports_of(path.read_text()) if name.startswith("torch.distributed")]
 
 
 def test_the_floors_test_can_fail():
-    assert wrong_imports("collate", "from nanofinetune.data import TokenStore") == ["data"]
-    assert wrong_imports("data", "import nanofinetune.accelerator") == ["accelerator"]
-    assert not wrong_imports("data", "from nanofinetune.collate import FlatRows")
+    assert wrong_imports("step/collate", "from nanofinetune.data.tokens import TokenStore") == ["data/tokens"]
+    assert wrong_imports("ranks/ddp", "from nanofinetune.ground.errors import UsageError") == ["ground/errors"]
+    assert wrong_imports("data/load", "import nanofinetune.accelerator") == ["accelerator"]
+    assert wrong_imports("accelerator", "from nanofinetune.cpu.lean import use_lean_encoder") == ["cpu/lean"]
+    assert wrong_imports("data/load", "from nanofinetune.ground import errors") == []
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+def test_a_room_says_what_it_is_for_and_in_which_order_to_read_it(room):
+    """Folders are one level deep; each opens with a paragraph that names its files."""
+    assert not [path for path in room.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    doc = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
+    files = {path.stem for path in room.glob("*.py") if path.stem not in ("__init__", "__main__")}
+    assert files == set(re.findall(r"`(\w+)`", doc)) & files, "name every file of the room"
+    assert len(doc.splitlines()) <= 8 and "ead" in doc
+
+
+def test_tests_mirror_the_package():
+    """A test file of a room bears the name of one of its modules."""
+    for path in (ROOT / "tests").glob("*/test_*.py"):
+        room, module = path.parent.name, path.stem.removeprefix("test_")
+        if (PACKAGE / room).is_dir() and (room, module) not in OTHER_TESTS:
+            assert (PACKAGE / room / f"{module}.py").is_file() or module == room, path
+
+
+# Test files that are about several modules of a room at once.
+OTHER_TESTS = {("ranks", "equal_ranks"), ("ranks", "nodes")}
 
 
 def loaded_by(statement: str) -> list[str]:
@@ -92,7 +133,7 @@ def loaded_by(statement: str) -> list[str]:
 
 
 def test_importing_the_package_loads_neither_transformers_nor_datasets():
-    names = ", ".join(f"nanofinetune.{path.stem}" for path in MODULES)
+    names = ", ".join(f"nanofinetune.{named(path).replace('/', '.')}" for path in MODULES if path.stem != "__main__")
     assert loaded_by(f"import nanofinetune, {names}") == []
 
 
@@ -104,10 +145,10 @@ def test_notebook_launcher_is_there_when_it_is_asked_for():
     """`launch` is imported late, since it is a program too; the name is the package's own like all others."""
     code = (
         "import sys, nanofinetune\n"
-        "assert 'nanofinetune.launch' not in sys.modules\n"
+        "assert 'nanofinetune.launch.notebook' not in sys.modules\n"
         "assert set(nanofinetune.__all__) <= set(dir(nanofinetune))\n"
         "from nanofinetune import *\n"
-        "assert notebook_launcher is sys.modules['nanofinetune.launch'].notebook_launcher\n"
+        "assert notebook_launcher is sys.modules['nanofinetune.launch.notebook'].notebook_launcher\n"
         "assert not hasattr(nanofinetune, 'notebook_launchers')\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, check=True, timeout=120)
@@ -135,7 +176,7 @@ def resolve(dotted: str) -> object:
     raise ModuleNotFoundError(dotted)
 
 
-@pytest.mark.parametrize("path", [*MODULES, PACKAGE / "__init__.py"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*MODULES, PACKAGE / "__init__.py"], ids=named)
 def test_a_module_has_the_house_form(path):
     """An example, an Underneath block whose library symbols exist, a Proof block whose tests exist."""
     doc = ast.get_docstring(ast.parse(path.read_text())) or ""
@@ -164,12 +205,54 @@ def test_a_missing_symbol_is_noticed():
         resolve("torch.optim.AdamWWithWings")
 
 
-def test_size_of_the_package_is_reported(record_property):
-    """Reported, not capped: run with -rA or --junit-xml to see it."""
-    sizes = {path.name: len(path.read_text().splitlines()) for path in sorted(PACKAGE.glob("*.py"))}
-    record_property("lines", sizes)
-    print("\n".join(f"{lines:5} {name}" for name, lines in sizes.items()), f"\n{sum(sizes.values()):5} in all")
-    assert sum(sizes.values()) > 0
+def code_lines(path: Path) -> int:
+    """Lines that are neither empty, nor a comment, nor a docstring."""
+    text = path.read_text()
+    said: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            said |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = enumerate(text.splitlines(), start=1)
+    return sum(1 for i, line in lines if i not in said and line.strip() and not line.strip().startswith("#"))
+
+
+CORE_LIMIT = 2800
+
+
+def core() -> list[Path]:
+    """What the mission names: one device, many ranks, the facade over both, the loop."""
+    rooms = [path for room in ("step", "ranks") for path in sorted((PACKAGE / room).glob("*.py"))]
+    return [*rooms, PACKAGE / "accelerator.py", ROOT / "train.py"]
+
+
+def test_the_core_stays_short_and_readme_says_how_short():
+    lines = sum(map(code_lines, core()))
+    assert lines < CORE_LIMIT
+    assert f"{lines:,} lines of code" in (ROOT / "README.md").read_text(), f"the core has {lines:,} lines of code"
+
+
+def test_the_facade_opens_with_what_a_loop_calls():
+    text = (PACKAGE / "accelerator.py").read_text()
+    assert len(text.splitlines()) <= 450
+    facade = next(node for node in ast.parse(text).body if isinstance(node, ast.ClassDef))
+    methods = [node.name for node in facade.body if isinstance(node, ast.FunctionDef)]
+    assert methods[:4] == ["prepare", "accumulate", "backward", "gather_for_metrics"]
+
+
+def test_the_loop_is_short():
+    """train() has at most 65 lines and its inner loop at most 15, both as they stand in the file."""
+    functions = {node.name: node for node in ast.parse((ROOT / "train.py").read_text()).body if hasattr(node, "name")}
+    train = functions["train"]
+    assert train.end_lineno - train.lineno + 1 <= 65
+    inner = [node for node in ast.walk(train) if isinstance(node, ast.For) and "batches" in ast.unparse(node.iter)]
+    assert len(inner) == 1 and inner[0].end_lineno - inner[0].lineno + 1 <= 15
+
+
+def test_accelerates_prepare_is_as_long_as_readme_says():
+    """The number that README puts beside ours."""
+    accelerate = pytest.importorskip("accelerate.accelerator")
+    lines = Path(accelerate.__file__).read_text().splitlines()
+    assert (len(inspect.getsource(accelerate.Accelerator.prepare).splitlines()), len(lines)) == (165, 4400)
 
 
 def test_no_file_names_a_place_on_a_developers_machine():

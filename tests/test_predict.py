@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, tiny_bert
+from conftest import ROOT, WORDS, tiny_bert
 
 from nanofinetune import predict
+from nanofinetune.ground.cli import run_main
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.predict import read_lines, split_line
 
-ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5  # the pipeline runs one text at a time, unpadded; ours is a row of a padded batch
 PRINTED = 5e-5  # four digits are printed
 

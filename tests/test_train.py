@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, load_script, save_tiny_model, tiny_bert
 from helpers import run_ranks, run_torchrun
 
-from nanofinetune import loader
+from nanofinetune.ranks import loader
 from nanofinetune.step.collate import DataCollatorWithPadding
 
 RESULT_KEYS = {
@@ -35,7 +35,7 @@ def run(monkeypatch, capsys):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        code = train.run("train.py", train.main)
+        code = train.run_main("train.py", train.main)
         captured = capsys.readouterr()
         return code, captured.out.splitlines(), captured.err.splitlines()
 
@@ -219,7 +219,7 @@ def on_rank(arguments):
     """train.py in one rank -> (exit code, stdout)."""
     sys.argv = ["train.py", *arguments]
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        code = train.run("train.py", train.main)
+        code = train.run_main("train.py", train.main)
     return code, out.getvalue()
 
 

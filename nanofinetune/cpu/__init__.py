@@ -1,5 +1,5 @@
-"""The same numbers, faster on a CPU. Nothing but train.py knows of this room: leave it out, and only speed changes.
+"""The same numbers, faster on a CPU. Only train.py knows this room: without it training is slower, and nothing else.
 
-Read `lean` (padding and unread positions are not computed), `dropout` (torch's masks, drawn faster), `embedding` (a
-gradient without a table of zeros) and `memory` (freed pages are kept).
+Read `lean` (positions that nobody reads are not computed), `dropout` (torch's masks, drawn faster), `embedding` (a
+gradient that costs what the batch's rows cost) and `memory` (freed memory is kept for the next step).
 """

@@ -1,4 +1,4 @@
-"""Dropout on a CPU, with torch's masks drawn faster, or with cheaper masks of its own.
+"""Dropout on a CPU: torch's own masks drawn faster, or (by choice) cheaper masks of our own.
 
 >>> torch.manual_seed(0).initial_seed()
 0
@@ -6,24 +6,14 @@
 >>> [round(value, 3) for value in kept.unique().tolist()], 900 < (kept == 0).sum().item() < 1100
 ([0.0, 1.111], True)
 
-Underneath: `torch.nn.functional.dropout` (torch 2.13) multiplies by noise, a tensor of zeros and of 1 / (1 - p), which
-it fills by `torch.Tensor.bernoulli_`. On Intel's CPUs that asks MKL for all numbers at once; on others it draws one
-double a number from torch's generator and asks whether it is below 1 - p. `transformers` passes the probability of
-attention's dropout to `torch.nn.functional.scaled_dot_product_attention`, which on a CPU then takes its plain form, in
-fp32 whatever the precision, and looks through all scores, twice, for a row in which all is masked.
+Underneath: `torch.nn.functional.dropout` (torch 2.13) multiplies by noise from `torch.Tensor.bernoulli_`
+  - outside Intel's MKL that draws one double a number; `torch_noise` draws the same doubles in a tighter loop;
+  - with dropout `torch.nn.functional.scaled_dot_product_attention` takes its plain form, and scans all scores for rows
+    that are fully masked; `exact_attention` looks at the mask instead;
+  - exact: every result is torch's, bit for bit;
+  - fast (`--fast-dropout`): 16 random bits a number, so other masks than torch's.
 
-Exact: `torch_noise` fills a small buffer by `torch.Tensor.uniform_`, which draws the same doubles in a tighter loop,
-and compares it at once: the same noise, bit for bit, and the generator stands where it would have stood. The attention
-is torch's plain form less the looking: a row that is masked throughout shows in the mask, before there are scores. All
-results are torch's, bit for bit; where torch asks MKL (`draws_doubles` finds out), so does `torch_noise`.
-Fast: `fast_noise` takes 16 bits a number from numpy's SFC64, seeded from torch's generator, so that whoever seeds that
-decides these masks too; its attention stays in the dtype of the scores. The masks are others than torch's, and p is
-rounded to 1/65,536 (0.1 to 0.100006; numbers are scaled by what is really kept): so it is a choice, --fast-dropout.
-
-Proof: test_noise_matches_torch_dropout, test_exact_attention_matches_torch_sdpa,
-test_a_model_in_training_matches_itself_with_torch_dropout, test_fast_dropout_keeps_as_many_as_torch_dropout,
-test_masks_follow_from_torch_manual_seed, test_fast_attention_matches_sdpa_without_dropout and
-test_a_model_matches_itself_in_evaluation in tests/test_dropout.py.
+Proof: test_noise_matches_torch_dropout, test_exact_attention_matches_torch_sdpa in tests/cpu/test_dropout.py.
 """
 
 from __future__ import annotations
@@ -44,7 +34,7 @@ EXACT, FAST = "nanofinetune_exact_dropout", "nanofinetune_fast_dropout"  # our a
 
 
 def torch_noise(shape: torch.Size, dtype: torch.dtype, p: float) -> Tensor:
-    """The noise of torch's dropout: 0 with probability p, else 1 / (1 - p) in that dtype. 0 < p < 1."""
+    """The noise of torch's dropout, a tensor of `shape`: 0 with probability p, else 1 / (1 - p). 0 < p < 1."""
     noise = torch.empty(shape, dtype=dtype)
     return (_by_doubles(noise, 1 - p) if draws_doubles() else noise.bernoulli_(1 - p)).div_(1 - p)
 
@@ -67,13 +57,13 @@ def draws_doubles() -> bool:
 
 
 def fast_noise(shape: torch.Size, dtype: torch.dtype, p: float) -> Tensor:
-    """As torch_noise, with other masks, and p rounded to 1/65,536. Raises ValueError for a p that rounds to 1."""
+    """Like torch_noise, with other masks and p rounded to 1/65,536. Raises ValueError for a p that rounds to 1."""
     dropped = round(p * 2**16) if 0 <= p < 1 else 2**16
     if dropped == 2**16:
         raise ValueError(f"p is {p}: it must be at least 0 and below 1")
     generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
     words = generator.integers(2**64 - 1, size=-(-shape.numel() // 4), dtype=np.uint64, endpoint=True)
-    bits = torch.from_numpy(words.view(np.int16)[: shape.numel()]).view(shape)  # -2^15 ... 2^15 - 1, each as likely
+    bits = torch.from_numpy(words.view(np.int16)[: shape.numel()]).view(shape)  # -2^15 ... 2^15 - 1, equally likely
     noise = torch.ge(bits, dropped - 2**15, out=torch.empty(shape, dtype=dtype))
     return noise.mul_(2**16 / (2**16 - dropped))
 
@@ -82,7 +72,7 @@ def fast_noise(shape: torch.Size, dtype: torch.dtype, p: float) -> Tensor:
 
 
 class ExactDropout(nn.Dropout):
-    """torch.nn.Dropout, sooner."""
+    """torch.nn.Dropout, bit for bit, drawn faster."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         if not self.training or not 0 < self.p < 1 or input.device.type != "cpu" or not input.is_contiguous():
@@ -101,7 +91,7 @@ class FastDropout(nn.Dropout):
 
 
 def torchs_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """What transformers would call."""
+    """The attention that transformers would call."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(*args, **kwargs)
@@ -115,16 +105,16 @@ def exact_attention(
     attention_mask: Tensor | None,  # (B, 1, queries, keys) bool, True where there is something to attend to
     dropout: float = 0.0,
     scaling: float | None = None,
-    queries: int | None = None,  # of the whole, if these are the first ones of it: its noise is drawn, and theirs used
+    queries: int | None = None,  # if these are the first of so many queries: noise is drawn for all, and theirs used
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(QKᵀ/√width + mask)V as torch's scaled_dot_product_attention -> (B, queries, heads, width)."""
+    """softmax(QKᵀ/√width + mask)V, as torch's scaled_dot_product_attention -> (B, queries, heads, width)."""
     leave_to_torch = not 0 < dropout < 1 or query.device.type != "cpu"
-    if attention_mask is not None and not leave_to_torch:  # underneath: it makes zeros of a row in which all is masked
+    if attention_mask is not None and not leave_to_torch:  # underneath: torch gives zeros for a fully masked row
         leave_to_torch = attention_mask.dtype != torch.bool or not bool(attention_mask.any(-1).all())
     if leave_to_torch:
         return torchs_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    # underneath: the plain form computes in fp32 under bf16 too, and each of Q and K gets the root of the scale
+    # underneath: torch's plain form computes in fp32 under bf16 too, and scales both Q and K by the scale's root
     low = query.dtype in (torch.bfloat16, torch.float16)
     with torch.autocast("cpu", enabled=False):
         q, k, v = (tensor.float() if low else tensor for tensor in (query, key, value))
@@ -149,12 +139,10 @@ def fast_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The same (see exact_attention) with fast_noise, all of it in the dtype of the query."""
+    """exact_attention with fast_noise, all of it in the dtype of the query."""
     if not dropout or (attention_mask is not None and attention_mask.dtype != torch.bool):
         return torchs_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    with torch.autocast(
-        "cpu", enabled=False
-    ):  # it would compute the softmax in fp32, and copy the scores there and back
+    with torch.autocast("cpu", enabled=False):  # autocast would copy the scores to fp32 for the softmax, and back
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         scores = (query * scale) @ key.transpose(-1, -2)
         if attention_mask is not None:
@@ -169,16 +157,16 @@ ATTENTIONS = {EXACT: exact_attention, FAST: fast_attention}
 
 
 def use_exact_dropout(model: Any) -> None:
-    """Let a transformers model on a CPU draw torch's masks faster, in place."""
+    """Make a transformers model on a CPU draw torch's masks faster, in place."""
     _replace(model, ExactDropout)
     if model.config.model_type == "bert" and not model.config.is_decoder and _is_plain(model):
-        attend_with(model, EXACT, exact_attention)  # others may want more of their attention than is here
+        attend_with(model, EXACT, exact_attention)  # other kinds may need what this attention lacks
 
 
 def use_fast_dropout(model: Any) -> None:
     """Give a transformers model on a CPU the masks of fast_noise, in place.
 
-    Raises UsageError for a model that is no BERT, or whose attention is not torch's scaled_dot_product_attention.
+    Raises UsageError for a model that is not a BERT, or whose attention is not torch's scaled_dot_product_attention.
     """
     if model.config.model_type != "bert" or not _is_plain(model):
         kind = f"{model.config.model_type} model with {model.config._attn_implementation} attention"
@@ -188,7 +176,7 @@ def use_fast_dropout(model: Any) -> None:
 
 
 def attend_with(model: Any, name: str, attention: Any) -> None:
-    """Make `attention` the model's, under this name in transformers' table."""
+    """Register `attention` in transformers' table under this name, and make the model use it."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

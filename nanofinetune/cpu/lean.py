@@ -1,4 +1,4 @@
-"""A BERT classifier that computes only what its loss reads: no padding, and of the last layer the first tokens.
+"""A lean BERT encoder: it computes only what the loss reads, so no padding, and of the last layer one token a row.
 
 >>> layout = Layout(torch.tensor([[True, True, True], [True, False, False]]), multiple=1)
 >>> layout.rows.tolist()  # of the batch's 2 x 3 positions: the four that hold tokens
@@ -8,24 +8,14 @@
 >>> layout.first(torch.tensor([[[5.0], [6.0], [7.0], [8.0]]])).flatten().tolist()
 [5.0, 8.0]
 
-Underneath: `transformers.models.bert.modeling_bert.BertEncoder` (transformers 5.23) computes every position of a padded
-batch in every layer; attention's mask only keeps the real tokens from looking at the others. Where rows differ in
-length, that is a good part of a batch (train.py's plan says how much). And the pooler,
-`transformers.models.bert.modeling_bert.BertPooler`, reads the first token alone, for which the last layer needs the
-keys and values of all tokens, but one query a row, and one token of everything after attention. On a CPU, where matrix
-products are most of a step, both are time for nothing.
-Here each layer works on one (1, tokens, width) tensor of the batch's tokens; queries, keys and values are laid out as
-(B, S) for attention, which alone mixes positions (FlashAttention's and ModernBERT's "unpadding"; `transformers` has it
-for FlashAttention on GPUs). Losses and gradients are those of the whole but for rounding: a matrix product of other
-rows may add in another order. Dropout is the same, bit for bit: noise is drawn for the whole, and a part of it is used.
+Underneath: transformers.models.bert.modeling_bert.BertEncoder (transformers 5.23)
+  - computes every position of a padded batch in every layer, though `BertPooler` reads the first token alone;
+  - here each layer works on one (1, tokens, width) tensor without padding; only attention sees (B, S) again;
+  - in the last layer only keys and values are computed for all tokens;
+  - kept: losses and gradients but for rounding, dropout bit for bit;
+  - left to transformers: other masks, gradient checkpointing, `output_hidden_states`.
 
-`last_hidden_state` has the first tokens alone. A batch with a row that does not begin with a token, or whose mask is
-anything but one of padding, is computed as transformers does; so is every batch with gradient checkpointing, or where
-`output_hidden_states` or the like is asked for.
-
-Proof: test_a_lean_model_matches_the_whole_one, test_ten_updates_match_the_whole_model,
-test_dropout_matches_the_whole_one, test_pack_and_unpack_are_each_others_gradient and
-test_other_batches_are_computed_whole in tests/test_lean.py.
+Proof: test_a_lean_model_matches_the_whole_one, test_dropout_matches_the_whole_one in tests/cpu/test_lean.py.
 """
 
 from __future__ import annotations
@@ -39,13 +29,13 @@ from torch import Tensor, nn
 from nanofinetune.cpu.dropout import ATTENTIONS, ExactDropout, attend_with, torch_noise
 
 MULTIPLE = 32  # packed tokens are filled up to a multiple: oneDNN compiles a bf16 product for each new number of rows
-LEAST = 0.1  # the share of positions that has to go, for the moving to pay
+LEAST = 0.1  # the share of positions that must be padding before packing pays
 
 # --- where the tokens are ---------------------------------------------------------------------------------------------
 
 
 class _Pack(torch.autograd.Function):
-    """(positions, width) -> (tokens, width): a choice of rows, each at most once."""
+    """(positions, width) -> (tokens, width): the rows that hold a token, each once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
@@ -55,7 +45,7 @@ class _Pack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        # underneath: index_select's own backward adds, since a row might have been chosen twice
+        # underneath: index_select's own backward adds, since a row may have been chosen twice
         return _Unpack.apply(gradients[0], ctx.saved_tensors[0], ctx.positions), None
 
 
@@ -73,9 +63,9 @@ class _Unpack(torch.autograd.Function):
 
 
 class Layout:
-    """Which of a batch's B x S positions are computed: all tokens, and padding up to a multiple of so many.
+    """Which of a batch's B x S positions are computed: all tokens, and as much padding as fills up `multiple`.
 
-    `rows` are these positions, ascending; None where leaving the others out would not pay.
+    `rows` are these positions, ascending; None where leaving the others out does not pay.
     """
 
     def __init__(self, real: Tensor, multiple: int = MULTIPLE, least: float = LEAST) -> None:
@@ -105,37 +95,37 @@ class Layout:
 
 
 def layout_of(hidden: Tensor, attention_mask: Tensor | None) -> Layout | None:
-    """How a batch (B, S, width) is packed; None: as it is, since its mask (B, 1, S, S) is not one of padding."""
+    """How a batch (B, S, width) is packed; None where its mask (B, 1, S, S) is no padding mask: do not pack it."""
     if hidden.device.type != "cpu":
         return None
     if attention_mask is None:
         return Layout(torch.ones(hidden.shape[:2], dtype=torch.bool))
     if attention_mask.dtype != torch.bool or attention_mask.shape != (len(hidden), 1, *[hidden.shape[1]] * 2):
         return None
-    real = attention_mask[:, 0, 0]  # (B, S): which keys the first query sees; the others must see the same
+    real = attention_mask[:, 0, 0]  # (B, S): the keys that the first query sees; all others must see the same
     same = torch.equal(attention_mask[:, 0], real.unsqueeze(1).expand_as(attention_mask[:, 0]))
     return Layout(real) if same and real[:, 0].all() else None
 
 
-# --- the model's parts that know of it --------------------------------------------------------------------------------
+# --- the model's parts, changed to work on packed tokens --------------------------------------------------------------
 
 
 class PackedDropout(ExactDropout):
-    """Dropout of packed tokens that drops what it would have dropped of the whole batch."""
+    """Dropout of packed tokens that drops what it would have dropped in the full batch."""
 
     layout: Layout | None = None
-    only_first = False  # in the last layer
+    only_first = False  # True in the last layer, which computes first tokens only
 
     def noise(self, x: Tensor) -> Tensor:
         if self.layout is None:
             return super().noise(x)
-        whole = torch.Size((self.layout.batch, self.layout.length, x.shape[-1]))
-        noise = self.layout.pack(torch_noise(whole, x.dtype, self.p))
+        full = torch.Size((self.layout.batch, self.layout.length, x.shape[-1]))
+        noise = self.layout.pack(torch_noise(full, x.dtype, self.p))
         return self.layout.first(noise) if self.only_first else noise
 
 
 def laid_out(attention: Any) -> Any:
-    """An attention function of transformers that takes packed queries, keys and values too, if it is given a layout."""
+    """An attention function for transformers that also takes packed queries, keys and values, with their layout."""
 
     def attend(
         module: nn.Module,
@@ -162,12 +152,12 @@ def by_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def encode(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-    """BertEncoder.forward, of packed tokens."""
+    """BertEncoder.forward for packed tokens."""
     from transformers.utils.output_capturing import _active_collector
 
     # underneath: hooks collect what layers return; and checkpointing computes a layer again when its layout is gone
-    whole = bool(_active_collector.get()) or self.layer[0].gradient_checkpointing
-    layout = None if whole else layout_of(hidden_states, attention_mask)
+    full = bool(_active_collector.get()) or self.layer[0].gradient_checkpointing
+    layout = None if full else layout_of(hidden_states, attention_mask)
     if layout is None:
         return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
     dropouts = [module for module in self.modules() if isinstance(module, PackedDropout)]
@@ -190,7 +180,7 @@ def last_layer(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """BertLayer.forward, of the first tokens: (1, tokens, width) -> (1, B, width)."""
+    """BertLayer.forward for the first tokens: (1, tokens, width) -> (1, B, width)."""
     if layout is None:
         return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
     attention = self.attention.self
@@ -207,9 +197,9 @@ def last_layer(
 
 
 def use_lean_encoder(model: Any) -> None:
-    """Let a BertForSequenceClassification on a CPU compute only what its loss reads, in place; others stay as they are.
+    """Make a BertForSequenceClassification on a CPU compute only what its loss reads, in place; other models stay.
 
-    Call it after `use_exact_dropout` or `use_fast_dropout`, whose attention it lays the tokens out for.
+    Call it after `use_exact_dropout` or `use_fast_dropout`: it unpacks the tokens for the attention that those chose.
     """
     name, config = model.config._attn_implementation, model.config
     known = type(model).__name__ == "BertForSequenceClassification" and name in ATTENTIONS
@@ -224,4 +214,4 @@ def use_lean_encoder(model: Any) -> None:
             module.only_first = True
     last.attends_by = name
     attend_with(model, f"{name}_lean", laid_out(ATTENTIONS[name]))
-    encoder.forward, last.forward = partial(encode, encoder), partial(last_layer, last)  # these can be copied and saved
+    encoder.forward, last.forward = partial(encode, encoder), partial(last_layer, last)  # a partial can be pickled

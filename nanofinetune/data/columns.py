@@ -1,27 +1,19 @@
-"""From a name to batches' raw material: load the splits, find the columns, tokenize, keep the tokens flat.
+"""Which columns hold the texts and which one the label, and whether every row can be used.
 
->>> import numpy as np
->>> flat, offsets = np.array([101, 7, 102, 101, 102], np.int32), np.array([0, 3, 5])
->>> store = TokenStore({"input_ids": (flat, offsets)}, labels=np.array([1, 0]))
->>> len(store), store[1]["input_ids"].tolist(), store.lengths.tolist()
-(2, [101, 102], [3, 2])
->>> rows = store.__getitems__([1, 0])  # what torch's DataLoader asks a data set for: a view, no copy
->>> len(rows), rows[0]["label"]
-(2, 0)
+>>> import datasets
+>>> rows = datasets.Dataset.from_dict({"id": [7, 8], "review": ["good food", "cold soup"], "stars": [1, 0]})
+>>> find_columns(rows, None, None, None)
+(('review',), 'stars')
+>>> check_labels({"train": rows}, "stars", None)
+['0', '1']
 
-Underneath: `datasets.load_dataset` and `datasets.Dataset.map` (datasets 5.2) still load and cache; this file replaces
-what the course does by hand after them: `remove_columns`, `rename_column` and `set_format`. A torch-formatted
-`datasets.Dataset` turns a row into one small tensor for each column, and the library's collator turns those into Python
-lists and back. Here each model input is kept as one flat int32 array of all tokens and an array of offsets, and
-`__getitems__` hands the collator a view of it. Columns come from the task table, from the user, or from the features,
-where they leave one reading. Labels are checked before any long work: the library meets a gap, a text or a NaN in them
-as an index error or a NaN loss. `datasets`' own cache saves the tokenizing, and not the import of itself, pandas and
-pyarrow; `load_tokens` keeps the finished arrays of local data in a file of ours, for which none of these is needed.
+Underneath: `datasets.Dataset.remove_columns` and `datasets.Dataset.rename_column` (datasets 5.2), called by hand
+  - the course names its columns itself; here they come from the user, the task table, or the only reading there is;
+  - labels are checked before any long work: transformers meets a gap, a text or a NaN in them as an index error or a
+    NaN loss;
+  - every refusal names the column, the row and what to do.
 
-Proof: test_cached_tokens_are_the_loaded_ones_without_datasets, test_a_cache_is_used_only_for_what_it_was_made_of,
-test_token_store_matches_datasets_rows, test_glue_tsv_keeps_rows_that_pandas_quoting_loses,
-test_columns_are_found_by_themselves and test_local_glue_matches_the_task_table in tests/test_data.py,
-test_every_bad_input_gives_one_line_and_exit_2 in tests/test_bad_inputs.py.
+Proof: test_columns_are_found_by_themselves, test_float_labels_are_regression in tests/data/test_columns.py.
 """
 
 from __future__ import annotations

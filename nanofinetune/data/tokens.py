@@ -1,6 +1,5 @@
-"""From a name to batches' raw material: load the splits, find the columns, tokenize, keep the tokens flat.
+"""Token ids kept flat: all tokens of a split in one array, and where each row begins.
 
->>> import numpy as np
 >>> flat, offsets = np.array([101, 7, 102, 101, 102], np.int32), np.array([0, 3, 5])
 >>> store = TokenStore({"input_ids": (flat, offsets)}, labels=np.array([1, 0]))
 >>> len(store), store[1]["input_ids"].tolist(), store.lengths.tolist()
@@ -9,19 +8,14 @@
 >>> len(rows), rows[0]["label"]
 (2, 0)
 
-Underneath: `datasets.load_dataset` and `datasets.Dataset.map` (datasets 5.2) still load and cache; this file replaces
-what the course does by hand after them: `remove_columns`, `rename_column` and `set_format`. A torch-formatted
-`datasets.Dataset` turns a row into one small tensor for each column, and the library's collator turns those into Python
-lists and back. Here each model input is kept as one flat int32 array of all tokens and an array of offsets, and
-`__getitems__` hands the collator a view of it. Columns come from the task table, from the user, or from the features,
-where they leave one reading. Labels are checked before any long work: the library meets a gap, a text or a NaN in them
-as an index error or a NaN loss. `datasets`' own cache saves the tokenizing, and not the import of itself, pandas and
-pyarrow; `load_tokens` keeps the finished arrays of local data in a file of ours, for which none of these is needed.
+Underneath: `datasets.Dataset.map` and `datasets.Dataset.set_format` (datasets 5.2)
+  - a torch-formatted Dataset makes one small tensor of every cell; the library's collator makes Python lists of them
+    again;
+  - here each model input is one int32 array of all tokens, plus int64 offsets that all inputs share;
+  - `__getitems__` hands the collator a view, from which it copies each column once.
 
-Proof: test_cached_tokens_are_the_loaded_ones_without_datasets, test_a_cache_is_used_only_for_what_it_was_made_of,
-test_token_store_matches_datasets_rows, test_glue_tsv_keeps_rows_that_pandas_quoting_loses,
-test_columns_are_found_by_themselves and test_local_glue_matches_the_task_table in tests/test_data.py,
-test_every_bad_input_gives_one_line_and_exit_2 in tests/test_bad_inputs.py.
+Proof: test_token_store_matches_datasets_rows, test_token_store_holds_int32_and_one_offsets_array in
+tests/data/test_tokens.py.
 """
 
 from __future__ import annotations
@@ -56,27 +50,26 @@ class TokenStore(Dataset[dict[str, Any]]):
         return len(self.lengths)
 
     def digest(self) -> str:
-        """A hash of all tokens and labels: another one, where the data or the tokenizer has changed."""
-        whole = hashlib.sha256()
+        """A hash of all tokens and labels, which differs where the data or the tokenizer has changed."""
+        hashed = hashlib.sha256()
         for name, (flat, offsets) in sorted(self.ragged.items()):
-            whole.update(name.encode() + flat.tobytes() + offsets.tobytes())
+            hashed.update(name.encode() + flat.tobytes() + offsets.tobytes())
         for name, column in sorted(self.dense.items()):
-            whole.update(name.encode() + column.tobytes())
-        return whole.hexdigest()[:16]
+            hashed.update(name.encode() + column.tobytes())
+        return hashed.hexdigest()[:16]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> FlatRows:
-        # underneath: torch's DataLoader calls __getitems__ with a whole batch of indices where a data set has it.
+        # underneath: torch's DataLoader calls __getitems__, where there is one, with all indices of a batch
         return FlatRows(self.ragged, self.dense, np.asarray(indices, dtype=np.int64))
 
 
 def tokenize(data: Data, tokenizer: Any, max_length: int) -> dict[str, TokenStore]:
     """Tokenize every split, cut to `max_length` tokens (the longer text of a pair first) -> split name -> TokenStore.
 
-    `datasets` caches the result under a fingerprint of the data, the tokenizer and the arguments, where the data are on
-    disk.
+    Where the data are on disk, `datasets` caches the result by a fingerprint of data, tokenizer and arguments.
     """
     from datasets import disable_progress_bars
 
@@ -111,7 +104,7 @@ def _to_store(encoded: Any, data: Data) -> TokenStore:
             lists = table[column].combine_chunks()
             offsets = lists.offsets.to_numpy().astype(np.int64)
             flat = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]].astype(np.int32)
-            # All inputs of a model have one value for each token: one offsets array serves them all.
+            # all inputs of a model have one value a token, so they share one offsets array
             same = [other for _, other in ragged.values() if np.array_equal(other, offsets - offsets[0])]
             ragged[column] = (flat, same[0] if same else offsets - offsets[0])
     return TokenStore(ragged, labels_of(encoded, data.label_column, "tokenized"))

@@ -1,4 +1,4 @@
-"""What all rooms stand on: errors for people, command lines, devices, this process, precisions.
+"""What all rooms stand on: errors for people, command lines, devices, the process, precisions.
 
 Read `errors` and `cli` first; `device`, `xla`, `process` and `precision` when a name from there comes up.
 """

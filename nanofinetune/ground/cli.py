@@ -1,4 +1,4 @@
-"""Command lines whose errors are one line: a parser, and types that say what would have been right.
+"""Command lines that answer a mistake with one line: a parser, types for its arguments, and a program's exit code.
 
 >>> number(int, 1)("0")
 Traceback (most recent call last):
@@ -6,12 +6,15 @@ argparse.ArgumentTypeError: 0 is not a whole number from 1
 >>> steps_or_ratio("0.1"), steps_or_ratio("100")
 (0.1, 100)
 
-Underneath: `transformers.HfArgumentParser` (transformers 5.23) makes a command line out of dataclasses: every field of
-`transformers.TrainingArguments` is an option, more than a hundred of them, and a value is checked where it is used, if
-it is (a learning rate of -1 trains). Here each option is written out where it is read, and checked when it is parsed.
+Underneath: `transformers.HfArgumentParser` (transformers 5.23) makes an option of every field of
+`transformers.TrainingArguments`, more than a hundred of them.
+  - There most values are checked where they are used, if at all: a learning rate of -1 trains.
+  - Here each option is written out where it is read, and checked while it is parsed.
+  - argparse also accepts abbreviations, and prints its whole usage above an error. Here there are no abbreviations, and
+    an error is one line.
 
-Proof: test_every_bad_input_gives_one_line_and_exit_2 in tests/test_bad_inputs.py,
-test_hf_argument_parser_takes_a_learning_rate_of_minus_one in tests/test_cli.py.
+Proof: test_every_bad_input_gives_one_line_and_exit_2, test_hf_argument_parser_takes_a_learning_rate_of_minus_one in
+tests/test_bad_inputs.py and tests/ground/test_cli.py.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from nanofinetune.ground.errors import Halt, UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, which prints its whole usage above an error: this raises UsageError. No abbreviations."""
+    """argparse's parser, but a mistake raises UsageError, and options cannot be abbreviated."""
 
     def __init__(self, prog: str, description: str | None) -> None:
         layout = argparse.RawDescriptionHelpFormatter  # the docstring's own lines
@@ -38,14 +41,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_main(name: str, main: Callable[[], None]) -> int:
-    """Run a command -> its exit code; what the user got wrong is one line on stderr and 2, a Halt is one too."""
+    """Run a command -> its exit code. A UsageError is one line on stderr and exit code 2; a Halt brings its own."""
     try:
         main()
         sys.stdout.flush()
     except UsageError as error:
         if "NANOFINETUNE_WORKER" in os.environ:
-            raise  # launch.py started this rank, and prints what the first failing one has to say
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every rank meets the same mistake: say it once
+            raise  # nanofinetune.launch started this rank, and prints the line of the first rank that fails
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every rank makes the same mistake: print it once
             print(f"{name}: {' '.join(str(error).splitlines())}", file=sys.stderr)  # one line, whatever it quotes
         return 2
     except Halt as halt:
@@ -57,7 +60,7 @@ def run_main(name: str, main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`: nothing is wrong with us
+    except BrokenPipeError:  # whoever read our output has closed it, as `| head` does: no mistake of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, what a shell reports
     return 0

@@ -1,26 +1,19 @@
-"""The device seam: which device a run uses, what XLA wants otherwise, and what a process asks of its operating system.
+"""Which device a run uses: the best one of this machine, or the one that is named, checked to be there.
 
->>> choose_device("cpu")
-device(type='cpu')
+>>> choose_device("cpu"), backend_for(torch.device("cpu"))
+(device(type='cpu'), 'gloo')
 >>> choose_device("gpu")
 Traceback (most recent call last):
-nanofinetune.ground.errors.UsageError: --device gpu: there is no such device; choose auto, cpu, cuda, cuda:N, mps, tpu or xla
->>> fixed_lengths(200)
-(32, 64, 128, 200)
+nanofinetune.ground.errors.UsageError: --device gpu: there is no such device; choose auto, cpu, cuda, ...
 
-Underneath: `accelerate.state.PartialState` (accelerate 1.15) picks among a dozen backends by the environment and by
-what imports; for XLA it wants one process a device, and its optimizer wrapper all-reduces their gradients. Here the
-choice is one function, and one process drives all XLA devices. `tpu` is the native device of the package torch_tpu (for
-torch 2.11 and up); `xla` is torch_xla (2.9 is the last, for torch 2.9 only), where operations are only recorded until
-the step ends. No real TPU was used: `tpu` has never run, `xla` ran as 1, 2 and 4 XLA devices on a CPU.
-`keep_freed_memory` has no counterpart there: glibc's malloc returns large blocks to the kernel when they are freed, and
-gets them anew, zeroed page by page, a moment later. A training step frees and allocates the same blocks every time.
+Underneath: `accelerate.state.PartialState` (accelerate 1.15) picks among a dozen backends, by environment variables and
+by which packages can be imported.
+  - Here the choice is one function. A device that is missing is an error of one line, never another device.
+  - `tpu` is the native device of the package torch_tpu, for torch 2.11 and later. No real TPU was used: it has never
+    run.
+  - `xla` is the device of torch_xla; see ground/xla.py.
 
-Proof: test_choose_device_matches_torch, test_auto_matches_accelerate_partial_state, test_no_tpu_here_is_one_line,
-test_keep_freed_memory_stops_page_faults, test_peak_rss_matches_resource_usage and
-test_seconds_since_start_includes_what_came_before_the_import in tests/test_device.py; in an environment of its own,
-which tests/xla/environment.sh makes, test_steps_on_xla_match_the_cpu, test_fixed_lengths_bound_the_compilations and
-test_torch_manual_seed_does_not_reach_xla in tests/xla/test_xla.py.
+Proof: test_auto_matches_accelerate_partial_state, test_no_tpu_here_is_one_line in tests/ground/test_device.py.
 """
 
 from __future__ import annotations
@@ -39,8 +32,8 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl", "tpu": "tpu_dist"}  # torch.distribut
 def choose_device(name: str = "auto") -> torch.device:
     """`auto` (cuda, else mps, else tpu, else cpu) or the device that is named, checked to be there.
 
-    Ask for `xla` before the first backward pass on the CPU. underneath: that pass sizes autograd's list of devices for
-    good, and without XLA in it a later backward pass there is an internal assert of torch.
+    Ask for `xla` before the first backward pass on the CPU. underneath: that pass fixes the size of autograd's list of
+    devices; if XLA is not in it by then, a later backward pass on XLA fails with an internal assert of torch.
 
     Raises:
         UsageError: a kind of device that does not exist, or that this machine does not have.
@@ -74,6 +67,6 @@ def backend_for(device: torch.device) -> str:
 
 
 def _sees_tpu() -> bool:
-    # Not hasattr(torch, "tpu"): that is true wherever torch_tpu is installed.
+    # Not hasattr(torch, "tpu"): that is true wherever torch_tpu is installed, with or without a TPU.
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator is not None and accelerator.type == "tpu"

@@ -1,15 +1,19 @@
-"""The exceptions that a command turns into one line: what the user got wrong, and an end before the end.
+"""The two exceptions that end a command with one line and no traceback: a mistake of the user's, and an early stop.
 
 >>> raise UsageError("--lr is -1.0: it must be above 0")
 Traceback (most recent call last):
 nanofinetune.ground.errors.UsageError: --lr is -1.0: it must be above 0
+>>> Halt(143, "stopped by SIGTERM after update 7").code
+143
 
-Underneath: transformers.HfArgumentParser (transformers 5.23) lets a wrong value surface wherever it first hurts, as
-that place's own traceback. Here everything that the user can mend is one `UsageError`, whose text names the thing, the
-value and the remedy in one line; the command-line programs print it on stderr and exit with 2. Anything else that is
-raised is a fault of ours and keeps its traceback.
+Underneath: `transformers.HfArgumentParser` (transformers 5.23) lets a wrong value fail wherever it is first used.
+  - Here whatever the user can correct is a `UsageError`. Its one line names the thing, its value and the remedy;
+    command-line programs print it on stderr and exit with 2.
+  - A `Halt` is nobody's mistake, such as a signal or a loss that is not a number. It brings its own exit code.
+  - Any other exception is a bug of ours, and keeps its traceback.
 
-Proof: test_every_bad_input_gives_one_line_and_exit_2 in tests/test_bad_inputs.py.
+Proof: test_every_bad_input_gives_one_line_and_exit_2, test_run_gives_the_exit_code_and_one_line in
+tests/test_bad_inputs.py and tests/ground/test_cli.py.
 """
 
 
@@ -18,7 +22,7 @@ class UsageError(ValueError):
 
 
 class Halt(Exception):
-    """An end before the end that is nobody's programming error: a signal, a loss that is not a number.
+    """An early stop that is nobody's programming error: a signal, or a loss that is not a number.
 
     `code` is the exit code; the text is the one line to print.
     """

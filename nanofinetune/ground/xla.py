@@ -1,26 +1,17 @@
-"""The device seam: which device a run uses, what XLA wants otherwise, and what a process asks of its operating system.
+"""What training on XLA devices needs and other devices do not: there, these functions do nothing more than torch does.
 
->>> choose_device("cpu")
-device(type='cpu')
->>> choose_device("gpu")
-Traceback (most recent call last):
-nanofinetune.ground.errors.UsageError: --device gpu: there is no such device; choose auto, cpu, cuda, cuda:N, mps, tpu or xla
->>> fixed_lengths(200)
+>>> fixed_lengths(200)  # a batch is padded to the next of these, so that XLA compiles few shapes
 (32, 64, 128, 200)
+>>> manual_seed(0, torch.device("cpu"))  # torch.manual_seed; on an XLA device its generator is seeded as well
 
-Underneath: `accelerate.state.PartialState` (accelerate 1.15) picks among a dozen backends by the environment and by
-what imports; for XLA it wants one process a device, and its optimizer wrapper all-reduces their gradients. Here the
-choice is one function, and one process drives all XLA devices. `tpu` is the native device of the package torch_tpu (for
-torch 2.11 and up); `xla` is torch_xla (2.9 is the last, for torch 2.9 only), where operations are only recorded until
-the step ends. No real TPU was used: `tpu` has never run, `xla` ran as 1, 2 and 4 XLA devices on a CPU.
-`keep_freed_memory` has no counterpart there: glibc's malloc returns large blocks to the kernel when they are freed, and
-gets them anew, zeroed page by page, a moment later. A training step frees and allocates the same blocks every time.
+Underneath: `accelerate.optimizer.AcceleratedOptimizer` (accelerate 1.15) expects one process per XLA device, and
+all-reduces their gradients itself.
+  - Here one process drives all devices: the rows of a batch are spread over them, and XLA's partitioner inserts the
+    all-reduces.
+  - XLA only records operations. `end_step` compiles and starts what was recorded, anew for every shape.
+  - torch_xla 2.9, its last release, needs torch 2.9. It ran as 1, 2 and 4 XLA devices on a CPU, never on a TPU.
 
-Proof: test_choose_device_matches_torch, test_auto_matches_accelerate_partial_state, test_no_tpu_here_is_one_line,
-test_keep_freed_memory_stops_page_faults, test_peak_rss_matches_resource_usage and
-test_seconds_since_start_includes_what_came_before_the_import in tests/test_device.py; in an environment of its own,
-which tests/xla/environment.sh makes, test_steps_on_xla_match_the_cpu, test_fixed_lengths_bound_the_compilations and
-test_torch_manual_seed_does_not_reach_xla in tests/xla/test_xla.py.
+Proof: test_steps_on_xla_match_the_cpu, test_fixed_lengths_bound_the_compilations in tests/xla/test_xla.py.
 """
 
 from __future__ import annotations
@@ -57,8 +48,8 @@ def xla_device() -> torch.device:
 def spread_rows(batch: Mapping[str, Tensor], device: torch.device) -> None:
     """Spread the rows of a batch, (B, ...) each and on the device, over all XLA devices. Before the forward pass.
 
-    No one reduces gradients: the parameters are whole on every device, so XLA's partitioner has to put an all-reduce
-    wherever a sum over rows crosses devices. Losses and updates are those of one device.
+    Every device holds all parameters, so XLA's partitioner inserts an all-reduce wherever a sum over rows crosses
+    devices; nothing else reduces gradients. Losses and updates are those of one device.
     """
     if device.type == "xla":
         from torch_xla import runtime
@@ -71,7 +62,7 @@ def spread_rows(batch: Mapping[str, Tensor], device: torch.device) -> None:
 
 
 def end_step(device: torch.device) -> None:
-    """Compile what was recorded since the last call, or find it compiled, and start it. After optimizer.zero_grad()."""
+    """Compile what was recorded since the last call, unless it is compiled already, and start it: the end of a step."""
     if device.type == "xla":
         import torch_xla
 
@@ -79,18 +70,18 @@ def end_step(device: torch.device) -> None:
 
 
 def manual_seed(seed: int, device: torch.device) -> None:
-    """torch.manual_seed, for XLA's dropout too."""
+    """torch.manual_seed, which also seeds XLA's dropout."""
     torch.manual_seed(seed)
-    if device.type == "xla":  # underneath: it seeds the CPU, CUDA, MPS and native devices, and XLA is none of these
+    if device.type == "xla":  # underneath: torch's seeds the CPU, CUDA, MPS and native devices; XLA is none of these
         import torch_xla
 
         torch_xla.manual_seed(seed)
 
 
 def state_on_host(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU, to be saved: XLA tensors have no memory to write. What is tied stays tied.
+    """The state dict on the CPU, to be saved: XLA tensors have no memory to write. Tied weights stay tied.
 
-    What is on the CPU already is not copied.
+    Tensors that are on the CPU already are not copied.
     """
     held = module.state_dict(keep_vars=True)
     moved = {id(tensor): tensor.detach().cpu() for tensor in held.values()}
@@ -98,7 +89,7 @@ def state_on_host(module: nn.Module) -> dict[str, Tensor]:
 
 
 def fixed_lengths(limit: int) -> tuple[int, ...]:
-    """32, 64, 128 ... and `limit`: pad each batch to the next of these, for XLA compiles anew for every shape."""
+    """32, 64, 128 ... and `limit`, in tokens: pad each batch to the next of these, as XLA compiles each new shape."""
     if limit < 1:
         raise ValueError(f"limit is {limit}: it is the most tokens that a row may have, at least 1")
     return (*(2**k for k in range(5, limit.bit_length()) if 2**k < limit), limit)

@@ -1,29 +1,22 @@
-"""The world of one run: which rank this process is, the process group, and what the ranks say to each other.
+"""What the ranks tell each other: gather, reduce and broadcast, for tensors in nested containers and for objects.
 
->>> read_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-...                   "MASTER_ADDR": "node1", "MASTER_PORT": "29500"})
-Launch(launcher='torchrun', rank=3, local_rank=1, size=4, local_size=2, init_method='env://')
->>> first_host("rack[2-3]n[07-09,11],login1")
-'rack2n07'
+>>> alone = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), backend=None)
+>>> gather({"loss": torch.tensor([2.0])}, alone)  # on N ranks: N values, in rank order
+{'loss': tensor([2.])}
+>>> [part_of(list("abcde"), rank, 2, apply_padding=False) for rank in (0, 1)]
+[['a', 'b', 'c'], ['d', 'e']]
 
-Underneath: `accelerate.state.PartialState`, `accelerate.utils.operations.gather`, `accelerate.utils.operations.reduce`,
+Underneath: `accelerate.utils.operations.gather`, `accelerate.utils.operations.reduce`,
 `accelerate.utils.operations.broadcast`, `accelerate.utils.operations.pad_across_processes`,
-`accelerate.utils.operations.gather_object`, `accelerate.utils.operations.broadcast_object_list` and
-`accelerate.utils.set_seed` (accelerate 1.15). `PartialState` is one dictionary shared by all its instances and picks
-among a dozen backends. Its collectives walk a nested container and call `torch.distributed` leaf by leaf; where the
-ranks disagree about a shape they hang or return garbage. Kept: names, arguments, results, the early return at one
-process. Left out: XLA, NPU and the rest. Different on purpose: (1) torchrun on a machine without a GPU is real training
-over gloo, where Accelerate runs N silent copies; (2) before each collective the ranks exchange one small header (which
-call, shapes, dtypes; it costs two short all-gathers), so that a disagreement raises on all ranks and says who holds
-what; (3) ranks wait 5 minutes for each other, not gloo's 30; (4) a failure inside `main_process_first` reaches all
-ranks at once; (5) the state is a `World` that is passed around, not a global; (6) the ranks of a restart meet each
-other, and not what torchrun's store still knows of the dead ones.
+`accelerate.utils.operations.gather_object`, `accelerate.utils.operations.broadcast_object_list` (accelerate 1.15).
+  - They walk a container and call torch.distributed leaf by leaf. Where ranks disagree about a shape, they hang or
+    return garbage.
+  - Kept: names, arguments, results, the early return on one process.
+  - Before each call the ranks exchange one small header: which call, which shapes and dtypes. A disagreement raises on
+    all ranks, and says who holds what.
+  - A failure inside `main_process_first` reaches all ranks at once.
 
-Proof: test_read_environment_table, test_collectives_match_accelerate, test_single_process_matches_accelerate,
-test_disagreement_raises_on_all_ranks, test_main_process_first_failure_reaches_all_ranks,
-test_set_seed_matches_accelerate, test_torchrun_on_cpu_is_one_world_where_accelerate_runs_copies and
-test_an_attempt_never_meets_the_dead in tests/test_distributed.py; test_restarted_ranks_meet_each_other in
-tests/test_launch.py; test_two_nodes_restart_together in tests/test_nodes.py.
+Proof: test_collectives_match_accelerate, test_disagreement_raises_on_all_ranks in tests/ranks/test_collectives.py.
 """
 
 from __future__ import annotations
@@ -40,9 +33,16 @@ import torch.distributed as dist
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ranks.world import World
 
+# `data` is a tensor, or a nested list, tuple, named tuple or dict of tensors. At size 1 each call returns at once.
+# At other sizes each raises, on all ranks: RuntimeError where the ranks are in different calls, or disagree about
+# containers, dtypes or shapes; TypeError where a leaf is not a tensor. The header costs two short all-gathers.
+
 
 def gather(data: Any, world: World) -> Any:
-    """Concatenate each leaf over the ranks, in rank order: (n, ...) on each -> (size * n, ...) on all, detached."""
+    """Concatenate each leaf over the ranks, in rank order: (n, ...) on each -> (size * n, ...) on all, detached.
+
+    Source: accelerate.utils.operations.gather, as the next functions are accelerate's of the same name.
+    """
     if world.size == 1:
         return data
     _agree("gather", data, world)
@@ -89,8 +89,8 @@ def broadcast(data: Any, world: World, from_process: int = 0) -> Any:
     _agree(f"broadcast[{from_process}]", data, world)
 
     def broadcast_one(tensor: torch.Tensor) -> torch.Tensor:
-        # underneath: gloo sends the memory from the tensor's first element on; of one with gaps, as Accelerate hands it
-        # over, that is the wrong elements. So send a dense copy, which for a contiguous tensor is the tensor itself.
+        # underneath: gloo sends memory from the tensor's first element on. Accelerate hands it tensors with gaps too,
+        # and then the wrong elements travel. So send a dense copy, which for a contiguous tensor is the tensor itself.
         row = tensor.detach().contiguous()
         dist.broadcast(row.reshape(-1).view(torch.uint8), src=from_process)
         if row.data_ptr() != tensor.data_ptr():
@@ -101,7 +101,10 @@ def broadcast(data: Any, world: World, from_process: int = 0) -> Any:
 
 
 def agree(flags: Sequence[int], world: World, name: str = "agree") -> list[int]:
-    """The greatest of each flag over all ranks, on all ranks: one short all-reduce, cheap enough for every update."""
+    """The greatest of each flag over all ranks, on all ranks: one short all-reduce, cheap enough for every update.
+
+    It goes without the header that the other calls exchange.
+    """
     if world.size == 1:
         return list(flags)
     world.calls.begin(name)
@@ -113,7 +116,7 @@ def agree(flags: Sequence[int], world: World, name: str = "agree") -> list[int]:
 def pad_across_processes(data: Any, world: World, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
     """Pad each leaf along `dim` to its greatest length on any rank, so that `gather` can take it.
 
-    (..., n, ...) -> (..., max n, ...), same dtype. A leaf without that dimension, or long enough, is returned as it is.
+    (..., n, ...) -> (..., max n, ...), same dtype. A leaf without such a dimension, or long enough, stays as it is.
     """
     if world.size == 1:
         return recursively_apply(_tensor, data)
@@ -141,7 +144,7 @@ def gather_object(objects: Any, world: World) -> Any:
     """The ranks' lists of picklable objects, joined in rank order, on all ranks."""
     if world.size == 1:
         return objects
-    # underneath: one level is flattened, so that a string falls into its letters. Pass a list.
+    # underneath: one level is flattened, so a string falls apart into its letters. Pass a list.
     return [item for part in _meet("gather_object", world, objects)[1] for item in part]
 
 
@@ -158,7 +161,7 @@ def broadcast_object_list(object_list: list[Any], world: World, from_process: in
 
 
 def wait_for_everyone(world: World) -> None:
-    """Return once all ranks are here."""
+    """Return once all ranks have called this."""
     if world.size > 1:
         _meet("wait_for_everyone", world, None)
 
@@ -176,12 +179,70 @@ def local_main_process_first(world: World, timeout: timedelta = timedelta(hours=
     return _goes_first(world.local_rank == 0, "local_main_process_first", world, timeout)
 
 
+def part_of(inputs: Any, rank: int, size: int, apply_padding: bool) -> Any:
+    """Rank `rank`'s part of `size` nearly equal parts; the first ones take what is left over, one item each.
+
+    Source: accelerate.PartialState.split_between_processes. Raises TypeError for what cannot be cut, ValueError for a
+    dict of values that are not equally long.
+    """
+    if size == 1:
+        return inputs
+    if isinstance(inputs, dict):
+        if len({len(values) for values in inputs.values()}) > 1:
+            raise ValueError("split_between_processes: the values of the dict are not equally long")
+        return {key: part_of(values, rank, size, apply_padding) for key, values in inputs.items()}
+    if not isinstance(inputs, (list, tuple, torch.Tensor)):
+        raise TypeError(f"split_between_processes: {type(inputs).__name__} is neither list, tuple, tensor nor dict")
+    shorter, longer = divmod(len(inputs), size)
+    begin = rank * shorter + min(rank, longer)
+    indices = list(range(begin, begin + shorter + (rank < longer)))
+    if apply_padding:
+        indices += [len(inputs) - 1] * (shorter + (longer > 0) - len(indices))
+    return inputs[indices] if isinstance(inputs, torch.Tensor) else type(inputs)(inputs[i] for i in indices)
+
+
+def first_rows(rows: torch.Tensor, count: int, expected: int) -> torch.Tensor:
+    """(expected, ...) -> (count, ...): a gathered last step without the rows that only filled it up.
+
+    Source: accelerate.Accelerator.gather_for_metrics. Raises ValueError where there is not one row a sample.
+    """
+    # underneath: Accelerate cuts whatever it is given, even one loss a rank, and hides it when that fails
+    if len(rows) != expected:
+        raise ValueError(
+            f"gather_for_metrics got {len(rows)} rows in a last step of {expected}: give it one row a sample, and other"
+            " values to gather or reduce"
+        )
+    return rows[:count]
+
+
+# ---- Containers -----------------------------------------------------------------------------------------------------
+
+
+def recursively_apply(function: Callable[[Any], Any], data: Any) -> Any:
+    """`data`'s container with `function` applied to each leaf, in the order of `_describe`."""
+    if isinstance(data, (tuple, list, Mapping)):
+        return rebuilt(lambda item: recursively_apply(function, item), data)
+    return function(data)
+
+
+def rebuilt(function: Callable[[Any], Any], container: Any) -> Any:
+    """A list, tuple or mapping of the same type, with `function` applied to each of its items."""
+    kind: Any = type(container)
+    if isinstance(container, Mapping):
+        return kind({key: function(item) for key, item in container.items()})
+    items = [function(item) for item in container]
+    return kind(*items) if hasattr(container, "_fields") else kind(items)  # a namedtuple takes its fields
+
+
+# ---- How a call is agreed upon --------------------------------------------------------------------------------------
+
+
 @contextmanager
 def _goes_first(first: bool, name: str, world: World, timeout: timedelta) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    _meet(name, world, None)  # all ranks are here: from now on it is the work that takes the time
+    _meet(name, world, None)  # all ranks are here, so from now on only the work in the block takes time
     patient = dist.new_group(backend="gloo", timeout=timeout)
 
     def hear_from_the_first(failure: BaseException | None = None) -> None:
@@ -191,7 +252,7 @@ def _goes_first(first: bool, name: str, world: World, timeout: timedelta) -> Ite
         failures = [pair for pair in heard if pair]
         if failure is None and failures:
             for _, what_the_user_got_wrong in failures:
-                if what_the_user_got_wrong:  # the same on every rank, and no rank's own fault
+                if what_the_user_got_wrong:  # a mistake in the call, so the same line on every rank
                     raise UsageError(what_the_user_got_wrong)
             raise RuntimeError(f"{label}: {'; '.join(text for text, _ in failures)}")
 
@@ -200,7 +261,7 @@ def _goes_first(first: bool, name: str, world: World, timeout: timedelta) -> Ite
             hear_from_the_first()
             yield
             return
-        # underneath: Accelerate has no `try` here: the other ranks wait until rank 0's process ends, or the timeout.
+        # underneath: Accelerate has no `try` here: the other ranks wait until rank 0's process ends, or time out.
         try:
             yield
         except BaseException as failure:
@@ -212,7 +273,7 @@ def _goes_first(first: bool, name: str, world: World, timeout: timedelta) -> Ite
 
 
 def _meet(name: str, world: World, payload: Any, group: dist.ProcessGroup | None = None) -> tuple[str, list[Any]]:
-    """This call's label ("gather#12") and every rank's payload in rank order, once all ranks are in this same call."""
+    """Wait until all ranks are in this same call -> its label ("gather#12"), and every rank's payload in rank order."""
     if not dist.is_initialized():
         raise RuntimeError(f"{name}: {world.size} ranks but no process group; call init_world first and shutdown last")
     label = world.calls.begin(name)
@@ -221,7 +282,7 @@ def _meet(name: str, world: World, payload: Any, group: dist.ProcessGroup | None
         dist.all_gather_object(everyone, (label, payload), group=group)
     except RuntimeError as failure:
         who = f"{label} on rank {world.rank} of {world.size}"
-        raise RuntimeError(f"{who}: another rank has ended or did not come in time: {failure}") from failure
+        raise RuntimeError(f"{who}: another rank has ended or was not there in time: {failure}") from failure
     if len({label for label, _ in everyone}) > 1:
         places = ", ".join(f"rank {rank} is at {label}" for rank, (label, _) in enumerate(everyone))
         raise RuntimeError(
@@ -231,7 +292,10 @@ def _meet(name: str, world: World, payload: Any, group: dist.ProcessGroup | None
 
 
 def _agree(name: str, data: Any, world: World, ragged: bool = False) -> list[list[tuple[str, str, Any]]]:
-    """Every rank's leaves as (path, dtype@device, shape), now known to agree; `ragged`: lengths may differ."""
+    """Check that the ranks hold the same leaves -> every rank's, as (path, dtype@device, shape).
+
+    With `ragged`, lengths may differ.
+    """
     label, everyone = _meet(name, world, list(_describe(data)))
     for leaf in zip_longest(*everyone, fillvalue=("", "nothing", ())):
         if len({(path, kind, len(shape) if ragged else shape) for path, kind, shape in leaf}) > 1:
@@ -257,22 +321,6 @@ def _describe(data: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
         yield path, type(data).__name__, ()
 
 
-def recursively_apply(function: Callable[[Any], Any], data: Any) -> Any:
-    """`data`'s container with `function` applied to each leaf, in the order of `_describe`."""
-    if isinstance(data, (tuple, list, Mapping)):
-        return rebuilt(lambda item: recursively_apply(function, item), data)
-    return function(data)
-
-
-def rebuilt(function: Callable[[Any], Any], container: Any) -> Any:
-    """A list, tuple or mapping of the same type, with `function` applied to each of its items."""
-    kind: Any = type(container)
-    if isinstance(container, Mapping):
-        return kind({key: function(item) for key, item in container.items()})
-    items = [function(item) for item in container]
-    return kind(*items) if hasattr(container, "_fields") else kind(items)  # a namedtuple takes its fields
-
-
 def _tensor(leaf: Any) -> torch.Tensor:
     if not isinstance(leaf, torch.Tensor):
         raise TypeError(f"collectives take tensors in nested lists, tuples and dicts, not {type(leaf).__name__}")
@@ -282,32 +330,3 @@ def _tensor(leaf: Any) -> torch.Tensor:
 def _check_rank(rank: int, world: World) -> None:
     if not 0 <= rank < world.size:
         raise ValueError(f"from_process={rank}: there are {world.size} ranks, numbered from 0")
-
-
-def part_of(inputs: Any, rank: int, size: int, apply_padding: bool) -> Any:
-    """Rank `rank`'s part of `size` parts, of which the first are longer by one item where that must be."""
-    if size == 1:
-        return inputs
-    if isinstance(inputs, dict):
-        if len({len(values) for values in inputs.values()}) > 1:
-            raise ValueError("split_between_processes: the values of the dict are not equally long")
-        return {key: part_of(values, rank, size, apply_padding) for key, values in inputs.items()}
-    if not isinstance(inputs, (list, tuple, torch.Tensor)):
-        raise TypeError(f"split_between_processes: {type(inputs).__name__} is neither list, tuple, tensor nor dict")
-    shorter, longer = divmod(len(inputs), size)
-    begin = rank * shorter + min(rank, longer)
-    indices = list(range(begin, begin + shorter + (rank < longer)))
-    if apply_padding:
-        indices += [len(inputs) - 1] * (shorter + (longer > 0) - len(indices))
-    return inputs[indices] if isinstance(inputs, torch.Tensor) else type(inputs)(inputs[i] for i in indices)
-
-
-def first_rows(rows: torch.Tensor, count: int, expected: int) -> torch.Tensor:
-    """(expected, ...) -> (count, ...)."""
-    # underneath: Accelerate cuts whatever comes, one loss a rank too, and swallows it where that fails
-    if len(rows) != expected:
-        raise ValueError(
-            f"gather_for_metrics got {len(rows)} rows in a last step of {expected}: give it one row a sample, and other"
-            " values to gather or reduce"
-        )
-    return rows[:count]

@@ -1,31 +1,23 @@
-"""Data parallelism: every rank holds the model, computes gradients on its own rows, and all average them.
+"""Data parallelism: every rank works on rows of its own, and backward averages the gradients while it still runs.
 
->>> from torch import nn
 >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 >>> model = DistributedDataParallel(nn.Linear(2, 1))
->>> model(torch.ones(3, 2)).sum().backward()  # when this returns, the gradients are those of all ranks' rows
+>>> model(torch.ones(3, 2)).sum().backward()  # when this returns, gradients are the mean over the ranks
 >>> list(model.state_dict()), model.module.weight.grad
 (['module.weight', 'module.bias'], tensor([[3., 3.]]))
 >>> dist.destroy_process_group()
 
-Underneath: `torch.nn.parallel.DistributedDataParallel` (torch 2.13). It broadcasts rank 0's parameters and buffers,
-hooks every parameter's gradient accumulator, copies the gradients into flat buckets (in reverse order of the
-parameters, the first 1 MiB, the others 25 MiB), starts an asynchronous all-reduce when a bucket is full, so that it
-overlaps with the rest of backward, and waits at the end of backward. All of that is kept, in Python. Left out:
-reordering the buckets after the first step. Refused: static graphs, sparse gradients, double backward, reentrant
-checkpointing, communication hooks other than a dtype. Different on purpose: (1) gradients always are views into the
-buckets (there an option, off by default), so that gradients exist once; (2) a parameter without a gradient is named at
-the end of the backward that left it out (there the *next* forward raises, without names); (3) whether to synchronise is
-read at backward, not at forward, so that each backward after several forwards is synchronised (there only the first
-one is, in silence); (4) a parameter that would fill a bucket, as BERT's embedding does, gets one of its own, and its
-gradient is reduced where it lies (there it is copied, and exists twice).
+Underneath: `torch.nn.parallel.DistributedDataParallel` (torch 2.13).
+  - It hooks every parameter, copies gradients into flat buckets, starts an all-reduce when a bucket is full, and waits
+    at backward's end. Kept, in Python.
+  - A parameter without a gradient is named in the backward that left it out. There, the *next* forward raises, without
+    names.
+  - Every backward synchronises. There, not the second after two forwards.
+  - A gradient that fills a bucket is reduced where it lies.
+  - Refused: static graphs, sparse gradients, double backward, reentrant checkpointing.
 
-Proof: test_gradients_match_torch_ddp, test_gradients_match_one_process_on_the_whole_batch,
-test_no_sync_matches_torch_ddp, test_bucket_plan_matches_torch, test_gradients_are_views_that_exist_once_and_stay,
-test_a_large_gradient_is_reduced_where_it_lies, test_buckets_leave_while_backward_runs,
-test_the_default_buckets_are_of_1_and_25_mib, test_gradients_are_multiplied_by_a_third_as_in_torch,
-test_unused_parameters_match_torch_ddp, test_unused_parameter_is_named, test_comm_dtype_matches_torch_bf16_hook and
-test_second_backward_is_synchronised_where_torch_is_silent in tests/test_ddp.py.
+Proof: test_gradients_match_torch_ddp, test_second_backward_is_synchronised_where_torch_is_silent in
+tests/ranks/test_ddp.py.
 """
 
 from __future__ import annotations
@@ -44,29 +36,18 @@ from torch import nn
 
 MIB = 2**20
 
-# A parameter may have this attribute: an object that owns the memory in which the parameter's gradient lies, and whose
-# `holds(gradient)` says so. Its tensor is then one more holder of that memory, and none that would miss a write to it.
-LENDER = "gradient_lender"
-
-
-def broadcast_from_first(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Overwrite the tensors, in place, with those of the group's rank 0: one flat broadcast a dtype and device."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
-    for same in kinds.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in same])
-        dist.broadcast(flat.view(torch.uint8), group=group, group_src=0)  # bytes: gloo knows neither int16 nor float8
-        for tensor, values in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
-            # `.data`: unseen by autograd, which holds BatchNorm's buffers from the forward before and would complain.
-            tensor.data.copy_(values.view_as(tensor))
+# A parameter may have an attribute of this name: an object that owns the memory of the parameter's gradient and uses it
+# again. Its `holds(gradient)` says whether the gradient lies there, so that one more tensor shares that memory. The
+# owner copes with what is written into it.
+OWNER = "gradient_owner"
 
 
 def bucket_plan(parameters: Sequence[torch.Tensor], first_bytes: int, other_bytes: int) -> list[list[int]]:
     """Indices of `parameters` by bucket, last parameters first: about the order in which backward produces gradients.
 
-    Dtypes and devices have buckets of their own. A bucket is closed once it holds `first_bytes` (a kind's first one) or
-    `other_bytes`; so that communication starts early, the first is small.
+    Each dtype and device has buckets of its own. A bucket is closed once it holds `first_bytes` (the first of its kind)
+    or `other_bytes`. The first is small, so that communication starts early.
+    Source: torch.distributed._compute_bucket_assignment_by_size.
     """
     plan: list[list[int]] = []
     open_buckets: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -84,60 +65,55 @@ def bucket_plan(parameters: Sequence[torch.Tensor], first_bytes: int, other_byte
 
 
 def large_alone(plan: list[list[int]], parameters: Sequence[torch.Tensor], large_bytes: int) -> list[list[int]]:
-    """The plan with each parameter of so many bytes in a bucket of its own: an embedding need not be copied then."""
+    """The plan, with each parameter of `large_bytes` or more in a bucket of its own, so that it need not be copied."""
     size = {i: parameters[i].numel() * parameters[i].element_size() for bucket in plan for i in bucket}
     split = [[i] for i in size if size[i] >= large_bytes]
     split += filter(None, ([i for i in bucket if size[i] < large_bytes] for bucket in plan))
     return sorted(split, key=lambda bucket: -bucket[-1])
 
 
-def holders(tensor: torch.Tensor) -> int:
-    """How many tensors share the tensor's memory, itself among them."""
-    # underneath: a storage has no public count; this question makes one more holder of it, which is left out
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1
-
-
 @dataclass(eq=False)
 class Bucket:
-    """Gradients of a few parameters in one flat tensor, which is reduced as a whole.
+    """The gradients of a few parameters in one flat tensor, which takes one all-reduce.
 
-    The tensor is made for the first gradient and stays: the kernel would have to find, and clear, that memory anew in
-    every backward, which costs more time than forward gains by having it for its activations. A bucket of one parameter
-    has no tensor of its own: its gradient is reduced where it lies.
+    The tensor is made for the first gradient and kept. If it were freed, the kernel would have to find and clear that
+    memory in every backward, which costs more than forward gains by having it for activations. A bucket of one
+    parameter has no tensor of its own: the gradient is reduced where it lies.
     """
 
     parameters: dict[int, torch.Tensor]  # by index
     waiting_for: set[int] = field(default_factory=set)
     flat: torch.Tensor | None = None  # (elements,)
     views: dict[int, torch.Tensor] = field(default_factory=dict)  # pieces of `flat`, shaped as the parameters
-    wire: torch.Tensor | None = None  # what travels: `flat`, or a copy of it in another dtype
+    wire: torch.Tensor | None = None  # what is sent: `flat`, or a copy of it in another dtype
     work: dist.Work | None = None
 
     def take(self, grad: torch.Tensor) -> bool:
-        """Make the gradient of the only parameter the flat tensor -> False: that cannot be, it has to be copied."""
+        """Use the only parameter's gradient as the flat tensor -> False where that is impossible: it must be copied."""
         if len(self.parameters) > 1 or not grad.is_contiguous():
             return False
         ((i, parameter),) = self.parameters.items()
         # underneath: two parameters' gradients may be views of one buffer, as those of a.view(-1) + b.view(-1) are
-        lent = getattr(parameter, LENDER, None)
-        if holders(grad) > 1 + (lent is not None and lent.holds(grad)):
+        owner = getattr(parameter, OWNER, None)
+        if holders(grad) > 1 + (owner is not None and owner.holds(grad)):
             return False
         self.flat, self.views = grad.view(-1), {i: grad}
         return True
 
     def open(self) -> None:
+        """Make the flat tensor, with a view of it for each parameter."""
         sizes = [parameter.numel() for parameter in self.parameters.values()]
         self.flat = next(iter(self.parameters.values())).new_empty(sum(sizes))
         for (i, parameter), piece in zip(self.parameters.items(), self.flat.split(sizes), strict=True):
-            # empty_like keeps a dense layout (channels_last) and closes gaps, as autograd does for a gradient.
+            # empty_like keeps a dense layout (channels_last) and closes gaps, as autograd does for gradients.
             strides = torch.empty_like(parameter, device="meta").stride()
             self.views[i] = piece.as_strided(parameter.shape, strides)
 
     def close(self) -> None:
-        """Be ready for the next backward."""
+        """Get ready for the next backward."""
         self.waiting_for = set(self.parameters)
         self.wire = self.work = None
-        if len(self.parameters) == 1:  # a gradient, which may be freed
+        if len(self.parameters) == 1:  # it is a gradient, and the user may want to free it
             self.flat, self.views = None, {}
 
 
@@ -145,18 +121,20 @@ class DistributedDataParallel(nn.Module):
     """Wrap `module`: same forward; after each backward outside `no_sync`, every `.grad` is the mean over the ranks.
 
     Args:
-        module: on its device; on all ranks with the same parameters, in the same order.
+        module: on its device, with the same parameters in the same order on all ranks.
         device_ids, output_device: None, or the one GPU that the module is on. Inputs are not moved there.
-        broadcast_buffers: make buffers rank 0's at the start, and before each forward that follows a synchronised one.
+        broadcast_buffers: copy rank 0's buffers to all ranks now, and before each forward that follows a synchronised
+            one.
         process_group: None is the default group.
-        bucket_cap_mb: MiB of a bucket. None: 25, and 1 for the first.
-        find_unused_parameters: let parameters go without a gradient on some ranks (they count as zero there) or on all
-            (their `.grad` stays as it is). Costs one small all-reduce a backward.
-        on_send: is told the name of each all-reduce when it starts, "all_reduce[bucket 2 of 7]".
-        comm_dtype: in which gradients travel, such as torch.bfloat16 (torch's `bf16_compress_hook`). None: their own.
+        bucket_cap_mb: size of a bucket in MiB. None: 25, and 1 for the first.
+        find_unused_parameters: allow a parameter to get no gradient on some ranks (it counts as zero there) or on all
+            (its `.grad` stays as it is). Costs one small all-reduce a backward.
+        comm_dtype: the dtype in which gradients travel, such as torch.bfloat16 (torch's `bf16_compress_hook`). None:
+            their own.
+        on_send: is called with the name of each all-reduce when it starts, "all_reduce[bucket 2 of 7]".
 
     Raises:
-        RuntimeError: no process group; nothing to train; the ranks' parameters differ (on all ranks, naming the first).
+        RuntimeError: no process group; nothing to train; ranks whose parameters differ (on all ranks; names the first).
         NotImplementedError, ValueError: what is not supported.
     """
 
@@ -210,26 +188,27 @@ class DistributedDataParallel(nn.Module):
         plan = large_alone(plan, self._trained, other)
         self._buckets = [Bucket({i: self._trained[i] for i in indices}) for indices in plan]
         self._bucket_of = {i: bucket for bucket in self._buckets for i in bucket.parameters}
-        self._used = [False] * len(trained)  # since the last reduction
+        self._got_gradient = [False] * len(trained)  # since the last synchronised backward
         self._reset()
-        # Weakly: otherwise the parameters would keep this wrapper, and its hooks, alive after a second wrapping.
+        # A weak reference: otherwise the parameters would keep this wrapper and its hooks alive after a second one.
         this = weakref.ref(self)
         for i, parameter in enumerate(self._trained):
             parameter.register_post_accumulate_grad_hook(partial(_hook, this, i))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, after its buffers have been brought up to date."""
+        """The module's own forward, after its buffers have been made rank 0's."""
         thawed = [name for name, parameter in self._frozen if parameter.requires_grad]
         if thawed:
             raise RuntimeError(
                 f"these were frozen when the module was wrapped, so nothing would average them: {thawed}"
             )
-        # underneath: it is the forward *before* that had to be synchronised, so only a window's first one gets buffers.
+        # underneath: what counts is whether the forward *before* was synchronised. So of the forwards whose gradients
+        # add up, only the first one broadcasts.
         if self._sync_buffers_next and self._buffers_to_sync:
             broadcast_from_first(self._buffers_to_sync, self.process_group)
         self._sync_buffers_next = torch.is_grad_enabled() and self.require_backward_grad_sync
-        if self._running:
-            self._reset(broken_off=True)  # the last backward raised half-way
+        if self._in_backward:
+            self._reset(abandoned=True)  # the last backward raised half-way
         return self.module(*args, **kwargs)
 
     @contextmanager
@@ -243,21 +222,21 @@ class DistributedDataParallel(nn.Module):
 
     # One synchronised backward: _gradient_is_there for each parameter, then _finish.
 
-    def _reset(self, broken_off: bool = False) -> None:
-        self._running = False
+    def _reset(self, abandoned: bool = False) -> None:
+        self._in_backward = False
         self._next = 0  # the first bucket that has not been sent
         for bucket in self._buckets:
-            if broken_off:  # an all-reduce may still write there
+            if abandoned:  # an all-reduce may still write there
                 bucket.flat = None
             bucket.close()
 
     def _gradient_is_there(self, i: int) -> None:
-        self._used[i] = True
+        self._got_gradient[i] = True
         if not self.require_backward_grad_sync:
             return
-        if not self._running:
-            self._running = True
-            # The engine calls this once, when the backward that is running has produced its last gradient.
+        if not self._in_backward:
+            self._in_backward = True
+            # The engine calls this once, when the backward that runs now has produced its last gradient.
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         bucket = self._bucket_of[i]
         if i not in bucket.waiting_for:
@@ -268,7 +247,7 @@ class DistributedDataParallel(nn.Module):
         self._send_full_buckets()
 
     def _put_into(self, bucket: Bucket, i: int) -> None:
-        """Move parameter i's gradient, over the number of ranks, into its bucket, and make it a view of that."""
+        """Move parameter i's gradient, divided by the number of ranks, into its bucket, and make it a view of that."""
         parameter = self._trained[i]
         grad = parameter.grad
         if grad is not None and (grad.requires_grad or grad.layout != torch.strided):
@@ -279,7 +258,8 @@ class DistributedDataParallel(nn.Module):
         if grad is None:
             view.zero_()  # not used on this rank
         else:
-            torch.mul(grad, 1 / self._world_size, out=view)  # underneath: not a division; on 3 ranks the last bit tells
+            # underneath: torch multiplies; on 3 ranks a division would differ in the last bit
+            torch.mul(grad, 1 / self._world_size, out=view)
             parameter.grad = view
         bucket.waiting_for.discard(i)
 
@@ -294,21 +274,21 @@ class DistributedDataParallel(nn.Module):
             bucket.work = dist.all_reduce(bucket.wire, group=self.process_group, async_op=True)
 
     def join_after_failure(self) -> None:
-        """Do this rank's part of a backward that it could not do itself (it ran out of memory), so that no one waits.
+        """Take part in the all-reduces of a backward that failed here (out of memory), so that no other rank waits.
 
-        Whatever the gradients are then, on all ranks: throw them away.
+        The gradients are then wrong on all ranks: throw them away.
         """
-        self._running = True
+        self._in_backward = True
         for i in [i for bucket in self._buckets for i in sorted(bucket.waiting_for)]:
             self._put_into(self._bucket_of[i], i)
         self._finish()
 
     def _finish(self) -> None:
-        """End of backward: account for parameters that got no gradient, then wait for what is on its way."""
+        """End of backward: deal with parameters that got no gradient, then wait for the all-reduces under way."""
         missing = [i for bucket in self._buckets for i in sorted(bucket.waiting_for)]
         # underneath: torch's backward is silent here, and the next forward raises, with numbers in place of names
         if missing and not self.find_unused_parameters:
-            self._reset(broken_off=True)
+            self._reset(abandoned=True)
             raise RuntimeError(
                 f"no gradient for {', '.join(self._names[i] for i in missing)}: the loss does not depend on them"
                 " (freeze them, or pass find_unused_parameters=True), or they were checkpointed with use_reentrant=True"
@@ -317,19 +297,38 @@ class DistributedDataParallel(nn.Module):
             self._put_into(self._bucket_of[i], i)
         self._send_full_buckets()
         if self.find_unused_parameters:
-            used = torch.tensor(self._used, dtype=torch.int32, device=self._trained[0].device)
+            used = torch.tensor(self._got_gradient, dtype=torch.int32, device=self._trained[0].device)
             dist.all_reduce(used, dist.ReduceOp.MAX, group=self.process_group)
-            self._used = used.tolist()  # by any rank
+            self._got_gradient = used.tolist()  # by any rank
         for bucket in self._buckets:
             assert bucket.work is not None and bucket.flat is not None and bucket.wire is not None
             bucket.work.wait()
             if bucket.wire is not bucket.flat:
                 bucket.flat.copy_(bucket.wire)
         for i in missing:
-            if self._used[i] and self._trained[i].grad is None:
+            if self._got_gradient[i] and self._trained[i].grad is None:
                 self._trained[i].grad = self._bucket_of[i].views[i]
-        self._used = [False] * len(self._trained)
+        self._got_gradient = [False] * len(self._trained)
         self._reset()
+
+
+def broadcast_from_first(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Overwrite the tensors, in place, with those of the group's rank 0: one broadcast for each dtype and device."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
+    for same in kinds.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in same])
+        dist.broadcast(flat.view(torch.uint8), group=group, group_src=0)  # bytes: gloo knows neither int16 nor float8
+        for tensor, values in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+            # `.data`: unseen by autograd, which holds BatchNorm's buffers of the forward before and would complain.
+            tensor.data.copy_(values.view_as(tensor))
+
+
+def holders(tensor: torch.Tensor) -> int:
+    """How many tensors share the tensor's memory, itself included."""
+    # underneath: a storage has no public count of its users; asking creates one more, which is subtracted
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1
 
 
 def _hook(wrapper: weakref.ref[DistributedDataParallel], i: int, _: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The world of one run: which rank this process is, the process group, and what the ranks say to each other.
+"""Which rank is this process? The launcher says so in environment variables; this file reads them, and nothing else.
 
 >>> read_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
 ...                   "MASTER_ADDR": "node1", "MASTER_PORT": "29500"})
@@ -6,24 +6,15 @@ Launch(launcher='torchrun', rank=3, local_rank=1, size=4, local_size=2, init_met
 >>> first_host("rack[2-3]n[07-09,11],login1")
 'rack2n07'
 
-Underneath: `accelerate.state.PartialState`, `accelerate.utils.operations.gather`, `accelerate.utils.operations.reduce`,
-`accelerate.utils.operations.broadcast`, `accelerate.utils.operations.pad_across_processes`,
-`accelerate.utils.operations.gather_object`, `accelerate.utils.operations.broadcast_object_list` and
-`accelerate.utils.set_seed` (accelerate 1.15). `PartialState` is one dictionary shared by all its instances and picks
-among a dozen backends. Its collectives walk a nested container and call `torch.distributed` leaf by leaf; where the
-ranks disagree about a shape they hang or return garbage. Kept: names, arguments, results, the early return at one
-process. Left out: XLA, NPU and the rest. Different on purpose: (1) torchrun on a machine without a GPU is real training
-over gloo, where Accelerate runs N silent copies; (2) before each collective the ranks exchange one small header (which
-call, shapes, dtypes; it costs two short all-gathers), so that a disagreement raises on all ranks and says who holds
-what; (3) ranks wait 5 minutes for each other, not gloo's 30; (4) a failure inside `main_process_first` reaches all
-ranks at once; (5) the state is a `World` that is passed around, not a global; (6) the ranks of a restart meet each
-other, and not what torchrun's store still knows of the dead ones.
+Underneath: `accelerate.state.PartialState` (accelerate 1.15).
+  - It looks for LOCAL_RANK, and on a CPU for mpirun's variables. What is missing gets a default.
+  - Kept: torchrun's variables. SLURM's are read as well, so `srun python train.py` needs no launcher.
+  - Left out: mpirun, which is refused.
+  - Variables that promise several processes, but do not say which of them this is, raise: each process would train a
+    model of its own, and nothing would look wrong.
 
-Proof: test_read_environment_table, test_collectives_match_accelerate, test_single_process_matches_accelerate,
-test_disagreement_raises_on_all_ranks, test_main_process_first_failure_reaches_all_ranks,
-test_set_seed_matches_accelerate, test_torchrun_on_cpu_is_one_world_where_accelerate_runs_copies and
-test_an_attempt_never_meets_the_dead in tests/test_distributed.py; test_restarted_ranks_meet_each_other in
-tests/test_launch.py; test_two_nodes_restart_together in tests/test_nodes.py.
+Proof: test_read_environment_table, test_read_environment_refuses_what_would_be_silent_copies in
+tests/ranks/test_environment.py.
 """
 
 from __future__ import annotations
@@ -50,12 +41,13 @@ class Launch:
 
 
 def read_environment(environ: Mapping[str, str]) -> Launch:
-    """torchrun's, SLURM's or no launcher's variables -> the place of this process. Pure: `environ` is all it reads.
+    """The variables of torchrun, of SLURM or of no launcher -> the place of this process. Reads nothing but `environ`.
 
-    In this order: LOCAL_RANK (torchrun's worker), SLURM_PROCID with SLURM_NTASKS > 1 (srun's task), else one process.
+    In this order: LOCAL_RANK (a worker of torchrun), SLURM_PROCID with SLURM_NTASKS > 1 (a task of srun), else one
+    process. Source: accelerate.state.PartialState.
 
     Raises:
-        UsageError: the variables are incomplete, or promise several processes without making this one of them.
+        UsageError: the variables are incomplete, or promise several processes without saying which one this is.
     """
     if environ.get("LOCAL_RANK", "-1") != "-1":
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -98,7 +90,7 @@ def _read_slurm(environ: Mapping[str, str]) -> Launch:
     node = int(environ.get("SLURM_NODEID", "0"))
     local_size = tasks[node] if node < len(tasks) else int(environ.get("SLURM_NTASKS_PER_NODE", "1"))
     host = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_JOB_NODELIST", ""))
-    # The same for all tasks, mostly another one for another job, and below the ports that Linux hands out (32768 up).
+    # The same for all tasks, usually different for another job, and below the ports that Linux hands out (32768 up).
     port = environ.get("MASTER_PORT") or 15000 + _integer(environ, "SLURM_JOB_ID") % 15000
     return Launch("slurm", rank, local_rank, size, local_size, f"tcp://{host}:{port}")
 

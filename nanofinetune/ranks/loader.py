@@ -1,4 +1,4 @@
-"""Iterate a torch DataLoader as one of N ranks: this rank's batches, fetched one ahead, on the device.
+"""Iterate a torch DataLoader as one of N ranks: this rank's batches, one fetched ahead, on this rank's device.
 
 >>> loader = prepare_data_loader(DataLoader(torch.arange(5), batch_size=2), num_processes=2, process_index=1)
 >>> for batch in loader:  # the last step of the two ranks holds one row, so rank 1 gets repeated ones
@@ -6,29 +6,18 @@
 [2, 3] False 1
 [1, 2] True 1
 
-Underneath: `accelerate.data_loader.prepare_data_loader` (accelerate 1.15) rebuilds the loader with `BatchSamplerShard`
-as its batch sampler, and `accelerate.data_loader.DataLoaderShard` fetches one batch ahead only to know, *before* it
-hands out the last batch, that it is the last: that flag makes the last accumulation window step and
-`gather_for_metrics` trim. There it travels through a global list of active loaders; here it lives on the loader, so
-that a loop left by `break`, or a loop inside a loop, disturbs no other. We differ on purpose:
-  - A RandomSampler is always replaced by a seeded one, and a sampler that draws from a `generator` gets one that is
-    reseeded by (seed, epoch): the order is the same for every number of ranks. (Accelerate: the seed of one process
-    comes from the global generator, that of several from rank 0's, by a broadcast each epoch.)
-  - The epoch moves on when an iteration starts. (Accelerate: at its end: `break` repeats a seedable sampler's order.)
-  - `remainder` is counted from the rows that the sampler draws, is 0 where the last step is full or left out, and
-    survives `skip_first_batches`. (Accelerate: -1 after a skip, so that repeated rows are counted.)
-  - `uneven="mask"`: a rank that has no row left in the last step gets one padding row, of label -100; `valid_rows` says
-    how many rows of a batch are real, `rows_of_step` beforehand how many any step has.
-  - With `non_blocking` on CUDA, batches are pinned and copied on a stream of their own while the model computes: a
-    second use of fetching one ahead, since the copy has begun when the batch's turn comes.
-Left out, and refused: `dispatch_batches`, stateful loaders, device meshes, synchronizing further generators.
+Underneath: `accelerate.data_loader.prepare_data_loader`, `accelerate.data_loader.DataLoaderShard` (accelerate 1.15).
+  - They fetch one batch ahead, to know *before* they hand out the last batch that it is the last. There that flag is a
+    global; here it is on the loader.
+  - A shuffled order depends on (seed, epoch) alone, for any number of ranks. The epoch moves on when a loop starts, so
+    `break` repeats nothing.
+  - `remainder` counts what the sampler draws, and survives a skip.
+  - Refused: `dispatch_batches`, stateful loaders, device meshes.
 
-Proof: test_batches_match_accelerate, test_iterable_batches_match_accelerate,
-test_break_repeats_the_order_in_accelerate_only, test_skip_first_batches_keeps_what_accelerate_loses,
-test_remainder_counts_what_the_sampler_draws, test_masked_ranks_together_hold_the_single_process_batches,
-test_rows_of_step_are_known_beforehand, test_set_epoch_reaches_the_batch_sampler_that_accelerate_misses,
-test_running_iterations_are_known_the_latest_last, test_loops_do_not_disturb_each_other in tests/test_loader.py.
+Proof: test_batches_match_accelerate, test_break_repeats_the_order_in_accelerate_only in tests/ranks/test_loader.py.
 """
+
+from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -47,7 +36,7 @@ T = TypeVar("T")
 
 
 def look_ahead(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Yield each item with whether it is the last one, which takes holding one item back.
+    """Yield each item, and whether it is the last one; to know that, fetch the next item first.
 
     >>> list(look_ahead("abc"))
     [('a', False), ('b', False), ('c', True)]
@@ -62,11 +51,21 @@ def look_ahead(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
 
 def send_to_device(batch: Any, device: torch.device | str, non_blocking: bool = False) -> Any:
     """Copy the tensors in nested tuples, lists and mappings (source: accelerate.utils.send_to_device)."""
-    if hasattr(batch, "to"):  # a tensor; a BatchEncoding, which moves its own and keeps its type
+    if hasattr(batch, "to"):  # a tensor, or a BatchEncoding, which moves its own tensors and keeps its type
         return batch.to(device, non_blocking=True) if non_blocking else batch.to(device)
     if isinstance(batch, (tuple, list, Mapping)):
         return rebuilt(lambda item: send_to_device(item, device, non_blocking), batch)
     return batch
+
+
+@dataclass(eq=False)
+class Position:
+    """Where one loop over a loader stands. Each loop has its own, so loops over one loader may be nested."""
+
+    loader: DataLoaderShard
+    index: int = -1  # of the current batch
+    end_of_dataloader: bool = False
+    valid_rows: int | None = None
 
 
 class DataLoaderShard(DataLoader):
@@ -76,14 +75,15 @@ class DataLoaderShard(DataLoader):
         dataset: as torch's DataLoader takes it, like every further keyword.
         device: where batches go; None leaves them where they are.
         synchronized_generator: reseeded from (data_seed, epoch) at the start of every epoch.
-        skip_batches: batches to read and throw away, for streams; for other data sets `SkipBatchSampler` skips unread.
-        iteration: the epoch that the next iteration runs.
+        skip_batches: batches to read and throw away, for streams. For other data sets use `SkipBatchSampler`, which
+            does not read them.
+        iteration: the epoch that the next loop runs.
         continues: the loader whose epoch this one finishes; it moves on to the next epoch together with this one.
-        positions: where each loop over this loader, and over others that share the list, stands while it lasts; the
-            one that got the latest batch is last.
+        positions: a list that loaders may share. While a loop over one of them lasts, its `Position` is in it; the loop
+            that got the latest batch is last.
 
-    While iterating, `end_of_dataloader` says whether the current batch is the last one, `valid_rows` how many rows of
-    it are not padding rows (None where nothing in it is a tensor); between iterations they are False and None.
+    Inside a loop, `end_of_dataloader` says whether the current batch is the last one, and `valid_rows` how many of its
+    rows are not padding rows (None where nothing in it is a tensor). Outside they are False and None.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class DataLoaderShard(DataLoader):
         iteration: int = 0,
         *,
         data_seed: int = 0,
-        continues: "DataLoaderShard | None" = None,
-        positions: "list[Position] | None" = None,
+        continues: DataLoaderShard | None = None,
+        positions: list[Position] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(dataset, **kwargs)
@@ -112,7 +112,7 @@ class DataLoaderShard(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.set_epoch(self.iteration)
-        # underneath: accelerate counts on only after the last batch: after `break` a seedable sampler repeats its order
+        # underneath: accelerate moves on only after the last batch, so after `break` a seedable one repeats its order
         self.iteration += 1
         if self._continues is not None:
             self._continues.iteration = self.iteration
@@ -131,7 +131,7 @@ class DataLoaderShard(DataLoader):
                 self.positions.remove(here)
 
     def _fetch(self) -> Iterator[tuple[Any, int | None]]:
-        """Batches as the workers collate them, each with its number of valid rows."""
+        """Batches as the workers collate them, each with its number of rows that are not padding."""
         for fetched in islice(super().__iter__(), self.skip_batches, None):
             yield fetched if isinstance(self.dataset, _PaddedRows) else (fetched, _row_count(fetched))
 
@@ -139,9 +139,9 @@ class DataLoaderShard(DataLoader):
         return max(0, super().__len__() - self.skip_batches)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration runs, for the samplers, the data set and the generator."""
+        """Choose the epoch that the next loop runs, for the samplers, the data set and the generator."""
         self.iteration = epoch
-        # underneath: accelerate looks only for a `sampler`, and so misses a batch sampler of one's own on N > 1 ranks
+        # underneath: accelerate looks for a `sampler` only, and so misses a user's own batch sampler on N > 1 ranks
         for source in [*_samplers(self), self.dataset]:
             if hasattr(source, "set_epoch"):
                 source.set_epoch(epoch)
@@ -150,7 +150,8 @@ class DataLoaderShard(DataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """Where this loader is: its epoch, and how many rows of it all ranks have been given (0 between epochs)."""
-        # underneath: accelerate saves a stream's sampler only: a seedable one resumes in epoch 0's order, others in any
+        # underneath: accelerate saves the sampler of streams only: elsewhere a seedable one resumes in epoch 0's order,
+        # and any other in an arbitrary order
         seed = next((node.data_seed for node in _samplers(self) if hasattr(node, "data_seed")), self.data_seed)
         state = {"epoch": self.iteration, "rows": 0, "data_seed": seed}
         for position in self.positions:
@@ -163,7 +164,7 @@ class DataLoaderShard(DataLoader):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next iteration runs the epoch of `state` from its first row: `skip_first_batches` skips what is done."""
+        """Let the next loop run the epoch of `state`, from its first row; `skip_first_batches` skips what is done."""
         self.data_seed = state["data_seed"]
         for node in _samplers(self):
             if hasattr(node, "data_seed"):
@@ -171,16 +172,19 @@ class DataLoaderShard(DataLoader):
         self.set_epoch(state["epoch"])
 
     def sample_ids(self, first: int, last: int) -> list[int]:
-        """Which rows of the data set this rank's batches `first` to `last` - 1 of the current epoch hold."""
+        """Row numbers in the data set of this rank's batches `first` to `last` - 1 of an epoch; [] for a stream.
+
+        Batches are counted from 0, from where a loop over this loader begins.
+        """
         if isinstance(self.dataset, IterableDataset):
             return []
         drawn = islice(iter(_batch_sampler(self)), max(0, first), last)
         return [row for batch in drawn for row in batch if row != PADDING]
 
     @property
-    def position(self) -> "Position":
-        """Where the loop over this loader stands that got the latest batch; a fresh one outside of any loop."""
-        # underneath: accelerate keeps the flag on the loader, where a loop inside a loop over it leaves it standing
+    def position(self) -> Position:
+        """Of the loops over this loader, the one that got the latest batch; a new Position outside of any loop."""
+        # underneath: accelerate keeps one flag on the loader; a second loop inside a loop over it leaves the flag set
         return next((position for position in reversed(self.positions) if position.loader is self), Position(self))
 
     @property
@@ -190,16 +194,16 @@ class DataLoaderShard(DataLoader):
 
     @property
     def batch_index(self) -> int:
-        """The number of the current batch, counted from 0 where this loop began; -1 before the first."""
+        """The number of the current batch, counted from 0 where this loop began; -1 outside of any loop."""
         return self.position.index
 
     @property
     def valid_rows(self) -> int | None:
-        """How many rows of the current batch count, here on this rank; less than its size only with `uneven="mask"`."""
+        """How many rows of this rank's current batch are no padding rows; fewer than all only with `uneven="mask"`."""
         return self.position.valid_rows
 
     def rows_of_step(self, index: int) -> tuple[int, int] | None:
-        """Rows that count in step `index` of an epoch, this rank's and all ranks': repeated ones do, padding does not.
+        """Rows of step `index` of an epoch that are no padding rows: (this rank's, all ranks'). Repeated rows count.
 
         None where that cannot be known beforehand: for streams, batches that vary in size, and `even_batches=False`.
         """
@@ -233,7 +237,7 @@ class DataLoaderShard(DataLoader):
 
     @property
     def remainder(self) -> int:
-        """Real rows of the epoch's last step, all ranks together; 0: it is full or left out, -1: it cannot be known."""
+        """Real rows of the epoch's last step, all ranks together. 0: it is full or left out. -1: it is not known."""
         if getattr(self._step_source, "drop_last", False):
             return 0
         drawn = self._whole_dataset
@@ -249,7 +253,7 @@ class DataLoaderShard(DataLoader):
 
     @property
     def _step_source(self) -> Any:
-        """What knows batch_size, num_processes, split_batches and drop_last."""
+        """The object that has batch_size, num_processes, split_batches and drop_last."""
         return self.dataset if isinstance(self.dataset, IterableDatasetShard) else _batch_sampler(self)
 
 
@@ -271,23 +275,23 @@ def prepare_data_loader(
     torch_device_mesh: Any = None,
     *,
     uneven: str = "wrap",
-    positions: "list[Position] | None" = None,
+    positions: list[Position] | None = None,
 ) -> DataLoaderShard:
-    """Give the loader of one rank (source: accelerate.data_loader.prepare_data_loader). `dataloader` stays as it is.
+    """Make the loader of one rank (source: accelerate.data_loader.prepare_data_loader). `dataloader` stays as it is.
 
     Args:
         device, put_on_device: batches go to `device` if `put_on_device`.
         num_processes, process_index: N and r. Every rank must call with equal loaders.
-        split_batches: False: `dataloader.batch_size` is a rank's; True: that of all ranks together.
+        split_batches: False: `dataloader.batch_size` is one rank's. True: it is that of all ranks together.
         even_batches, uneven: what becomes of a short last step on N > 1 ranks, see `BatchSamplerShard`. With "mask" the
-            batch must be a mapping with a tensor "labels"; the only padding row is the one of a rank without any real
-            row: row 0 with label -100 (-100.0 for regression, whose loss does not skip it: weigh it with zero).
-        data_seed: decides the order. None takes the `generator` of the sampler, else torch's global seed, which may
-            differ from rank to rank: so on N > 1 ranks None is refused where a sampler without a generator shuffles.
+            batch must be a mapping with a tensor "labels". A rank that has no real row gets row 0 with label -100
+            (-100.0 in a regression, whose loss does not skip it: give that row weight zero).
+        data_seed: decides the order. None takes the seed of the sampler's `generator`, else torch's global one. That
+            may differ from rank to rank, so N > 1 ranks refuse None where a sampler without a generator shuffles.
         non_blocking: on CUDA, pin batches and copy them on a stream of their own.
         positions: see `DataLoaderShard`.
 
-    Streams are read in full by every rank. Raises NotImplementedError for what accelerate can and this cannot.
+    Every rank reads all of a stream. Raises NotImplementedError for what only accelerate's can do.
     """
     if not isinstance(dataloader, DataLoader):
         raise TypeError(f"dataloader is a {type(dataloader).__name__}: it must be a torch.utils.data.DataLoader")
@@ -342,11 +346,11 @@ def prepare_data_loader(
 
 
 def skip_first_batches(dataloader: DataLoader, num_batches: int = 0) -> DataLoader:
-    """Give a loader of the same epoch without its first `num_batches` batches (source: accelerate's of this name).
+    """A loader of the same epoch without its first `num_batches` batches (source: accelerate's of this name).
 
-    Of a data set with a length only the indices of these are drawn; of a stream they are read and thrown away. What is
-    known about the last step, the device and the epoch are kept: the epoch is the one that `dataloader` would run next,
-    and when the returned loader has begun it, `dataloader` goes on with the one after.
+    For a data set with a length their indices are drawn and their rows not read; a stream has to read them. The new
+    loader keeps the device, what is known about the last step, and the epoch that `dataloader` would run next. Once it
+    has begun that epoch, `dataloader` goes on with the one after.
     """
     settings, skip_batches = _settings(dataloader), 0
     if isinstance(dataloader.dataset, IterableDataset):
@@ -372,27 +376,38 @@ def skip_first_batches(dataloader: DataLoader, num_batches: int = 0) -> DataLoad
     return DataLoader(dataloader.dataset, **settings)
 
 
-@dataclass(eq=False)
-class Position:
-    """Where one loop over a loader stands; each loop has its own, so that loops over one loader may be nested."""
+def order_seed(data_seed: int | None, generator: torch.Generator | None, num_processes: int) -> int:
+    """The seed of an order: the one given, else the generator's, else, for one process, torch's. Raises ValueError."""
+    if data_seed is not None:
+        return data_seed
+    if generator is not None:
+        return generator.initial_seed()
+    if num_processes > 1:
+        raise ValueError(
+            "data_seed is None: every rank must draw the same order, so give all of them the same data_seed, "
+            "or give the sampler a generator with the same seed"
+        )
+    return torch.initial_seed()
 
-    loader: DataLoaderShard
-    index: int = -1  # of the current batch
-    end_of_dataloader: bool = False
-    valid_rows: int | None = None
+
+def seed_of(dataloader: DataLoader) -> int:
+    """The seed of a loader's order: that of its generator, else torch's of this process."""
+    sources = (getattr(dataloader.batch_sampler, "sampler", dataloader.sampler), dataloader.dataset)
+    generators = [getattr(source, "generator", None) for source in sources]
+    return order_seed(None, next((g for g in generators if isinstance(g, torch.Generator)), None), num_processes=1)
 
 
 class _Copies:
-    """Copies to the device; without blocking on CUDA they run on a stream of their own, beside the computation."""
+    """Copies batches to the device; with `non_blocking` on CUDA, on a stream of its own, beside the computation."""
 
     def __init__(self, device: torch.device | None, non_blocking: bool) -> None:
         self.device = device
-        # On CUDA only: batches are not pinned for others, and a copy that runs on (MPS) may outlive what it reads.
+        # On CUDA only: for other devices batches are not pinned, and on MPS a copy may outlive what it reads.
         own_stream = non_blocking and device is not None and device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if own_stream else None
 
     def start(self, batch: Any) -> tuple[Any, torch.cuda.Event | None]:
-        """Begin to copy; the event is reached when the copy is complete."""
+        """Start copying -> the batch, and an event that is reached when the copy is complete."""
         if self.device is None:
             return batch, None
         with torch.cuda.stream(self.stream):  # changes nothing where that is None
@@ -400,19 +415,19 @@ class _Copies:
         return batch, None if self.stream is None else self.stream.record_event()
 
     def wait(self, batch: Any, copied: torch.cuda.Event | None) -> Any:
-        """Make the computation wait for the copy (the host goes on), and the memory wait for the computation."""
+        """Let the computation wait for the copy (the host does not), and the memory for the computation."""
         if copied is not None:
             computation = torch.cuda.current_stream(self.device)
             computation.wait_event(copied)
             for tensor in _tensors(batch):
-                tensor.record_stream(computation)  # else the allocator hands it to the next copy while still in use
+                tensor.record_stream(computation)  # else the allocator gives it to the next copy while it is in use
         return batch
 
 
 class _PaddedRows(Dataset):
-    """A data set that knows padding rows: it gives the real rows of a batch, or row 0 for none, and how many are real.
+    """Gives the real rows of a batch and how many they are; where there are none, row 0 as a padding row.
 
-    Padding rows next to real ones are left out: they would only cost time, and spoil the mean of a regression's loss.
+    Padding rows beside real ones are left out: they would only cost time, and distort the mean of a regression's loss.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -451,7 +466,7 @@ class _MaskLabels:
 
 
 def _seeded(batch_sampler: Any, data_seed: int | None, num_processes: int) -> tuple[Any, torch.Generator | None, int]:
-    """A batch sampler whose order follows from (seed, epoch), the generator to reseed for that, and the seed."""
+    """-> a batch sampler whose order depends on (seed, epoch) only, the generator to reseed for that, and the seed."""
     sampler: Any = getattr(batch_sampler, "sampler", None)
     if isinstance(sampler, DistributedSampler):
         raise ValueError("a DistributedSampler shards already and `prepare` would shard its shard: use a RandomSampler")
@@ -461,7 +476,7 @@ def _seeded(batch_sampler: Any, data_seed: int | None, num_processes: int) -> tu
     generator = None
     if type(sampler) is RandomSampler:
         sampler = SeedableRandomSampler(sampler.data_source, sampler.replacement, sampler._num_samples, data_seed=seed)
-    else:  # any other is kept, but draws from a generator of ours
+    else:  # any other is kept, and draws from a generator of ours
         sampler, generator = copy.copy(sampler), torch.Generator()
         sampler.generator = generator
     batch_sampler = copy.copy(batch_sampler)
@@ -469,34 +484,13 @@ def _seeded(batch_sampler: Any, data_seed: int | None, num_processes: int) -> tu
     return batch_sampler, generator, seed
 
 
-def order_seed(data_seed: int | None, generator: torch.Generator | None, num_processes: int) -> int:
-    """What decides an order: the seed that was given, else the generator's, else, for one process, torch's."""
-    if data_seed is not None:
-        return data_seed
-    if generator is not None:
-        return generator.initial_seed()
-    if num_processes > 1:
-        raise ValueError(
-            "data_seed is None: every rank must draw the same order, so give all of them the same data_seed, "
-            "or give the sampler a generator with the same seed"
-        )
-    return torch.initial_seed()
-
-
-def seed_of(dataloader: DataLoader) -> int:
-    """What decides a loader's order: its generator's seed, else torch's of this process."""
-    sources = (getattr(dataloader.batch_sampler, "sampler", dataloader.sampler), dataloader.dataset)
-    generators = [getattr(source, "generator", None) for source in sources]
-    return order_seed(None, next((g for g in generators if isinstance(g, torch.Generator)), None), num_processes=1)
-
-
 def _batch_sampler(dataloader: DataLoader) -> Any:
-    """What yields lists of indices: the batch sampler, or a sampler that is one (batch_size=None)."""
+    """The object that yields lists of indices: the batch sampler, or a sampler that is one (batch_size=None)."""
     if dataloader.batch_sampler is not None:
         return dataloader.batch_sampler
     if isinstance(dataloader.sampler, BatchSampler) or isinstance(dataloader.dataset, IterableDataset):
         return dataloader.sampler
-    # underneath: accelerate rebuilds such a loader without its sampler, so a shuffled one is shuffled no more
+    # underneath: accelerate rebuilds such a loader without its sampler, so a shuffled one is no longer shuffled
     raise ValueError("this DataLoader has batch_size=None, so nothing to share between ranks: give it a batch_size")
 
 
@@ -516,7 +510,7 @@ def _samplers(dataloader: DataLoader) -> list[Any]:
 
 
 def _settings(dataloader: DataLoader) -> dict[str, Any]:
-    """The arguments of a DataLoader that have nothing to do with which rows it reads."""
+    """The arguments of a DataLoader that do not decide which rows it reads."""
     names = (
         "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator",
         "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order",

@@ -1,15 +1,16 @@
-"""Data parallelism in twenty lines: every rank holds the model, and all average each gradient as soon as it is there.
+"""Data parallelism in twenty lines: every rank holds the model, and the ranks average each gradient once it is there.
 
 >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 >>> model = NaiveDDP(nn.Linear(2, 1))
->>> model(torch.ones(3, 2)).sum().backward()  # when this returns, the gradients are those of all ranks' rows
+>>> model(torch.ones(3, 2)).sum().backward()  # when this returns, gradients are the mean over the ranks
 >>> model.module.weight.grad
 tensor([[3., 3.]])
 >>> dist.destroy_process_group()
 
 Underneath: `torch.nn.parallel.DistributedDataParallel` (torch 2.13).
   - Kept: rank 0's weights and buffers at the start, the mean of each gradient over the ranks, `no_sync`.
-  - Left out: buckets, overlap, unused parameters. One blocking all-reduce a parameter. ddp.py has all of these.
+  - Left out: buckets, overlap, unused parameters. ddp.py has all of these; here each parameter costs one blocking
+    all-reduce.
 
 Proof: test_gradients_match_torch_ddp, test_no_sync_matches_torch_ddp in tests/ranks/test_ddp.py.
 """
@@ -26,9 +27,10 @@ from torch import nn
 
 
 class NaiveDDP(nn.Module):
-    """Data parallelism in twenty lines: broadcast once, then average each gradient as soon as it is there.
+    """Wrap `module`: same forward; after each backward outside `no_sync`, every `.grad` is the mean over the ranks.
 
-    One blocking all-reduce a parameter: no buckets, no overlap. Every parameter must get a gradient on every rank.
+    Every parameter must get a gradient on every rank, or the ranks wait for each other in vain.
+    Source: torch.nn.parallel.DistributedDataParallel.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -46,12 +48,13 @@ class NaiveDDP(nn.Module):
         return self.module(*args, **kwargs)
 
     def _average(self, parameter: torch.Tensor) -> None:
-        # The hook is handed the parameter. Reducing that instead of its gradient would average the weights.
+        # The hook is given the parameter. Reducing that instead of its gradient would average the weights.
         if self.require_backward_grad_sync and parameter.grad is not None:
             dist.all_reduce(parameter.grad.mul_(1 / dist.get_world_size()))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
+        """A block in which backward only adds to each rank's own gradients."""
         before, self.require_backward_grad_sync = self.require_backward_grad_sync, False
         try:
             yield

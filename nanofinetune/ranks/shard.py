@@ -1,37 +1,21 @@
-"""Which rows of the data set belong to this rank, and in which order: functions of integers, testable in one process.
+"""Which rows of the data set each rank gets: functions of whole numbers, which one process can test for all ranks.
 
->>> from torch.utils.data import BatchSampler
 >>> batches = BatchSampler(range(5), batch_size=2, drop_last=False)  # [0 1] [2 3] [4]
 >>> [list(BatchSamplerShard(batches, 2, rank)) for rank in (0, 1)]  # the end wraps to the epoch's first rows
 [[[0, 1], [4, 0]], [[2, 3], [1, 2]]]
 >>> [list(BatchSamplerShard(batches, 2, rank, uneven="mask")) for rank in (0, 1)]  # or holds padding rows
 [[[0, 1], [4]], [[2, 3], [-1]]]
 
-Underneath: `accelerate.data_loader.BatchSamplerShard` (accelerate 1.15) deals whole batches round-robin: rank r of N
-takes batches r, r+N, ... and holds each back until the round of N is known to be full; the last round is dropped,
-wrapped to the epoch's first rows, or left ragged. Said more simply: string all rows together, cut them into *steps* of
-N x batch_size rows, give rank r the r-th slice of each step. That is `shard` below, for batches and for streams
-(`accelerate.data_loader.IterableDatasetShard`) alike. MRPC on 4 ranks:
+Underneath: `accelerate.data_loader.BatchSamplerShard`, `accelerate.data_loader.IterableDatasetShard`,
+`accelerate.data_loader.SkipBatchSampler` (accelerate 1.15).
+  - The first deals batches in turn and holds each back until its round is full. Said more simply: string all rows
+    together, cut them into *steps* of N x batch_size rows, and give rank r the r-th slice of each. That is `shard`
+    below, for batches and streams alike.
+  - A short batch before the last one raises; there its rows vanish.
+  - Skipping keeps `batch_size`.
+  - `uneven="mask"` is ours.
 
->>> train = BatchSampler(range(3668), batch_size=16, drop_last=True)
->>> len(train), len(BatchSamplerShard(train, 4, 0))  # 57 x 4 x 16 = 3648 of the 3668 rows
-(229, 57)
->>> validation = BatchSampler(range(408), batch_size=32, drop_last=False)
->>> len(BatchSamplerShard(validation, 4, 0)), 408 % (4 * 32)  # the fourth step holds 24 real rows
-(4, 24)
-
-We differ on purpose. `accelerate.data_loader.SeedableRandomSampler` seeds with seed + epoch, so (seed, epoch 1) is the
-order of (seed + 1, epoch 0), and it moves on only when exhausted, so that `break` repeats the order; here a hash mixes
-the two, and the loader moves the epoch on. `accelerate.data_loader.SkipBatchSampler` forgets batch_size; ours keeps it.
-A short batch that is not the last is an error (there, rows vanish). `uneven="mask"` is ours.
-`transformers.trainer_pt_utils.LengthGroupedSampler` (transformers 5.23) sorts random blocks of at most 50 batches and
-leaves the batches of a block in order; our blocks are a quarter of the rows and our batches shuffled.
-
-Proof: test_shards_match_accelerate, test_dynamic_shards_match_accelerate, test_iterable_shards_match_accelerate,
-test_mask_holds_exactly_the_single_process_batches, test_seedable_order_matches_torch_random_sampler,
-test_seed_and_epoch_are_not_interchangeable_as_in_accelerate, test_skip_keeps_what_accelerate_loses,
-test_a_short_batch_in_the_middle_raises_where_accelerate_loses_rows,
-test_length_grouping_pads_no_more_than_transformers in tests/test_sampler.py.
+Proof: test_shards_match_accelerate, test_mask_holds_exactly_the_single_process_batches in tests/ranks/test_shard.py.
 """
 
 from __future__ import annotations
@@ -44,13 +28,12 @@ from torch.utils.data import BatchSampler, IterableDataset
 
 T = TypeVar("T")
 
-
-# The index of a padding row: it weighs nothing, and only fills the batch of a rank that has run out of rows.
+# The index of a padding row. It counts for nothing; it only fills the batch of a rank that has run out of rows.
 PADDING = -1
 
 
 def steps(units: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Cut a stream into lists of `size`; the last one may be shorter.
+    """Cut a stream into lists of `size` units; the last one may be shorter.
 
     >>> list(steps("abcde", 2))
     [['a', 'b'], ['c', 'd'], ['e']]
@@ -73,9 +56,9 @@ def shard(
     """Yield this rank's part of every step: a step is `num_processes * per_process` consecutive units, a part a slice.
 
     A short last step is left out with `drop_last`; else `uneven` says what becomes of it:
-      "wrap"    completed with the stream's first units, repeated as often as needed
-      "mask"    spread over the ranks in equal parts, the end filled up with `padding`
-      "ragged"  nothing added: the last ranks get a shorter part, or none and one step less
+      "wrap"    it is filled up with the stream's first units, repeated as often as needed
+      "mask"    it is spread over the ranks in equal parts, whose end is filled up with `padding`
+      "ragged"  nothing is added: the last ranks get a shorter part, or none at all and one step less
 
     >>> [list(shard("abcdefg", 2, 2, rank)) for rank in (0, 1)]
     [[['a', 'b'], ['e', 'f']], [['c', 'd'], ['g', 'a']]]
@@ -92,7 +75,7 @@ def shard(
             if drop_last:
                 return
             if uneven == "wrap":
-                # underneath: even_batches trains on these rows twice; only gather_for_metrics cuts them off again
+                # underneath: with even_batches, training sees these rows twice; only gather_for_metrics cuts them off
                 step = list(islice(chain(step, cycle(first)), size))
             elif uneven == "mask":
                 # Equal parts, padding at the end: shapes agree, and gathering and trimming gives the rows in order.
@@ -103,17 +86,26 @@ def shard(
 
 
 class BatchSamplerShard(BatchSampler):
-    """One rank's batches out of `batch_sampler`, any iterable of lists of indices (source: accelerate's of this name).
+    """One rank's batches out of `batch_sampler`, any iterable of lists of row indices (source: accelerate's class).
+
+    MRPC on 4 ranks:
+
+    >>> train = BatchSampler(range(3668), batch_size=16, drop_last=True)
+    >>> len(train), len(BatchSamplerShard(train, 4, 0))  # 57 x 4 x 16 = 3648 of the 3668 rows
+    (229, 57)
+    >>> validation = BatchSampler(range(408), batch_size=32, drop_last=False)
+    >>> len(BatchSamplerShard(validation, 4, 0)), 408 % (4 * 32)  # the fourth step holds 24 real rows
+    (4, 24)
 
     Args:
-        batch_sampler: its `batch_size` (None or missing: batches vary in size) and `drop_last` (missing: False) count.
+        batch_sampler: its `batch_size` (None or missing: batches vary in size), its `drop_last` (missing: False).
         num_processes, process_index: N and r, 0 <= r < N.
-        split_batches: False deals whole batches, a step is N of them; True cuts each batch, the step, into N slices.
+        split_batches: False: a step is N batches, and each rank gets one. True: a step is one batch, cut into N slices.
         even_batches: True gives all ranks equally many batches; False leaves the last step ragged.
         uneven: how `even_batches` is reached: "wrap" repeats the epoch's first rows; "mask" adds rows of index
             `PADDING`, only at the end of a batch; every rank has at least one row, real or padding, in every step.
 
-    Where batches vary in size they are dealt whole: "wrap" repeats the first ones, "mask" adds some of one padding row.
+    Batches that vary in size are never cut: "wrap" repeats the first ones, "mask" adds batches of one padding row.
     Raises ValueError for settings that contradict each other and, while iterating, for a short batch before the last.
     """
 
@@ -164,7 +156,7 @@ class BatchSamplerShard(BatchSampler):
     def __len__(self) -> int:
         batches = len(self.batch_sampler)  # type: ignore[arg-type]
         if self.split_batches:
-            # underneath: one too many (there and here) for a rank that a ragged last batch leaves out
+            # underneath: one too many, in Accelerate as here, for a rank that a ragged last batch leaves out
             return batches
         if self.drop_last:
             return batches // self.num_processes
@@ -179,10 +171,13 @@ class BatchSamplerShard(BatchSampler):
 
 
 class SkipBatchSampler(BatchSampler):
-    """A batch sampler without its first `skip_batches` batches, of which only the indices are drawn."""
+    """A batch sampler without its first `skip_batches` batches: their indices are drawn, their rows never read.
+
+    Source: accelerate.data_loader.SkipBatchSampler. Raises ValueError for a negative number.
+    """
 
     # underneath: accelerate's has no batch_size, drop_last or num_processes, so its loader no longer knows how many
-    # rows of the last batch are real, and `gather_for_metrics` counts the repeated ones.
+    # rows of the last batch are real, and `gather_for_metrics` counts the repeated ones too.
     def __init__(self, batch_sampler: Iterable[list[int]], skip_batches: int = 0) -> None:
         if skip_batches < 0:
             raise ValueError(f"skip_batches is {skip_batches}: it must be 0 or more")
@@ -224,7 +219,7 @@ class IterableDatasetShard(IterableDataset):
         process_index: int = 0,
         split_batches: bool = False,
     ) -> None:
-        # underneath: accelerate lets batch_size 1 through, and then every rank keeps nothing of every batch
+        # underneath: accelerate accepts batch_size 1 on 2 ranks, and then each rank keeps 1 // 2 = 0 rows of a batch
         if split_batches:
             _check_split(batch_size, num_processes)
         self.dataset = dataset
@@ -260,12 +255,12 @@ def _check_split(batch_size: int | None, num_processes: int) -> None:
 
 
 def _rows(batches: Iterable[list[int]], batch_size: int) -> Iterator[int]:
-    """String the rows of batches together, which `shard` may only do if they are all full but the last."""
+    """String the rows of batches together, which `shard` may only do if all but the last batch are full."""
     short: int | None = None
     for number, batch in enumerate(batches):
         if short is not None or len(batch) > batch_size:
             wrong, rows = (number - 1, short) if short is not None else (number, len(batch))
-            # underneath: accelerate drops the whole round that such a batch ends
+            # underneath: accelerate drops the whole round of batches that such a batch ends
             raise ValueError(
                 f"batch {wrong} has {rows} rows and batch_size is {batch_size}: only the last batch may differ; "
                 "a batch sampler whose batches vary in size must not have a batch_size"

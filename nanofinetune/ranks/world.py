@@ -1,29 +1,22 @@
-"""The world of one run: which rank this process is, the process group, and what the ranks say to each other.
+"""The ranks of one run: this process's place among them, its device, and the process group that connects them.
 
->>> read_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-...                   "MASTER_ADDR": "node1", "MASTER_PORT": "29500"})
-Launch(launcher='torchrun', rank=3, local_rank=1, size=4, local_size=2, init_method='env://')
->>> first_host("rack[2-3]n[07-09,11],login1")
-'rack2n07'
+>>> world = init_world("cpu")  # no launcher has started this process, so it is alone
+>>> world.rank, world.size, world.backend
+(0, 1, None)
+>>> set_seed(0)
+>>> torch.rand(2, device=world.device)
+tensor([0.4963, 0.7682])
+>>> shutdown(world)
 
-Underneath: `accelerate.state.PartialState`, `accelerate.utils.operations.gather`, `accelerate.utils.operations.reduce`,
-`accelerate.utils.operations.broadcast`, `accelerate.utils.operations.pad_across_processes`,
-`accelerate.utils.operations.gather_object`, `accelerate.utils.operations.broadcast_object_list` and
-`accelerate.utils.set_seed` (accelerate 1.15). `PartialState` is one dictionary shared by all its instances and picks
-among a dozen backends. Its collectives walk a nested container and call `torch.distributed` leaf by leaf; where the
-ranks disagree about a shape they hang or return garbage. Kept: names, arguments, results, the early return at one
-process. Left out: XLA, NPU and the rest. Different on purpose: (1) torchrun on a machine without a GPU is real training
-over gloo, where Accelerate runs N silent copies; (2) before each collective the ranks exchange one small header (which
-call, shapes, dtypes; it costs two short all-gathers), so that a disagreement raises on all ranks and says who holds
-what; (3) ranks wait 5 minutes for each other, not gloo's 30; (4) a failure inside `main_process_first` reaches all
-ranks at once; (5) the state is a `World` that is passed around, not a global; (6) the ranks of a restart meet each
-other, and not what torchrun's store still knows of the dead ones.
+Underneath: `accelerate.state.PartialState`, `accelerate.utils.set_seed` (accelerate 1.15).
+  - PartialState is one dictionary that all its instances share; a `World` is a value that is passed around.
+  - Under torchrun on a machine without a GPU it makes N separate copies; here N ranks train one model over gloo.
+  - Ranks wait 5 minutes for each other; gloo's default is 30.
+  - After a restart, ranks meet each other, and not what torchrun's store still says of dead ones.
+  - Left out: XLA, NPU and other backends.
 
-Proof: test_read_environment_table, test_collectives_match_accelerate, test_single_process_matches_accelerate,
-test_disagreement_raises_on_all_ranks, test_main_process_first_failure_reaches_all_ranks,
-test_set_seed_matches_accelerate, test_torchrun_on_cpu_is_one_world_where_accelerate_runs_copies and
-test_an_attempt_never_meets_the_dead in tests/test_distributed.py; test_restarted_ranks_meet_each_other in
-tests/test_launch.py; test_two_nodes_restart_together in tests/test_nodes.py.
+Proof: test_torchrun_on_cpu_is_one_world_where_accelerate_runs_copies, test_an_attempt_never_meets_the_dead in
+tests/ranks/test_world.py.
 """
 
 from __future__ import annotations
@@ -52,7 +45,7 @@ TIMEOUT = timedelta(minutes=5)
 
 
 class Calls(Counter[str]):
-    """How often each collective was called, and the latest: what a rank says when it waits in vain.
+    """How often each collective was called, and which was the latest: what a rank reports when it waits in vain.
 
     >>> calls = Calls()
     >>> calls.begin("gather"), calls.begin("gather"), calls.latest
@@ -88,20 +81,20 @@ def init_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
     This process ends with its torchrun from then on (Linux). Call `shutdown` in a `finally`.
     `timeout` is how long ranks wait for each other, here and in each collective.
 
-    Threads: with several ranks and neither OMP_NUM_THREADS nor MKL_NUM_THREADS set, a rank takes torch's number divided
-    by the ranks of its node. A value that is set is respected. underneath: torchrun sets OMP_NUM_THREADS=1, with a
-    warning, where it is not set; we cannot tell that 1 from the user's, so `launch.sh` sets cores / ranks before.
+    Threads: with several ranks, and neither OMP_NUM_THREADS nor MKL_NUM_THREADS set, a rank takes torch's number
+    divided by the ranks on its node. A value that is set is respected.
+    Source: accelerate.state.PartialState.
 
     Raises:
-        UsageError: as `read_environment`; or the device is not there, or the ranks cannot share it.
-        RuntimeError: the other ranks did not come in time.
+        UsageError: as `read_environment`; or there is no such device, or the ranks cannot share it.
+        RuntimeError: the other ranks were not there in time.
     """
     if dist.is_initialized():
         backend: str = dist.get_backend()
         launch = Launch(
             launcher="adopted",
             rank=dist.get_rank(),
-            local_rank=int(os.environ.get("LOCAL_RANK", dist.get_rank())),  # no launcher's word: all on one node
+            local_rank=int(os.environ.get("LOCAL_RANK", dist.get_rank())),  # no launcher said so: all are on one node
             size=dist.get_world_size(),
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
         )
@@ -111,8 +104,10 @@ def init_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
     place = _device_of(launch, device)
     if launch.size == 1:
         return World(0, 0, 1, 1, place, None)
+    # underneath: torchrun sets OMP_NUM_THREADS=1, with a warning, where it is not set. We cannot tell that 1 from one
+    # that the user chose, so `launch.sh` sets cores / ranks before it calls torchrun.
     if not os.environ.get("OMP_NUM_THREADS") and not os.environ.get("MKL_NUM_THREADS"):
-        # srun binds a task to its own CPUs: where it does, torch's number is that task's share already.
+        # srun binds a task to CPUs of its own; where it does, torch's number is that task's share already.
         share = int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) if launch.launcher == "slurm" else 0
         torch.set_num_threads(share or max(1, torch.get_num_threads() // launch.local_size))
     if launch.launcher == "torchrun":
@@ -135,20 +130,36 @@ def init_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
 def shutdown(world: World) -> None:
     """Destroy the process group that `init_world` made. Belongs in a `finally`; may be called twice.
 
-    It ends the group's threads, unless something holds the group itself, as torch's DistributedDataParallel does, and
-    ours where it was given one: let go of such models before.
+    This ends the group's threads, unless something still holds the group itself. torch's DistributedDataParallel does,
+    and so does ours where it was given a group: delete such models first.
     """
     if dist.is_initialized() and not world.adopted:
-        gc.collect()  # models that nothing but their own hooks hold
+        gc.collect()  # models that only their own hooks hold
         dist.destroy_process_group()
         atexit.unregister(_let_threads_finish)
 
 
+def set_seed(seed: int, device_specific: bool = False, deterministic: bool = False) -> None:
+    """Seed Python's `random`, numpy and torch on all devices (source: accelerate.utils.set_seed).
+
+    `device_specific` adds the rank to `seed`. `deterministic` makes torch choose deterministic kernels, or raise.
+    """
+    # underneath: without device_specific all ranks draw the same dropout masks.
+    if device_specific:
+        seed += dist.get_rank() if dist.is_initialized() else read_environment(os.environ).rank
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
 def _let_threads_finish() -> None:
     """At the end of a process that never called `shutdown`."""
-    # underneath: gloo's thread gives up a call's tensors after it has told of the call's end. Where Python holds them
-    # too it needs the interpreter for that, and one that is ending ends the thread, in a destructor: "terminate called
-    # without an active exception". Destroying the group might wait for calls that the others never make; so give time.
+    # underneath: gloo's thread drops a call's tensors after it has reported the call's end. Where Python holds them
+    # too, the thread needs the interpreter for that. An interpreter that is shutting down ends the thread there, inside
+    # a destructor: "terminate called without an active exception". Destroying the group might wait for calls that the
+    # other ranks never make, so give the thread a moment instead.
     if dist.is_initialized():
         time.sleep(0.1)
 
@@ -161,21 +172,22 @@ def _store(launch: Launch, timeout: timedelta) -> dist.Store:
             store, _, _ = next(dist.rendezvous(launch.init_method, launch.rank, launch.size, timeout=timeout))
             return _store_of_this_attempt(store, launch, timeout)
         except dist.DistNetworkError:
-            # A second Accelerator in the same processes: rank 0 was still closing the first one's store.
+            # A second Accelerator in the same processes: rank 0 may still be closing the first one's store.
             if launch.rank == 0 or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
 
 
 def _store_of_this_attempt(store: dist.Store, launch: Launch, timeout: timedelta) -> dist.Store:
-    """The part of the store that the ranks which are alive now have to themselves.
+    """The part of the store that only the ranks of this attempt, all of them alive, read and write.
 
-    underneath: torchrun keeps one store over its restarts, in which new ranks find the addresses of dead ones: they
-    are refused, or they hang (pytorch issue 135712). TORCHELASTIC_RESTART_COUNT cannot tell the attempts apart: each
-    node counts for itself, and starts its ranks while the other's still run. So rank 0 invites under a name that no
-    attempt had before. Every other rank accepts, as itself, each invitation that it sees, those of dead ranks too, and
-    joins the one whose list of guests has it: only ranks that wait here can have accepted a new name.
+    Rank 0 puts up an invitation under a name that no attempt had before. Every other rank answers each invitation that
+    it sees, even a dead rank's, with an id of its own, and joins the one whose list of guests has that id: only a rank
+    that waits here now can have answered a new name.
     """
+    # underneath: torchrun keeps one store over its restarts. New ranks find the addresses of dead ones there, and are
+    # refused or hang (pytorch issue 135712). TORCHELASTIC_RESTART_COUNT cannot tell attempts apart: each node counts
+    # for itself, and starts its ranks while the other node's old ones still run.
     if launch.rank == 0:
         attempt = uuid.uuid4().hex
         store.set("nanofinetune/invitation", attempt)
@@ -194,7 +206,7 @@ def _store_of_this_attempt(store: dist.Store, launch: Launch, timeout: timedelta
 
 
 def _device_of(launch: Launch, name: str) -> torch.device:
-    """The device of this rank: of several, `cuda` becomes the GPU that has the local rank's number."""
+    """The device of this rank. With several ranks, `cuda` becomes the GPU that has the local rank's number."""
     device = choose_device(name)
     if launch.size == 1:
         return device
@@ -213,15 +225,3 @@ def _device_of(launch: Launch, name: str) -> torch.device:
             f"{launch.local_size} processes on a node with {count} GPUs: start {count}, or choose --device cpu"
         )
     return torch.device("cuda", index)
-
-
-def set_seed(seed: int, device_specific: bool = False, deterministic: bool = False) -> None:
-    """Seed Python's `random`, numpy and torch on all devices; `device_specific` adds the rank to `seed`."""
-    # underneath: without device_specific all ranks draw the same dropout masks.
-    if device_specific:
-        seed += dist.get_rank() if dist.is_initialized() else read_environment(os.environ).rank
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    if deterministic:
-        torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""Pad tokenized rows into one rectangular batch.
+"""Pad tokenized rows (a *row* is one example of the data set) into one rectangular batch.
 
 >>> from types import SimpleNamespace
 >>> tokenizer = SimpleNamespace(pad_token_id=0, pad_token_type_id=0, padding_side="right", model_max_length=512,
@@ -7,18 +7,14 @@
 >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist()
 ([[7, 8, 9], [5, 0, 0]], [[1, 1, 1], [1, 0, 0]], [1, 0])
 
-Underneath: transformers.data.data_collator.DataCollatorWithPadding (transformers 5.23) is
-transformers.tokenization_utils_base.PreTrainedTokenizerBase.pad and a renaming of label to labels. It makes Python
-lists of every tensor, pads row by row in Python, and makes a tensor of each column again. We keep its arguments,
-values, key order and dtypes, and write each column with one vectorised copy. What it drops or mangles is an error here:
-a column that only later rows have, a mask shorter than its ids, rows beyond max_length, two label columns, an argument
-without effect. A mask of bools always becomes int64 (there: bool where no row needs padding), and a dict of tensors is
-left as it was (there: its values become lists). Left out: masks of two dimensions, token columns that are not whole
-numbers, single examples, return_tensors=None, attribute access (`batch.input_ids`).
+Underneath: `transformers.data.data_collator.DataCollatorWithPadding` (transformers 5.23), which calls
+`transformers.tokenization_utils_base.PreTrainedTokenizerBase.pad`.
+  - There: every tensor becomes a Python list, is padded row by row, and becomes a tensor again.
+  - Kept: arguments, values, order of keys, dtypes. Here each column is one vectorised copy.
+  - Different: what the library drops or mangles is an error here; a mask of bools always becomes int64.
+  - Left out: masks of two dimensions, token columns that are not whole numbers, single examples, return_tensors=None.
 
-Proof: test_collator_matches_transformers, test_other_columns_match_transformers, test_flat_rows_match_transformers,
-test_dataloader_over_torch_format_matches_transformers, test_where_transformers_is_silent_we_raise in
-tests/test_collate.py.
+Proof: test_collator_matches_transformers, test_where_transformers_is_silent_we_raise in tests/step/test_collate.py.
 """
 
 from array import array
@@ -29,13 +25,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-UNLIMITED = 10**20  # a tokenizer that knows no limit says model_max_length = 1e30
+UNLIMITED = 10**20  # a tokenizer without a limit says model_max_length = 1e30
 _ALONE = "this is one example, not a batch of them: a single example must come as [example]"
-Columns = dict[str, np.ndarray | torch.Tensor]  # what a batch is made of, in the order of its keys
+Columns = dict[str, np.ndarray | torch.Tensor]  # a batch before it is a Batch, in the order of its keys
 
 
 def token_cells(lengths: np.ndarray, width: int, side: str) -> np.ndarray:
-    """Which cells of a batch hold a token, the others being padding on `side`: (B,) lengths -> (B, width) bool.
+    """Which cells of a batch hold a token; the rest is padding, on `side`: (B,) lengths -> (B, width) bool.
 
     >>> token_cells(np.array([3, 1]), width=3, side="left").astype(int).tolist()
     [[1, 1, 1], [0, 0, 1]]
@@ -45,7 +41,7 @@ def token_cells(lengths: np.ndarray, width: int, side: str) -> np.ndarray:
 
 
 def pad_flat(tokens: np.ndarray, inside: np.ndarray, value: int) -> np.ndarray:
-    """Rows end to end, (total,) -> one column of a batch, (B, W) int64, with `value` in the cells that hold no token.
+    """Rows end to end, (total,) -> one column of a batch, (B, W) int64, with `value` in every cell without a token.
 
     >>> pad_flat(np.array([7, 8, 9, 5]), token_cells(np.array([3, 1]), 3, "right"), value=0).tolist()
     [[7, 8, 9], [5, 0, 0]]
@@ -56,7 +52,7 @@ def pad_flat(tokens: np.ndarray, inside: np.ndarray, value: int) -> np.ndarray:
 
 
 def flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Where the rows flat[starts[i] : starts[i] + lengths[i]] lie in `flat`, end to end: (B,) twice -> (total,).
+    """The indices into `flat` of the rows flat[starts[i] : starts[i] + lengths[i]], end to end: (B,), (B,) -> (total,).
 
     >>> flat_indices(np.array([10, 4]), np.array([3, 2])).tolist()
     [10, 11, 12, 4, 5]
@@ -66,7 +62,7 @@ def flat_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 class Tokenizer(Protocol):
-    """The little that padding asks of a tokenizer."""
+    """The five attributes that padding reads from a tokenizer."""
 
     pad_token_id: int | None
     pad_token_type_id: int
@@ -90,13 +86,13 @@ class Batch(dict[str, Any]):
 
 @dataclass(frozen=True, eq=False)
 class FlatRows(Sequence[dict[str, Any]]):
-    """Some rows of a flat token store, not yet taken out of it: what a data set's `__getitems__(indices)` returns.
+    """Some rows of a flat token store, not yet copied out of it: what a data set's `__getitems__(indices)` returns.
 
-    torch's DataLoader hands it on to the collator, which copies straight from the store into the batch. Used as a
-    sequence it gives ordinary row dicts.
+    torch's DataLoader passes it to the collator, which copies straight from the store into the batch. As a sequence
+    it gives ordinary rows, each a dict.
 
-    ragged: name -> (flat (total,) int32, offsets (rows + 1,) int64); share one offsets array between columns where
-    they are equal. dense: name -> (rows, ...). indices: (B,). Raises IndexError for an index below 0.
+    ragged: name -> (flat (total,) int32, offsets (rows + 1,) int64). Columns with equal offsets should share one array.
+    dense: name -> (rows, ...). indices: (B,). Raises IndexError for an index below 0.
     """
 
     ragged: Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -104,7 +100,7 @@ class FlatRows(Sequence[dict[str, Any]]):
     indices: np.ndarray
 
     def __post_init__(self) -> None:
-        # offsets has one entry more than there are rows, so that numpy's -2 is not the row before -1
+        # offsets has one entry more than there are rows, so numpy's -2 would not be the row before -1
         if (self.indices < 0).any():
             raise IndexError(f"row indices count from 0, got {self.indices.min()}")
 
@@ -128,9 +124,10 @@ class DataCollatorWithPadding:
     tokenizer's model_max_length), False or "do_not_pad" (rows must be equally long). pad_to_multiple_of: round the
     width up; tensor cores like 8. return_tensors: "pt" or "np".
 
-    Padded are the ids (with pad_token_id), attention_mask (0), token_type_ids (pad_token_type_id) and
-    special_tokens_mask (1); other columns are stacked. An attention_mask that the model wants and the rows lack is
-    made. label and label_ids become labels. Raises ValueError, with column and row, for what makes no batch.
+    It pads the ids (with pad_token_id), attention_mask (0), token_type_ids (pad_token_type_id) and
+    special_tokens_mask (1), and stacks all other columns. It makes the attention_mask if the model wants one and the
+    rows have none. label and label_ids become labels.
+    Raises ValueError, naming the column and the row, where the rows do not make a batch.
     """
 
     tokenizer: Tokenizer
@@ -146,14 +143,14 @@ class DataCollatorWithPadding:
         for name, number in (("max_length", self.max_length), ("pad_to_multiple_of", self.pad_to_multiple_of)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} is {number}: it must be at least 1")
-        # underneath: "longest" and "do_not_pad" take no notice of max_length (only True warns)
+        # underneath: the library ignores max_length with "longest" and "do_not_pad"; only padding=True warns
         if self.max_length is not None and strategy != "max_length":
             raise ValueError(f'max_length={self.max_length} has no effect unless padding="max_length"')
         if self.pad_to_multiple_of is not None and strategy == "do_not_pad":
             raise ValueError(f"pad_to_multiple_of={self.pad_to_multiple_of} has no effect without padding")
 
     def __call__(self, features: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> Batch:
-        """Collate rows, FlatRows, or a dict of columns (what `dataset[:8]` gives). Changes none of them."""
+        """Collate a list of rows, FlatRows, or a dict of columns (what `dataset[:8]` gives). Changes none of them."""
         if len(features) == 0:
             raise ValueError("the batch has no rows")
         if self.tokenizer.padding_side not in ("left", "right"):
@@ -170,7 +167,7 @@ class DataCollatorWithPadding:
         return Batch({name: _tensor(column) for name, column in columns.items()})
 
     def _from_store(self, rows: FlatRows) -> tuple[Columns, np.ndarray]:
-        """Columns straight from the flat store, and which cells hold tokens, (B, W) bool."""
+        """The columns, copied straight from the flat store, and which cells hold tokens, (B, W) bool."""
         main, pad_value = self.tokenizer.model_input_names[0], self._pad_values()
         _need_ids(main, rows.ragged)
         offsets = rows.ragged[main][1]
@@ -192,7 +189,7 @@ class DataCollatorWithPadding:
         return columns, inside
 
     def _from_rows(self, values_of: dict[str, list[Any]]) -> tuple[Columns, np.ndarray]:
-        """Columns from lists, arrays or tensors, and which cells hold tokens, (B, W)."""
+        """The columns, from lists, arrays or tensors, and which cells hold tokens, (B, W) bool."""
         main, pad_value = self.tokenizer.model_input_names[0], self._pad_values()
         _need_ids(main, values_of)
         first = values_of[main][0]
@@ -226,24 +223,24 @@ class DataCollatorWithPadding:
                 return torch.tensor(values)
         except (TypeError, ValueError, RuntimeError) as error:
             raise _why_not(name, values, padded=False) from error
-        # underneath: beside ids in lists the library keeps the dtype of a tensor, else it makes Python numbers of all
+        # underneath: where the ids are lists the library keeps a tensor's dtype, else it turns all into Python numbers
         return column if keep_dtype else self._as_python_numbers(column)
 
     def _as_python_numbers(self, column: torch.Tensor) -> torch.Tensor:
-        """In the dtype that Python numbers get: int64 or bool; float32 from torch, float64 from numpy."""
+        """The column in the dtype that Python numbers get: int64 or bool; float32 from torch, float64 from numpy."""
         if column.is_floating_point():
             return column.to(torch.float64 if self.return_tensors == "np" else torch.float32)
         return column if column.dtype == torch.bool else column.to(torch.int64)
 
     def _pad_values(self) -> dict[str, int]:
-        """Padded column -> what it is padded with."""
+        """Name of a padded column -> the value it is padded with."""
         pad_id = self.tokenizer.pad_token_id
         if pad_id is None or pad_id < 0:
             if _strategy(self.padding) != "do_not_pad":
                 raise ValueError(
                     "the tokenizer has no pad token: set tokenizer.pad_token, to its eos_token for instance"
                 )
-            pad_id = 0  # written nowhere
+            pad_id = 0  # never used: nothing is padded
         return {
             self.tokenizer.model_input_names[0]: pad_id,
             "attention_mask": 0,
@@ -261,11 +258,11 @@ class DataCollatorWithPadding:
         width = longest
         if strategy == "max_length":
             width = self.tokenizer.model_max_length if self.max_length is None else self.max_length
-            if width > UNLIMITED:  # underneath: the library then silently leaves the rows unpadded
+            if width > UNLIMITED:  # underneath: the library then leaves the rows unpadded, silently
                 raise ValueError('padding="max_length" needs a max_length: this tokenizer has no model_max_length')
         if self.pad_to_multiple_of is not None:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        if longest > width:  # underneath: `pad` never truncates; where all rows are equally too long, they pass
+        if longest > width:  # underneath: `pad` never truncates; rows that are all equally too long pass
             raise ValueError(
                 f"row {lengths.index(longest)} has {longest} tokens, max_length is {width}: "
                 f"truncate when tokenizing (truncation=True, max_length={width})"
@@ -319,10 +316,10 @@ def _end_to_end(columns: dict[str, list[Any]]) -> tuple[np.ndarray, dict[str, li
         if all(isinstance(value, torch.Tensor) for value in values):
             tokens, size = torch.cat(values).cpu().numpy(), torch.Tensor.numel
         elif isinstance(values[0], (list, tuple)):
-            whole = array("q")  # int64: the fast way out of lists, and it takes nothing but whole numbers
+            integers = array("q")  # int64: the fast way out of lists, and it takes nothing but integers
             for value in values:
-                whole.fromlist(list(value))
-            tokens = np.array(whole)
+                integers.fromlist(list(value))
+            tokens = np.array(integers)
         else:
             tokens = np.concatenate(values)
         if tokens.ndim == 1 and (tokens.dtype.kind in "iub" or not tokens.size):
@@ -331,7 +328,7 @@ def _end_to_end(columns: dict[str, list[Any]]) -> tuple[np.ndarray, dict[str, li
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         cause = error
     if len(columns) > 1:
-        for name, column in columns.items():  # which of them is it?
+        for name, column in columns.items():  # one by one, so that the error names the right column
             _end_to_end({name: column})
     name = next(iter(columns))
     raise _why_not(name, columns[name], padded=True) from cause
@@ -350,6 +347,9 @@ def _rename_label(columns: Columns) -> None:
             columns["labels"] = columns.pop(name)  # last of the keys, as in the library
 
 
+# ---- Below: only the checks, and the search for what is wrong with a column that makes no tensor.
+
+
 def _need_ids(main: str, names: Mapping[str, Any]) -> None:
     if main not in names:
         raise ValueError(f"the rows have no {main}, only {', '.join(names)}: tokenize them first")
@@ -359,7 +359,7 @@ def _same_lengths(name: str, lengths: list[int], ids: list[int]) -> None:
     for row in range(len(ids)) if lengths != ids else ():
         if lengths[row] != ids[row]:  # underneath: the library pads every column by as much as the ids lack
             raise ValueError(
-                f"row {row} has {ids[row]} tokens but {lengths[row]} values of {name}: they must be as many"
+                f"row {row} has {ids[row]} tokens but {lengths[row]} values of {name}: it must have one for each token"
             )
 
 
@@ -386,7 +386,7 @@ def _why_not(name: str, values: list[Any], padded: bool) -> ValueError:
 
 
 def _not_padded(name: str, lengths: list[int]) -> str:
-    return f"{name} has lengths {_listed(lengths)} and is no column that is padded: pad it beforehand or leave it out"
+    return f"{name} has lengths {_listed(lengths)} and is not a padded column: pad it beforehand or leave it out"
 
 
 def _listed(lengths: list[int]) -> str:

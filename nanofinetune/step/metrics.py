@@ -1,4 +1,4 @@
-"""Accuracy, F1 and Matthews from three rows of counts; Pearson and Spearman from the values.
+"""Accuracy, F1 and Matthews correlation from three rows of counts; Pearson and Spearman from the values themselves.
 
 >>> metric = load("glue", "mrpc")
 >>> metric.add_batch(predictions=[1, 1, 0], references=[1, 0, 0])
@@ -6,22 +6,15 @@
 >>> metric.compute()
 {'accuracy': 0.75, 'f1': 0.8}
 
-Underneath: `evaluate.load` (evaluate 0.4.6) downloads a script from the Hub. Its `add_batch` appends every row to an
-Arrow file in the cache; its `compute` reads the file back, calls `sklearn.metrics.f1_score`,
-`sklearn.metrics.matthews_corrcoef`, `scipy.stats.pearsonr` and `scipy.stats.spearmanr` on the whole, and resets.
-We keep the names, the keys of the result, the values and the reset. A classification metric is sums of integers, so we
-keep three counts for each label on the device of the data, whatever the number of rows, and read nothing back before
-`compute`; N ranks add their counts in one all-reduce. We leave out files, `process_id` and the other metrics. We differ
-on purpose where the library hides something: an undefined value (0/0) is the library's, and its reason is a warning and
-stands in `metric.undefined`; predictions that are not whole numbers are refused (evaluate cuts 0.9 down to 0);
-correlations are computed in float64 (evaluate's script rounds to float32).
+Underneath: `evaluate.load` (evaluate 0.4.6) runs a script from the Hub, which calls `sklearn.metrics.f1_score`,
+`sklearn.metrics.matthews_corrcoef`, `scipy.stats.pearsonr` and `scipy.stats.spearmanr`.
+  - There: every row goes into an Arrow file, which `compute` reads back. Here: three counts for each label, on the
+    data's device. N ranks add theirs in one all-reduce.
+  - Kept: names, keys, values, the reset after `compute`.
+  - Different: 0/0 warns; fractions as labels are refused; correlations use float64.
+  - Left out: files, `process_id`, all other metrics.
 
-Proof: test_f1_and_accuracy_equal_sklearn, test_matthews_equals_sklearn, test_correlations_match_scipy,
-test_any_batching_gives_the_identical_result, test_sum_of_states_is_the_state_of_the_whole,
-test_labels_f1_accepts_are_those_sklearn_accepts, test_undefined_f1_and_matthews_are_sklearns_and_say_so,
-test_undefined_correlations_are_scipys_and_say_so, test_state_does_not_grow_with_the_rows,
-test_integer_batches_are_never_read_back, test_shell_behaves_as_evaluate_metric, test_evaluate_truncates_what_we_refuse
-in tests/test_metrics.py.
+Proof: test_f1_and_accuracy_equal_sklearn, test_shell_behaves_as_evaluate_metric in tests/step/test_metrics.py.
 """
 
 import math
@@ -49,17 +42,17 @@ Score = tuple[float, str]  # the value, and why it is undefined ("" where it is 
 
 
 class UndefinedMetricWarning(UserWarning):
-    """A metric is 0/0 on these rows; the value reported is the library's convention."""
+    """A metric is undefined on these rows (0/0, mostly); the value reported is the library's convention."""
 
 
 # ---------------------------------------------------------------------------------------------- the pure core: counting
 
 
 def count_labels(predictions: Tensor, references: Tensor, num_classes: int) -> Tensor:
-    """The table of counts (3, num_classes + 2), int64, of one batch; nothing is read back to the host.
+    """The table of counts (3, num_classes + 2), int64, of one batch. Reads nothing back to the host.
 
-    Columns: label -1, labels 0 .. num_classes - 1, and one last column for every label outside. Tables of parts of
-    the data add up to the table of the whole.
+    Columns: label -1, labels 0 .. num_classes - 1, and a last column for all other labels. The tables of parts of the
+    data add up to the table of all the data.
 
     Args:
         predictions: labels (n,), int64.
@@ -71,7 +64,7 @@ def count_labels(predictions: Tensor, references: Tensor, num_classes: int) -> T
 
     ones = torch.ones_like(references)  # (n,)
     table = torch.zeros(3, num_classes + 2, dtype=torch.int64, device=references.device)
-    # index_add_ and not bincount: on CUDA bincount reads the largest label back to the host.
+    # index_add_, since bincount on CUDA reads the largest label back to the host.
     table[TRUE].index_add_(0, column(references), ones)
     table[PREDICTED].index_add_(0, column(predictions), ones)
     table[BOTH].index_add_(0, column(references), (predictions == references).to(torch.int64))
@@ -82,7 +75,7 @@ def f1_from_counts(tp: int, fp: int, fn: int) -> Score:
     """F1 of the positive class, from true positives, false positives and false negatives.
 
     precision P = tp / (tp + fp), recall R = tp / (tp + fn), F1 = 2 P R / (P + R) = 2 tp / (2 tp + fp + fn).
-    Source: `sklearn.metrics.f1_score`, which divides the last form and gives 0.0 for 0/0.
+    Source: `sklearn.metrics.f1_score`, which computes the last form and gives 0.0 for 0/0.
     """
     if tp + fp + fn == 0:
         return 0.0, "label 1 is neither predicted nor true in any row, so f1 is 0/0"
@@ -90,11 +83,11 @@ def f1_from_counts(tp: int, fp: int, fn: int) -> Score:
 
 
 def matthews_from_counts(correct: int, true: Sequence[int], predicted: Sequence[int]) -> Score:
-    """Matthews correlation for any number of classes (Gorodkin's R_K), from `correct` rows and each label's counts.
+    """Matthews correlation for any number of classes (Gorodkin's R_K), from the correct rows and each label's counts.
 
-    With n rows, c of them correct, t_k rows truly k and p_k rows predicted k:
+    With n rows, c of them correct, t_k rows of true label k and p_k rows of predicted label k:
     R_K = (c n - Σ t_k p_k) / sqrt((n² - Σ p_k²) (n² - Σ t_k²)).
-    So the diagonal and the margins of the confusion matrix are enough. Python's integers are exact for any n.
+    So it needs the diagonal and the margins of the confusion matrix only. Python's integers are exact for any n.
     Source: Gorodkin 2004; `sklearn.metrics.matthews_corrcoef`, which gives 0.0 for 0/0.
     """
     n = sum(true)
@@ -111,7 +104,7 @@ def scores_from_counts(names: Sequence[str], table: Tensor) -> dict[str, Score]:
     """The named metrics of a table of counts (3, num_classes + 2).
 
     Raises:
-        ValueError: no rows, labels that a metric cannot take, or a name that has no branch here.
+        ValueError: no rows, labels that the metric is not defined for, or a name without a branch here.
     """
     true, predicted, both = table.tolist()  # each: labels -1, 0, 1, ..., num_classes - 1, outside
     rows, correct, outside, one = sum(true), sum(both), true[-1] + predicted[-1], 2  # one: the column of label 1
@@ -126,7 +119,7 @@ def scores_from_counts(names: Sequence[str], table: Tensor) -> dict[str, Score]:
             scores[name] = correct / rows, ""
         elif name == "f1":
             seen = [column - 1 for column in range(len(true)) if true[column] + predicted[column]]
-            # underneath: sklearn's pos_label is 1 whatever the labels are: {-1, 1} and {1, 2} pass, {0, 2} does not.
+            # underneath: sklearn's pos_label is 1, whatever the labels: {-1, 1} and {1, 2} pass, {0, 2} does not.
             if len(seen) > 2 or (len(seen) == 2 and 1 not in seen):
                 raise ValueError(f"f1 is for two classes, the positive one labelled 1, and the labels seen are {seen}")
             tp = both[one]
@@ -144,9 +137,9 @@ def scores_from_counts(names: Sequence[str], table: Tensor) -> dict[str, Score]:
 def pearson(x: Tensor, y: Tensor) -> Score:
     """Pearson's r of two float64 vectors (n,), n >= 2; NaN where it is undefined.
 
-    r = Σ dx dy / sqrt(Σ dx² Σ dy²) with dx = x - mean(x), dy = y - mean(y). Two passes: the one-pass form
-    n Σ x² - (Σ x)² cancels when the mean is large beside the spread. `math.fsum` rounds each sum once, so the order of
-    the rows (batches, ranks) cannot change the result. Source: `scipy.stats.pearsonr`.
+    r = Σ dx dy / sqrt(Σ dx² Σ dy²) with dx = x - mean(x), dy = y - mean(y). Two passes, because the one-pass form
+    n Σ x² - (Σ x)² loses its digits when the mean is large and the spread small. `math.fsum` rounds each sum once, so
+    the order of the rows (batches, ranks) cannot change the result. Source: `scipy.stats.pearsonr`.
     """
     for name, values in (("predictions", x), ("references", y)):
         if bad := int((~values.isfinite()).sum()):
@@ -155,21 +148,21 @@ def pearson(x: Tensor, y: Tensor) -> Score:
             return math.nan, f"all {len(values)} {name} are equal, so the correlation is 0/0"
     dx = x - math.fsum(x.tolist()) / len(x)
     dy = y - math.fsum(y.tolist()) / len(y)
-    # r does not depend on the scale: largest entry 1, so that no square overflows or vanishes.
+    # r does not depend on the scale. With 1 as the largest entry no square overflows or becomes 0.
     dx, dy = dx / dx.abs().max(), dy / dy.abs().max()
     covariance, spread_x, spread_y = (math.fsum(p.tolist()) for p in (dx * dy, dx * dx, dy * dy))
     r = covariance / math.sqrt(spread_x * spread_y)
-    return max(-1.0, min(1.0, r)), ""  # beyond 1 only by rounding
+    return max(-1.0, min(1.0, r)), ""  # beyond ±1 only by rounding
 
 
 def average_ranks(values: Tensor) -> Tensor:
-    """Ranks 1 .. n of a vector (n,), ties sharing the mean of their ranks, as `scipy.stats.rankdata`.
+    """Ranks 1 .. n of a vector (n,); equal values share the mean of their ranks. Source: `scipy.stats.rankdata`.
 
     >>> average_ranks(torch.tensor([10.0, 30.0, 10.0, 20.0])).tolist()
     [1.5, 4.0, 1.5, 3.0]
     """
     _, group, size = values.unique(return_inverse=True, return_counts=True)  # group (n,), size (number of groups,)
-    last = size.cumsum(0)  # a group of tied values has the ranks last - size + 1 .. last
+    last = size.cumsum(0)  # a group of equal values has the ranks last - size + 1 .. last
     return (last.double() - (size.double() - 1) / 2)[group]
 
 
@@ -187,7 +180,7 @@ def scores_from_values(names: Sequence[str], values: Tensor) -> dict[str, Score]
     """The named metrics of predictions and references (2, n), float64.
 
     Raises:
-        ValueError: no rows, one row for `pearson`, or a name that has no branch here.
+        ValueError: no rows, one row for `pearson`, or a name without a branch here.
     """
     x, y = values
     if len(x) == 0:
@@ -211,28 +204,28 @@ def scores_from_values(names: Sequence[str], values: Tensor) -> dict[str, Score]
 class Metric:
     """Collects predictions and references batch by batch, then computes the named metrics over all of them.
 
-    Names of classification: `accuracy`, `f1` (two classes, the positive one labelled 1), `matthews_correlation`. Their
-    state is one table (3, num_classes + 2) of counts, on the device of the data. Names of regression: `pearson`,
-    `spearmanr`. Correlations need the values themselves, so that is their state: memory grows with the rows.
+    Classification: `accuracy`, `f1` (two classes, the positive one labelled 1), `matthews_correlation`. Their state is
+    one table of counts, (3, num_classes + 2), on the device of the data. Regression: `pearson`, `spearmanr`.
+    Correlations need the values themselves, so these are their state, and memory grows with the number of rows.
 
-    On N ranks, each with its own rows and none of them twice:
+    On N ranks, where each counts its own rows and no row is counted twice:
 
         state = metric.state().to(device)    # metric.reduction == "sum"
         torch.distributed.all_reduce(state)
         metric.load_state(state)             # now this is the metric of all ranks' rows
 
-    For a metric whose `reduction` is "cat" the ranks' states are concatenated along dimension 1 instead.
+    If `reduction` is "cat", concatenate the ranks' states along dimension 1 instead.
 
     Attributes:
-        undefined: after `compute`, metric -> why its value is undefined on these rows; empty where all is defined.
+        undefined: after `compute`, metric -> why its value is undefined on these rows; empty if all are defined.
         reduction: how states combine, "sum" or "cat".
 
     Raises:
-        ValueError: names that are unknown, none at all, or of both kinds.
+        ValueError: a name is unknown, there is none, or there are names of both kinds.
     """
 
     def __init__(self, names: Sequence[str], *, num_classes: int = 128) -> None:
-        """`num_classes`: labels -1 .. num_classes - 1 can be told apart (3 integers each); accuracy takes any label."""
+        """`num_classes`: labels -1 .. num_classes - 1 are counted one by one; `accuracy` takes any other label too."""
         self.names = (names,) if isinstance(names, str) else tuple(names)
         known = ", ".join(CLASSIFICATION + REGRESSION)
         if unknown := [name for name in self.names if name not in CLASSIFICATION + REGRESSION]:
@@ -262,8 +255,8 @@ class Metric:
         """Add rows: two vectors (n,) as tensors on any device, numpy arrays or lists.
 
         Raises:
-            ValueError: other shapes (logits need an argmax first), unequal lengths, fractions where labels belong.
-            TypeError: what is not numbers.
+            ValueError: other shapes (logits need an argmax first), unequal lengths, or fractions as labels.
+            TypeError: anything but real numbers.
         """
         predictions, references = _as_tensor("predictions", predictions), _as_tensor("references", references)
         for name, values in (("predictions", predictions), ("references", references)):
@@ -275,7 +268,7 @@ class Metric:
         if self.reduction == "sum":
             predictions, references = _as_labels("predictions", predictions), _as_labels("references", references)
             table = count_labels(predictions, references.to(predictions.device), self.num_classes)
-            # Not in place: a first batch counted under torch.inference_mode would forbid it for the later ones.
+            # Not in place: if a first batch was counted under torch.inference_mode, later ones may not write to it.
             self._counts = self._counts.to(table.device) + table
         else:
             self._values.append((predictions.detach().clone(), references.detach().clone()))
@@ -288,15 +281,16 @@ class Metric:
         """A copy of everything collected: counts (3, num_classes + 2) int64, or values (2, n) float64 on the CPU."""
         if self.reduction == "sum":
             return self._counts.clone()
-        batches = [
-            torch.stack([x.cpu().double(), y.cpu().double()]) for x, y in self._values
-        ]  # each (2, n of the batch)
+        batches = [torch.stack([x.cpu().double(), y.cpu().double()]) for x, y in self._values]  # each (2, rows)
         return torch.cat([torch.empty(2, 0, dtype=torch.float64), *batches], dim=1)
 
     def load_state(self, state: Tensor) -> None:
-        """Replace everything collected by a state: this metric's own, or the sum or concatenation of several."""
+        """Replace everything collected with a state: this metric's own, or the sum or concatenation of several.
+
+        Raises ValueError for a state of another shape or dtype.
+        """
         mine = self.state()
-        comparable = 2 if self.reduction == "sum" else 1  # dimensions; the second of values is the number of rows
+        comparable = 2 if self.reduction == "sum" else 1  # dimensions that must agree; that of the rows need not
         if state.ndim != 2 or state.shape[:comparable] != mine.shape[:comparable] or state.dtype != mine.dtype:
             raise ValueError(f"a state of shape {tuple(state.shape)}, {state.dtype} is not one of this metric: "
                              f"its own has shape {tuple(mine.shape)}, {mine.dtype}")  # fmt: skip
@@ -307,7 +301,7 @@ class Metric:
             self._values = [(state[0].clone(), state[1].clone())]
 
     def merge(self, other: "Metric") -> None:
-        """Add all rows that `other` collected; `other` stays as it is."""
+        """Add all rows that `other` collected; `other` stays as it is. ValueError if its names or classes differ."""
         if (self.names, self.num_classes) != (other.names, other.num_classes):
             raise ValueError(f"cannot merge Metric({other.names}, num_classes={other.num_classes}) "
                              f"into Metric({self.names}, num_classes={self.num_classes})")  # fmt: skip
@@ -315,14 +309,14 @@ class Metric:
         self._values = self._values + other._values
 
     def compute(self, *, predictions: Any = None, references: Any = None) -> dict[str, float]:
-        """The metrics over all rows, those given here included; then forget the rows.
+        """The metrics over all rows, including those given here. Then forget the rows.
 
         Returns:
-            metric -> value, in the order of the names. What is undefined has the library's value (f1 and
+            metric -> value, in the order of the names. An undefined metric has the library's value (f1 and
             matthews_correlation 0.0, correlations NaN), an `UndefinedMetricWarning` and an entry in `undefined`.
 
         Raises:
-            ValueError: no rows; labels that `f1` or `matthews_correlation` cannot take; `pearson` of one row.
+            ValueError: no rows; labels that `f1` or `matthews_correlation` is not defined for; `pearson` of one row.
         """
         if predictions is not None or references is not None:
             if predictions is None or references is None:
@@ -343,10 +337,10 @@ def load(path: str, config_name: str | None = None) -> Metric:
     """The metric that `evaluate.load(path, config_name)` gives, without the Hub.
 
     Args:
-        path: "glue" with the task in `config_name`, or one of "accuracy", "f1", "matthews_correlation" without.
+        path: "glue", with the task as `config_name`; or "accuracy", "f1" or "matthews_correlation", without one.
 
     Raises:
-        ValueError: a metric or task that is not known (evaluate: FileNotFoundError and KeyError).
+        ValueError: an unknown metric or task (in evaluate FileNotFoundError and KeyError).
     """
     if path == "glue":
         if config_name not in GLUE:
@@ -362,7 +356,7 @@ def load(path: str, config_name: str | None = None) -> Metric:
 def _as_tensor(name: str, values: Any) -> Tensor:
     """A tensor as it is; numbers in lists or numpy arrays as a new tensor."""
     try:
-        # A copy: torch warns of arrays that it may not write to, and refuses negative strides.
+        # A copy: torch warns about read-only arrays and refuses negative strides.
         tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be numbers in a tensor, an array or a flat list ({error})") from None
@@ -372,8 +366,8 @@ def _as_tensor(name: str, values: Any) -> Tensor:
 
 
 def _as_labels(name: str, values: Tensor) -> Tensor:
-    """Whole numbers (n,) as int64. Integer tensors cost no look at their values; floating ones cost one."""
-    # underneath: evaluate's int64 column cuts 0.9 down to 0 without a word.
+    """Whole numbers (n,) as int64. Only floating-point values have to be looked at: on a GPU that waits."""
+    # underneath: evaluate's int64 column silently truncates 0.9 to 0.
     if values.is_floating_point() and bool((values.frac() != 0).any()):
         value = float(values[values.frac() != 0][0])
         raise ValueError(f"{name} must be whole numbers, and one is {value:g}: logits need .argmax(dim=-1) first")

@@ -1,30 +1,23 @@
-"""AdamW: one formula in three forms, the paper's loop, the foreach form and the fused form.
+"""AdamW: one formula in three forms. The loop reads like the paper, foreach and fused do the same work faster.
 
 >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
 >>> optimizer = AdamW([weight], lr=0.1, weight_decay=0.0)
 >>> weight.grad = torch.tensor([4.0, -0.01])
 >>> optimizer.step()
->>> weight.data  # the first step moves by lr against the sign of the gradient, however small that is
+>>> weight.data  # the first step moves each weight by lr, against the sign of its gradient, however small that is
 tensor([ 0.9000, -1.9000])
 >>> optimizer.form(optimizer.param_groups[0])
 'fused'
 
-Underneath: torch.optim.AdamW (torch 2.13) is torch.optim.Adam with `decoupled_weight_decay=True`. It holds the formula
-three times: torch.optim.adam._single_tensor_adam (a loop over the parameters), torch.optim.adam._multi_tensor_adam
-(each operation over the whole list) and torch.optim.adam._fused_adam (all operations in one pass over memory), equal
-but for rounding. Left to choose, it takes the loop on a CPU and foreach on a GPU, never the fused kernel.
-We keep the signature, the state, the state dict (it loads both ways, bit for bit) and the arithmetic of each form.
-We differ: fused is the default wherever it has a kernel; a gradient that lies in memory otherwise than its parameter
-is copied into the same layout first (torch's fused form computes nonsense on a CPU and raises on a GPU); each group's
-values are checked, not the defaults alone; a state dict that names no form keeps the one asked for at construction.
-We leave out: tensors as hyper-parameters, complex parameters, `capturable` and `differentiable`, each refused.
-`decay_groups` replaces transformers.Trainer.get_decay_parameter_names (transformers 5.23).
+Underneath: `torch.optim.AdamW` (torch 2.13), which chooses between `torch.optim.adam._single_tensor_adam`,
+`torch.optim.adam._multi_tensor_adam` and `torch.optim.adam._fused_adam`; for `decay_groups`,
+`transformers.Trainer.get_decay_parameter_names` (transformers 5.23).
+  - Kept: signature, state, state dict (it loads both ways) and the arithmetic of each form, bit for bit.
+  - Different: fused is the default wherever it has a kernel. Where a gradient's memory layout differs from its
+    parameter's it is copied first: torch's fused form is wrong there. Every group's values are checked.
+  - Left out, and refused: tensor hyper-parameters, complex parameters, `capturable`, `differentiable`.
 
-Proof: test_loop_matches_torch_for_loop_adamw, test_foreach_matches_torch_foreach_adamw,
-test_fused_matches_torch_fused_adamw, test_state_dict_continues_in_torch_adamw,
-test_torch_adamw_state_dict_continues_here, test_grad_scaler_matches_torch_fused_adamw,
-test_torch_fused_adamw_is_wrong_where_layouts_differ and test_decay_groups_match_trainer_decay_parameter_names
-in tests/test_optim.py.
+Proof: test_loop_matches_torch_for_loop_adamw, test_fused_matches_torch_fused_adamw in tests/step/test_optim.py.
 """
 
 import math
@@ -38,13 +31,13 @@ from torch import Tensor, nn
 
 Group = dict[str, Any]  # one of Optimizer.param_groups: "params" and their hyper-parameters
 
-# What has a fused kernel: torch.utils._foreach_utils._get_fused_kernels_supported_devices, less the private backend.
+# What has a fused kernel: torch.utils._foreach_utils._get_fused_kernels_supported_devices without the private backend.
 FUSED_DEVICES = frozenset({"cpu", "cuda", "hpu", "mps", "mtia", "xpu"})
 FUSED_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
-# The formula, three times. p: parameter (θ), g: gradient, m and v: first and second moment, t: step count, raised
-# first, η: learning rate, λ: weight decay. Loshchilov & Hutter, Decoupled Weight Decay Regularization (arXiv
-# 1711.05101), algorithm 2. v_max: Reddi, Kale & Kumar, On the Convergence of Adam and Beyond; [] without `amsgrad`.
+# The formula, three times. p: parameter (θ), g: gradient, m and v: first and second moment, t: step count (incremented
+# first), η: learning rate, λ: weight decay. Loshchilov & Hutter, Decoupled Weight Decay Regularization (arXiv
+# 1711.05101), algorithm 2. v_max, only with `amsgrad`: Reddi, Kale & Kumar, On the Convergence of Adam and Beyond.
 
 
 def loop(
@@ -62,15 +55,15 @@ def loop(
     amsgrad: bool,
     maximize: bool,
 ) -> None:
-    """One parameter after another, one equation a line: some ten passes over memory for each. In place.
+    """One parameter after another, one equation per line: about ten passes over memory for each. In place.
 
-    Shapes: the i-th of `params`, `grads` and the moments are alike; `steps` are scalars.
-    Bit for bit torch.optim.adam._single_tensor_adam.
+    Shapes: the i-th parameter, its gradient and its moments are alike; `steps` are scalars. `max_exp_avg_sqs` is empty
+    without `amsgrad`. Bit for bit torch.optim.adam._single_tensor_adam.
     """
     beta1, beta2 = betas
     for i, (p, g, m, v, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
         step += 1
-        t = step.item()  # a Python float from here on: the bias corrections cost no tensor operation
+        t = step.item()  # a Python float from here on, so that the bias corrections cost no tensor operation
         if maximize:
             g = -g
         if weight_decay:
@@ -99,9 +92,9 @@ def foreach(
     amsgrad: bool,
     maximize: bool,
 ) -> None:
-    """The loop turned inside out: each equation once over the whole list, a few kernel launches in place of thousands.
+    """The loop turned inside out: each equation once, for the whole list; a few kernel launches instead of thousands.
 
-    Same arguments as `loop`, all on one device and of one dtype; needs the memory of one more set of parameters.
+    Same arguments as `loop`, all on one device and of one dtype. Needs memory for one more copy of the parameters.
     In place. Bit for bit torch.optim.adam._multi_tensor_adam.
     """
     beta1, beta2 = betas
@@ -140,10 +133,11 @@ def fused(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """All equations in one kernel: each number is read once and written once, and memory is what AdamW waits for.
+    """All equations in one kernel: each number is read and written once. That is fast because AdamW waits for memory.
 
-    Same arguments as `foreach`, plus what torch.amp.GradScaler hands over: `grad_scale` divides the gradients, and
-    `found_inf` above 0 makes the step do nothing (scalars). In place. Bit for bit torch.optim.adam._fused_adam.
+    Same arguments as `foreach`, and two scalars that torch.amp.GradScaler sets: the gradients are divided by
+    `grad_scale`, and with `found_inf` above 0 the step does nothing. In place.
+    Bit for bit torch.optim.adam._fused_adam.
     """
     device = params[0].device
     grad_scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
@@ -154,7 +148,7 @@ def fused(
         lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
         grad_scale=grad_scale, found_inf=found_inf,
     )  # fmt: skip
-    if found_inf is not None:  # a step that did nothing does not count; no one had to wait for the GPU to know that
+    if found_inf is not None:  # a step that did nothing does not count; subtracting needs no wait for the GPU
         torch._foreach_sub_(steps, [found_inf] * len(steps))
 
 
@@ -162,11 +156,11 @@ FORMS: dict[str, Callable[..., None]] = {"loop": loop, "foreach": foreach, "fuse
 
 
 def choose_form(params: list[Tensor], use_foreach: bool | None = None, use_fused: bool | None = None) -> str:
-    """Which of FORMS updates `params`: the one asked for, else the fastest there is.
+    """Which of FORMS updates `params`: the one asked for, else the fastest one that can.
 
-    The two arguments are AdamW's `foreach` and `fused`: True asks for that form, None leaves the choice open, and
-    where neither is True, a False asks for the loop.
-    Raises RuntimeError where both are asked for, or fused for a parameter that has no kernel.
+    The two arguments are AdamW's `foreach` and `fused`. True asks for that form, None leaves the choice open. Where
+    neither is True, a False asks for the loop.
+    Raises RuntimeError if both are asked for, or if fused is and a parameter has no fused kernel.
     """
     if use_fused and use_foreach:
         raise RuntimeError("fused=True and foreach=True exclude each other: pass one of them")
@@ -181,8 +175,8 @@ def choose_form(params: list[Tensor], use_foreach: bool | None = None, use_fused
         return "fused"
     if use_foreach:
         return "foreach"
-    # underneath: torch never takes the fused kernel by itself, and on a CPU not even foreach; it takes the slow loop.
-    # Each device on which torch takes foreach has the fused kernel too, so here foreach is only ever asked for.
+    # underneath: torch never chooses the fused kernel by itself, and on a CPU not even foreach: it takes the slow loop.
+    # Every device with foreach kernels has the fused kernel too, so foreach is never the best choice here.
     if use_fused is None and use_foreach is None and odd is None:
         return "fused"
     return "loop"  # runs anywhere, on any kind of tensor
@@ -191,8 +185,8 @@ def choose_form(params: list[Tensor], use_foreach: bool | None = None, use_fused
 class AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW: its arguments, defaults, state and state dict.
 
-    Raises ValueError for a value out of range and NotImplementedError for what is left out (see the module), whether
-    given here, in a group or in a loaded state dict; RuntimeError for sparse gradients.
+    Raises ValueError for a value out of range and NotImplementedError for what is left out (see the module), here, in
+    a group and in a loaded state dict. `step` raises RuntimeError for a sparse gradient.
     """
 
     def __init__(
@@ -201,7 +195,7 @@ class AdamW(torch.optim.Optimizer):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        # underneath: 0.01, not Adam's 0, and on every parameter given, biases and LayerNorm too: see decay_groups.
+        # underneath: 0.01 where Adam has 0, and for every parameter given, biases and LayerNorm too: see decay_groups.
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
@@ -215,13 +209,13 @@ class AdamW(torch.optim.Optimizer):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
             "maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable,
             "fused": fused,
-            "decoupled_weight_decay": True,  # underneath: in a state dict, all that tells AdamW from Adam
+            "decoupled_weight_decay": True,  # underneath: in a state dict, the only difference between AdamW and Adam
         }  # fmt: skip
         _check(defaults)
         super().__init__(params, defaults)  # calls add_param_group for each group
 
     def add_param_group(self, param_group: Group) -> None:
-        """As torch.optim.Optimizer.add_param_group, and the group's values are checked and its form is chosen."""
+        """torch.optim.Optimizer.add_param_group; also checks the group's values and chooses its form."""
         super().add_param_group(param_group)
         try:
             _settle(param_group, self.defaults)
@@ -235,13 +229,13 @@ class AdamW(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether torch.amp.GradScaler leaves unscaling and skipping to `step`; else it does both itself."""
-        # underneath: torch sets this in __init__ only; once a loaded state dict has changed the form its step() fails.
+        """Whether torch.amp.GradScaler leaves unscaling and skipping to `step`; otherwise it does both itself."""
+        # underneath: torch sets this in __init__ only; if a loaded state dict changes the form, its step() fails.
         return all(self.form(group) == "fused" for group in self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. Calls `closure` first, if given, and returns what it returned."""
+        """Update every parameter that has a gradient. Calls `closure` first, if given, and returns its result."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -251,18 +245,18 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             form = self.form(group)
             options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")}
-            if form == "fused":  # GradScaler sets these two attributes for the time of the call
+            if form == "fused":  # GradScaler sets these two attributes during the call
                 options |= {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
             for lists in self._lists(group, form):
                 FORMS[form](*lists, **options)
         return loss
 
     def _lists(self, group: Group, form: str) -> list[tuple[list[Tensor], ...]]:
-        """The six lists that a form takes, for each device and dtype. A parameter's first gradient makes its state."""
+        """The six lists that a form takes, for each device and dtype. A first gradient makes a parameter's state."""
         lists: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], ...]] = {}
         for p in group["params"]:
             grad = p.grad
-            if grad is None:  # underneath: not even decayed or counted; zero_grad(set_to_none=False) would do both
+            if grad is None:  # underneath: neither decayed nor counted; zero_grad(set_to_none=False) would do both
                 continue
             if grad.is_sparse:
                 raise RuntimeError(
@@ -274,7 +268,7 @@ class AdamW(torch.optim.Optimizer):
                 state["step"] = _step_for(p, form, 0.0)
                 moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
                 state |= {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in moments}
-            # underneath: the kernel walks raw memory; where strides differ torch pairs the wrong numbers on a CPU,
+            # underneath: the kernel walks raw memory. Where strides differ, torch pairs the wrong numbers on a CPU,
             # silently, and raises on a GPU (pytorch issue 110758).
             if form == "fused" and not p.stride() == grad.stride() == state["exp_avg"].stride():
                 grad = _laid_out_like(p, grad)
@@ -287,7 +281,7 @@ class AdamW(torch.optim.Optimizer):
         return list(lists.values())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by load_state_dict, unpickling and deepcopy. Checks all groups before it takes over any."""
+        """Called by load_state_dict, unpickling and deepcopy. Checks all groups before it changes anything."""
         defaults = state.get("defaults") or self.defaults
         for group in state["param_groups"]:
             _settle(group, defaults)
@@ -299,23 +293,25 @@ class AdamW(torch.optim.Optimizer):
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[Group]:
-    """Two parameter groups for AdamW: what decays, and, with weight decay 0, biases and normalisation layers.
+    """Two parameter groups for AdamW: what decays; and biases and normalisation layers, with weight decay 0.
 
-    The sets are those of transformers.Trainer.get_decay_parameter_names. Frozen parameters are in neither, tied ones
-    count once. Raises ValueError where there is nothing to train.
+    Source: transformers.Trainer.get_decay_parameter_names. Frozen parameters are in neither group, tied ones are in
+    one, once. Raises ValueError if the model has nothing to train.
     """
     inside_layer_norm = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.LayerNorm))
     groups: list[Group] = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():  # names a tied parameter once
         if parameter.requires_grad:
-            # underneath: told by their names, since T5's and Llama's norms are classes of their own. What merely has
-            # "bias" in its name is taken for one: T5's relative_attention_bias, an embedding, does not decay.
+            # underneath: the library goes by names, since T5's and Llama's norms are classes of their own. So anything
+            # with "bias" in its name counts as one: T5's relative_attention_bias, an embedding, does not decay.
             spared = name.startswith(inside_layer_norm) or _BIAS_OR_NORM.search(name.lower()) is not None
             groups[spared]["params"].append(parameter)
     if not any(group["params"] for group in groups):
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: there is nothing to train")
     return groups
 
+
+# ---- Below: checks, and the layout of memory.
 
 _BIAS_OR_NORM = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.|_)norm(?:$|\.)")
 
@@ -333,18 +329,18 @@ def _check(options: Group) -> None:
         if not isinstance(value, Real):
             raise TypeError(f"{name} is {value!r}: it must be a number")
         end = 1.0 if name.startswith("betas") else math.inf
-        if not 0.0 <= float(value) < end:  # so put that NaN fails too
+        if not 0.0 <= float(value) < end:  # NaN fails this test too
             raise ValueError(f"{name} is {value}: it must be at least 0 and below {end}")
 
 
 def _settle(group: Group, defaults: Group) -> None:
-    """Check a group, fill in what an older state dict lacks, and write the form in force into "foreach" and "fused".
+    """Check a group, fill in what an older state dict lacks, and write the chosen form into "foreach" and "fused".
 
-    Since neither is ever None, torch continues our state dict in the same form.
+    Neither is None afterwards, so torch continues from our state dict in the same form.
     """
     for name in ("amsgrad", "maximize", "capturable", "differentiable"):
         group.setdefault(name, False)
-    group["decoupled_weight_decay"] = True  # underneath: torch's AdamW too turns a loaded Adam into an AdamW
+    group["decoupled_weight_decay"] = True  # underneath: torch's AdamW also turns a loaded Adam into an AdamW
     _check(group)
     for p in group["params"]:
         if p.is_complex():
@@ -368,10 +364,10 @@ def _is_dense(p: Tensor) -> bool:
 
 
 def _step_for(p: Tensor, form: str, value: float | Tensor) -> Tensor:
-    """The step count, a scalar, where `form` wants it: with the kernel on p's device, else on the CPU for .item()."""
+    """The step count, a scalar, where `form` needs it: on p's device for the kernel, else on the CPU for .item()."""
     if form == "fused":
         return torch.as_tensor(value, dtype=torch.float32, device=p.device)
-    # underneath: the other forms count in float64 where that is the default dtype, whatever p's own dtype.
+    # underneath: the other forms count in float64 if that is the default dtype, whatever p's own dtype is.
     wide = torch.get_default_dtype() == torch.float64
     return torch.as_tensor(value, dtype=torch.float64 if wide else torch.float32, device="cpu")
 
@@ -384,7 +380,7 @@ def _laid_out_like(p: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _lay_out_moments(p: Tensor, state: dict[str, Tensor]) -> None:
-    """Give the moments p's strides: a loaded state may have others, and so may p itself, moved to channels-last."""
+    """Give the moments p's strides: a loaded state may have others, and p itself may have moved to channels-last."""
     for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         if name in state:
             state[name] = _laid_out_like(p, state[name])

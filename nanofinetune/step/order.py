@@ -1,37 +1,25 @@
-"""Which rows of the data set belong to this rank, and in which order: functions of integers, testable in one process.
+"""In which order an epoch visits the rows of a data set: a pure function of (seed, epoch), the same on every rank.
 
->>> from torch.utils.data import BatchSampler
->>> batches = BatchSampler(range(5), batch_size=2, drop_last=False)  # [0 1] [2 3] [4]
->>> [list(BatchSamplerShard(batches, 2, rank)) for rank in (0, 1)]  # the end wraps to the epoch's first rows
-[[[0, 1], [4, 0]], [[2, 3], [1, 2]]]
->>> [list(BatchSamplerShard(batches, 2, rank, uneven="mask")) for rank in (0, 1)]  # or holds padding rows
-[[[0, 1], [4]], [[2, 3], [-1]]]
+>>> order = SeedableRandomSampler(range(6), data_seed=0)
+>>> list(order), list(order)  # iterating changes nothing: the loader calls set_epoch when an epoch starts
+([1, 4, 2, 5, 0, 3], [1, 4, 2, 5, 0, 3])
+>>> order.set_epoch(1)
+>>> list(order)
+[0, 1, 5, 4, 2, 3]
+>>> lengths = [3, 9, 5, 9, 1]  # tokens of each row
+>>> list(SortedBatchSampler(lengths, batch_size=2))  # for evaluation: the longest first, and little padding
+[[1, 3], [2, 0], [4]]
 
-Underneath: `accelerate.data_loader.BatchSamplerShard` (accelerate 1.15) deals whole batches round-robin: rank r of N
-takes batches r, r+N, ... and holds each back until the round of N is known to be full; the last round is dropped,
-wrapped to the epoch's first rows, or left ragged. Said more simply: string all rows together, cut them into *steps* of
-N x batch_size rows, give rank r the r-th slice of each step. That is `shard` below, for batches and for streams
-(`accelerate.data_loader.IterableDatasetShard`) alike. MRPC on 4 ranks:
+Underneath: `accelerate.data_loader.SeedableRandomSampler` (accelerate 1.15) and
+`transformers.trainer_pt_utils.LengthGroupedSampler` (transformers 5.23).
+  - There: accelerate seeds with seed + epoch, so (seed 0, epoch 1) is the order of (seed 1, epoch 0); after a `break`
+    the next epoch repeats the order.
+  - Different: a hash mixes seed and epoch, and the loader moves the epoch on.
+  - Different: transformers sorts random blocks of up to 50 batches; here a block is a quarter of the rows, and batches
+    are shuffled.
 
->>> train = BatchSampler(range(3668), batch_size=16, drop_last=True)
->>> len(train), len(BatchSamplerShard(train, 4, 0))  # 57 x 4 x 16 = 3648 of the 3668 rows
-(229, 57)
->>> validation = BatchSampler(range(408), batch_size=32, drop_last=False)
->>> len(BatchSamplerShard(validation, 4, 0)), 408 % (4 * 32)  # the fourth step holds 24 real rows
-(4, 24)
-
-We differ on purpose. `accelerate.data_loader.SeedableRandomSampler` seeds with seed + epoch, so (seed, epoch 1) is the
-order of (seed + 1, epoch 0), and it moves on only when exhausted, so that `break` repeats the order; here a hash mixes
-the two, and the loader moves the epoch on. `accelerate.data_loader.SkipBatchSampler` forgets batch_size; ours keeps it.
-A short batch that is not the last is an error (there, rows vanish). `uneven="mask"` is ours.
-`transformers.trainer_pt_utils.LengthGroupedSampler` (transformers 5.23) sorts random blocks of at most 50 batches and
-leaves the batches of a block in order; our blocks are a quarter of the rows and our batches shuffled.
-
-Proof: test_shards_match_accelerate, test_dynamic_shards_match_accelerate, test_iterable_shards_match_accelerate,
-test_mask_holds_exactly_the_single_process_batches, test_seedable_order_matches_torch_random_sampler,
-test_seed_and_epoch_are_not_interchangeable_as_in_accelerate, test_skip_keeps_what_accelerate_loses,
-test_a_short_batch_in_the_middle_raises_where_accelerate_loses_rows,
-test_length_grouping_pads_no_more_than_transformers in tests/test_sampler.py.
+Proof: test_seed_and_epoch_are_not_interchangeable_as_in_accelerate, test_length_grouping_pads_no_more_than_transformers
+in tests/step/test_order.py.
 """
 
 from __future__ import annotations
@@ -46,7 +34,7 @@ from torch.utils.data import RandomSampler, Sampler
 
 
 def mix(*ints: int) -> int:
-    """Hash integers into one 63-bit seed: (seed, epoch + 1) has nothing in common with (seed + 1, epoch).
+    """Hash integers into one 63-bit seed, so that (seed, epoch + 1) and (seed + 1, epoch) are unrelated.
 
     >>> mix(42, 1) == mix(42, 1), mix(42, 1) == mix(43, 0), mix(42, 1) == mix(1, 42)
     (True, False, False)
@@ -56,11 +44,11 @@ def mix(*ints: int) -> int:
 
 
 class SeedableRandomSampler(RandomSampler):
-    """A random order, a pure function of (data_seed, epoch): the same on every rank and for every number of ranks.
+    """A random order, a pure function of (data_seed, epoch): the same on every rank, for any number of ranks.
 
-    Iterating changes nothing: the loader calls `set_epoch` when it *starts* an epoch. (Source:
-    `accelerate.data_loader.SeedableRandomSampler`; it takes a `generator`, and then seeds it itself: ours takes none.)
-    Draws with `replacement` and `num_samples` are those of torch's RandomSampler.
+    Iterating changes nothing: the loader calls `set_epoch` when it *starts* an epoch. With `replacement` and
+    `num_samples` it draws as torch's RandomSampler does. Source: `accelerate.data_loader.SeedableRandomSampler`, which
+    also takes a `generator`, only to seed it itself; this one takes none.
 
     >>> sampler = SeedableRandomSampler(range(5), data_seed=0)
     >>> list(sampler) == list(sampler), sorted(sampler)
@@ -81,7 +69,7 @@ class SeedableRandomSampler(RandomSampler):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        # underneath: accelerate seeds with seed + epoch, and moves epoch on at the end, which `break` never reaches
+        # underneath: accelerate seeds with seed + epoch, and increments epoch at the end, which `break` never reaches
         generator = _generator(self.data_seed, self.epoch)
         n = len(self.data_source)
         if self.replacement:
@@ -93,29 +81,31 @@ class SeedableRandomSampler(RandomSampler):
         return islice(order, self.num_samples)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration gives."""
+        """Choose the epoch whose order the next iteration yields."""
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
-        """All there is to know: {"data_seed", "epoch"}."""
+        """Everything the order depends on: {"data_seed", "epoch"}."""
         return {"data_seed": self.data_seed, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take over what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         self.data_seed, self.epoch = state["data_seed"], state["epoch"]
 
 
 class LengthGroupedBatchSampler(Sampler[list[int]]):
     """Batches of rows of similar length, in random order: a pure function of (seed, epoch), every row exactly once.
 
-    Rows are shuffled and cut into four blocks, each block is sorted by length and cut into batches, and the batches
-    are shuffled. The longest batch comes first, so that a lack of memory shows at once; the short one, if any, last.
-    On N ranks give it the global batch size and shard with `split_batches=True`: then the ranks of one step work on
-    equal lengths, and together on the very rows of a single process.
+    The rows are shuffled and cut into four blocks. Each block is sorted by length and cut into batches, and all batches
+    are shuffled. The longest one comes first, so that running out of memory shows in the first step; the short one, if
+    there is one, comes last.
+
+    On N ranks give it the global batch size and shard it with `split_batches=True`. Then the N batches of one step have
+    similar lengths, and hold the same rows as the one batch of a single process.
 
     Args:
-        lengths: tokens of each row.
-        batch_size: rows.
+        lengths: the number of tokens of each row.
+        batch_size: in rows.
 
     >>> list(LengthGroupedBatchSampler(range(19), batch_size=2, seed=0))  # row i is i tokens long
     [[18, 15], [1, 0], [10, 4], [16, 11], [17, 14], [7, 6], [13, 12], [9, 8], [5, 2], [3]]
@@ -148,12 +138,12 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         return -(-len(self.lengths) // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches the next iteration gives."""
+        """Choose the epoch whose batches the next iteration yields."""
         self.epoch = epoch
 
 
 class RebatchedSampler(Sampler[list[int]]):
-    """The rows of another batch sampler, in its order, in batches of another size.
+    """The rows of another batch sampler, in the same order, in batches of another size.
 
     >>> list(RebatchedSampler([[5, 1], [0, 4], [2]], batch_size=3))
     [[5, 1, 0], [4, 2]]
@@ -167,18 +157,20 @@ class RebatchedSampler(Sampler[list[int]]):
 
     @cached_property
     def _count(self) -> int:
-        """Rows of an epoch, the same in each: counted once, since a loader asks for its length at every batch."""
+        """Rows of an epoch. Counted once, since they do not change and a loader asks for its length at every batch."""
         return sum(map(len, self.batch_sampler))
 
     def __iter__(self) -> Iterator[list[int]]:
-        return _cut(list(chain.from_iterable(self.batch_sampler)), self.batch_size)
+        return _cut(chain.from_iterable(self.batch_sampler), self.batch_size)
 
     def __len__(self) -> int:
         return -(-self._count // self.batch_size)
 
 
 class SortedBatchSampler(Sampler[list[int]]):
-    """Batches by falling length, for evaluation: the least padding there can be, and a lack of memory shows at once.
+    """Batches from the longest rows to the shortest, for evaluation: the least padding that batches can have.
+
+    Running out of memory shows in the first batch.
 
     >>> list(SortedBatchSampler([3, 9, 5, 9, 1], batch_size=2))
     [[1, 3], [2, 0], [4]]
@@ -205,5 +197,8 @@ def _lengths(lengths: Iterable[int]) -> list[int]:
     return lengths.tolist() if hasattr(lengths, "tolist") else list(lengths)  # plain ints are the fastest sort keys
 
 
-def _cut(rows: list[int], size: int) -> Iterator[list[int]]:
-    return (rows[begin : begin + size] for begin in range(0, len(rows), size))
+def _cut(rows: Iterable[int], size: int) -> Iterator[list[int]]:
+    """`rows` in lists of `size`; the last one may be shorter."""
+    stream = iter(rows)
+    while part := list(islice(stream, size)):
+        yield part

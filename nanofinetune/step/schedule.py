@@ -11,20 +11,15 @@
 [0.5]
 [0.25]
 
-Underneath: transformers.get_scheduler (transformers 5.23) hands a function of the step count to
-torch.optim.lr_scheduler.LambdaLR (torch 2.13), which multiplies each group's `initial_lr` by it. It ticks once at
-construction, so that the first update after a warm-up's start has learning rate 0. Its state dict forgets the totals:
-resumed with another number of steps, it goes on along another line, silently. With `num_training_steps=0` it is 0
-from the first step, and past the end it stays 0, silently too.
-We keep the arguments, every learning rate (exactly) and the state dict, which loads both ways.
-We differ: the totals are saved and compared at load, a total below 1 raises, a warm-up may be a ratio, and steps past
-the end and a warm-up longer than the training each warn once. We leave out all other schedules (refused), the
-deprecated `step(epoch)`, and torch's warning for a `step` before the first `optimizer.step`, which a GradScaler that
-skips the first update sets off with nothing wrong.
+Underneath: `transformers.get_scheduler` (transformers 5.23) gives a function of the step count to
+`torch.optim.lr_scheduler.LambdaLR` (torch 2.13), which multiplies each group's `initial_lr` by it.
+  - Kept: arguments, every learning rate exactly, the state dict (it loads both ways).
+  - Different: the totals are saved and compared at load; a total below 1 raises; a warm-up may be a ratio; a step past
+    the end and a warm-up longer than the training each warn once.
+  - Left out: all other schedules, `step(epoch)`, torch's warning for a first `step` before `optimizer.step`.
 
-Proof: test_linear_schedule_matches_transformers_get_scheduler, test_lambda_lr_state_dict_forgets_the_totals,
-test_state_dict_loads_into_lambda_lr, test_accelerate_prepares_it_as_a_scheduler and
-test_get_scheduler_of_transformers_with_no_steps_is_silently_zero in tests/test_schedule.py.
+Proof: test_linear_schedule_matches_transformers_get_scheduler, test_lambda_lr_state_dict_forgets_the_totals in
+tests/step/test_schedule.py.
 """
 
 import math
@@ -36,9 +31,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 def linear_factor(step: int, warmup: int, total: int) -> float:
-    """What the learning rate is multiplied with for update number `step`, counted from 0; all three in updates.
+    """The factor of the learning rate at update number `step`, counted from 0. An *update* is one optimizer step.
 
-    0 → 1 over `warmup`, 1 → 0 from there to `total`, then 0.
+    0 → 1 over `warmup` updates, 1 → 0 from there to `total`, then 0.
     """
     if step < warmup:
         return step / warmup  # underneath: the first update of a warm-up has learning rate 0 and changes nothing
@@ -46,11 +41,11 @@ def linear_factor(step: int, warmup: int, total: int) -> float:
 
 
 class LinearSchedule(LRScheduler):
-    """Keeps each group's learning rate at its `initial_lr` times `linear_factor`; `step` goes after `optimizer.step`.
+    """Sets each group's learning rate to its `initial_lr` times `linear_factor`. Call `step` after `optimizer.step`.
 
-    A subclass of torch.optim.lr_scheduler.LRScheduler for one reason: that is how accelerate.Accelerator.prepare, and
-    other trainers, recognise a schedule; what they do not recognise they pass through unprepared, without a word.
-    From the base class come `optimizer`, `base_lrs` (each group's `initial_lr`) and the first tick, at construction.
+    It subclasses torch.optim.lr_scheduler.LRScheduler for one reason: accelerate.Accelerator.prepare and other trainers
+    recognise a schedule by that, and silently pass through unprepared whatever they do not recognise. The base class
+    provides `optimizer`, `base_lrs` (each group's `initial_lr`) and the first tick, at construction.
     """
 
     optimizer: torch.optim.Optimizer
@@ -59,15 +54,15 @@ class LinearSchedule(LRScheduler):
         self, optimizer: torch.optim.Optimizer, num_warmup_steps: int | float, num_training_steps: int | float
     ) -> None:
         """Raises ValueError for a total below 1, a warm-up that is neither count nor ratio, a learning-rate tensor."""
-        self.num_training_steps = _whole("num_training_steps", num_training_steps)
+        self.num_training_steps = _count("num_training_steps", num_training_steps)
         if self.num_training_steps < 1:
             raise ValueError(
                 f"num_training_steps is {num_training_steps}: it must be 1 or more, the number of optimizer updates"
             )
-        # underneath: transformers.TrainingArguments takes a ratio; its get_scheduler takes 0.1 for a tenth of a step.
+        # underneath: transformers.TrainingArguments takes a ratio; get_scheduler reads 0.1 as a tenth of a step.
         if 0.0 < num_warmup_steps < 1.0:
             num_warmup_steps = math.ceil(self.num_training_steps * num_warmup_steps)
-        self.num_warmup_steps = _whole("num_warmup_steps", num_warmup_steps)
+        self.num_warmup_steps = _count("num_warmup_steps", num_warmup_steps)
         if self.num_warmup_steps < 0:
             raise ValueError(f"num_warmup_steps is {num_warmup_steps}: it must be 0 or more, or a ratio below 1")
         if self.num_warmup_steps > self.num_training_steps:
@@ -79,20 +74,20 @@ class LinearSchedule(LRScheduler):
         if any(isinstance(group["lr"], torch.Tensor) for group in getattr(optimizer, "param_groups", [])):
             raise ValueError("a learning rate of the optimizer is a tensor: LinearSchedule needs Python numbers")
         self._warned_past_end = False
-        # underneath: the constructor ticks once: it sets initial_lr, base_lrs and last_epoch = -1, then calls step()
+        # underneath: this constructor ticks once: it sets initial_lr, base_lrs and last_epoch = -1, then calls step()
         super().__init__(optimizer)
 
     def get_lr(self) -> list[Any]:
-        """The learning rate of each group at the present step."""
+        """The learning rate of each group at the current step."""
         factor = linear_factor(self.last_epoch, self.num_warmup_steps, self.num_training_steps)
         return [base_lr * factor for base_lr in self.base_lrs]
 
     def step(self, epoch: int | None = None) -> None:
-        """Go to the next update's learning rate. Warns once when that lies past the end."""
+        """Move on to the next update's learning rate. Warns once if that is past the end."""
         if epoch is not None:
             raise NotImplementedError(f"step(epoch={epoch}) is not supported: call step() once for each update")
         self._step_count += 1
-        self.last_epoch += 1  # underneath: "epoch" is torch's word from when schedules ticked once an epoch
+        self.last_epoch += 1  # underneath: torch says "epoch" because schedules once ticked once per epoch
         if self.last_epoch > self.num_training_steps and not self._warned_past_end:
             self._warned_past_end = True
             warnings.warn(
@@ -102,7 +97,7 @@ class LinearSchedule(LRScheduler):
         self._set_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """LambdaLR's keys and the two totals; plain numbers and lists throughout."""
+        """LambdaLR's keys and the two totals, in plain numbers and lists."""
         return {
             "last_epoch": self.last_epoch,
             "_step_count": self._step_count,
@@ -114,10 +109,10 @@ class LinearSchedule(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a state dict of ours or of LambdaLR, whose `base_lrs` hold from now on, as in LambdaLR.
+        """Continue from a state dict of ours or of LambdaLR. Its `base_lrs` replace our own, as in LambdaLR.
 
-        Sets the optimizer's learning rates too, so that the order of loading does not matter. Raises ValueError, and
-        changes nothing, where it belongs to a schedule with other totals or another number of groups.
+        Sets the optimizer's learning rates too, so it does not matter which of the two is loaded first. Raises
+        ValueError, and changes nothing, if the state has other totals or another number of groups.
         """
         for name in ("num_warmup_steps", "num_training_steps"):
             ours, saved = getattr(self, name), state_dict.get(name, getattr(self, name))
@@ -130,7 +125,7 @@ class LinearSchedule(LRScheduler):
             )
         factor = linear_factor(step, self.num_warmup_steps, self.num_training_steps)
         lrs = [base_lr * factor for base_lr in base_lrs]
-        # underneath: LambdaLR saves no totals, but the learning rate that it saves gives other ones away.
+        # underneath: LambdaLR saves no totals, but its saved learning rate shows whether they were the same.
         if lrs != list(state_dict["_last_lr"]):
             raise ValueError(
                 f"the saved schedule has learning rates {list(state_dict['_last_lr'])} at step {step}, but warm-up "
@@ -140,7 +135,7 @@ class LinearSchedule(LRScheduler):
         self._set_lr()
 
     def _set_lr(self) -> None:
-        """Write the present learning rates into the optimizer's groups."""
+        """Write the current learning rates into the optimizer's groups."""
         self._last_lr = self.get_lr()
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = lr
@@ -155,7 +150,7 @@ def get_scheduler(
 ) -> LinearSchedule:
     """transformers.get_scheduler for `name` "linear" (or transformers.SchedulerType.LINEAR, which equals it).
 
-    `num_warmup_steps` counts updates, or is a ratio of `num_training_steps` if between 0 and 1 (rounded up).
+    `num_warmup_steps` counts updates, or, between 0 and 1, is a ratio of `num_training_steps` (rounded up).
     Raises ValueError for any other name, a missing number or a non-empty `scheduler_specific_kwargs`.
     """
     if name != "linear":
@@ -169,8 +164,8 @@ def get_scheduler(
     return LinearSchedule(optimizer, num_warmup_steps, num_training_steps)
 
 
-def _whole(name: str, value: int | float) -> int:
-    """`value` as an int, which it must be but for its type: epochs * len(loader) may well be 30.0."""
+def _count(name: str, value: int | float) -> int:
+    """`value` as an int. A float without a fraction will do: epochs * len(loader) may well be 30.0."""
     if not math.isfinite(value) or int(value) != value:
         raise ValueError(f"{name} is {value}: it must be a whole number of optimizer updates")
     return int(value)

@@ -1,9 +1,8 @@
 """Our dropout against torch 2.13's: the exact one bit for bit, the fast one by how much it keeps; and a BERT with each.
 
-    python -m pytest tests/test_dropout.py
+Fast masks differ from torch's, so the tests compare their distribution, and all results where nothing is dropped.
 
-Fast masks are others than torch's, so what is compared of them is their distribution, and everything where nothing is
-dropped.
+    python -m pytest tests/cpu/test_dropout.py
 """
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from conftest import tiny_bert
 from torch import nn
 
-from nanofinetune import dropout
+from nanofinetune.cpu import dropout
 from nanofinetune.cpu.dropout import (
     ExactDropout,
     FastDropout,

@@ -1,9 +1,10 @@
-"""The linear schedule gives the learning rates of transformers.get_scheduler("linear") (transformers 5.23, over torch
-2.13's LambdaLR) exactly, step for step, and what the library passes over in silence is an error or a warning here.
+"""step/schedule.py against transformers.get_scheduler (transformers 5.23), which uses torch 2.13's LambdaLR.
 
-    python -m pytest tests/test_schedule.py
+The same learning rate in every step. What the library accepts silently is an error or a warning here.
 
-Every comparison is ==: the same two divisions and one product, in the same order.
+    python -m pytest tests/step/test_schedule.py
+
+Every comparison is ==: the same operations in the same order.
 """
 
 import copy
@@ -234,7 +235,7 @@ def test_resume_with_other_totals_is_refused(warmup, total, message):
 
 
 def test_lambda_lr_state_dict_forgets_the_totals(library_scheduler):
-    """The trap: resumed with twice the steps, the library's learning rate jumps up, without a word."""
+    """The trap: resumed with twice the steps, the library's learning rate silently jumps up."""
     original = library_scheduler("linear", make_optimizer(), 0, 10)
     learning_rates(original, 4)
     saved = original.state_dict()

@@ -1,11 +1,12 @@
-"""AdamW in each of its three forms is torch.optim.AdamW (torch 2.13) in the matching one, bit for bit: parameters and
-state tensors, over a matrix of settings, through state dicts both ways and under torch.amp.GradScaler. `decay_groups`
-gives the sets of transformers.Trainer.get_decay_parameter_names (transformers 5.23) for eight architectures.
+"""step/optim.py against torch.optim.AdamW (torch 2.13), each of the three forms against torch's own, bit for bit.
 
-    python -m pytest tests/test_optim.py
+Parameters and state tensors, over a matrix of settings, through state dicts both ways, and under torch.amp.GradScaler.
+`decay_groups` against transformers.Trainer.get_decay_parameter_names (transformers 5.23), for nine architectures.
 
-Each comparison is torch.equal, since each form makes the same sequence of the same operations; only comparisons across
-forms have a tolerance.
+    python -m pytest tests/step/test_optim.py
+
+Comparisons are torch.equal, since each form is the same sequence of the same operations. Only comparisons across forms
+have a tolerance.
 """
 
 import copy
@@ -148,7 +149,7 @@ def test_default_is_fused_where_torch_default_is_the_for_loop():
     assert any(
         not torch.equal(p, q)
         for p, q in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True)
-    ), "the two forms round alike here: the two lines above show nothing"
+    ), "the two forms round alike here, so the two lines above prove nothing"
 
 
 def test_device_lists_are_torchs():
@@ -327,16 +328,16 @@ def train_layout(cls, layout, **flags):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_torch_fused_adamw_is_wrong_where_layouts_differ(layout):
-    """torch's CPU kernel pairs the wrong numbers without a word; ours, with the same kernel, does not."""
+    """torch's CPU kernel silently pairs the wrong numbers; ours, with the same kernel, does not."""
     right = train_layout(torch.optim.AdamW, layout, foreach=False)
     wrong = train_layout(torch.optim.AdamW, layout, fused=True)
-    assert (wrong - right).abs().max() > 0.1, "torch has mended its kernel: drop the copy"
+    assert (wrong - right).abs().max() > 0.1, "torch has fixed its kernel: drop the copy"
     for flags in FLAGS.values():
         torch.testing.assert_close(train_layout(AdamW, layout, **flags), right)  # default tolerance: rounding of forms
 
 
 def test_expanded_gradient_is_right():
-    """Torch's kernel would read past the end of its five numbers; what it finds there is not for a test."""
+    """torch's kernel would read past the end of the five numbers, so this test does not call it that way."""
     p, q = make_params(shapes=((5, 4),)), make_params(shapes=((5, 4),))
     ours, theirs = AdamW(p, lr=0.1), torch.optim.AdamW(q, lr=0.1, fused=True)
     for step in range(3):
@@ -360,7 +361,7 @@ def test_parameter_with_gaps_is_right_by_default_and_refused_by_fused():
 
 @pytest.mark.parametrize("when", ["loaded", "moved"])
 def test_moments_follow_the_layout_of_their_parameter(when):
-    """A state saved from a contiguous copy of the model, or a model moved to channels-last in mid-training."""
+    """A state saved from a contiguous copy of the model, or a model moved to channels-last during training."""
     shape = (2, 3, 4, 5)
     plain = make_params(shapes=(shape,))
     reference = AdamW(plain, lr=0.1, amsgrad=True, fused=False)
@@ -464,7 +465,7 @@ def test_default_state_dict_continues_fused_in_torch():
 
 @pytest.mark.parametrize("form", ["loop", "foreach"])
 def test_state_dict_without_a_form_keeps_the_one_asked_for(form):
-    """torch's default saves foreach=None, fused=None. What was asked for here is not forgotten over it."""
+    """torch's default saves foreach=None, fused=None, which does not override what was asked for here."""
     theirs = torch.optim.AdamW(make_params())
     train(theirs, 2)
     ours = AdamW(clones(theirs.param_groups[0]["params"]), **FLAGS[form])
@@ -735,7 +736,7 @@ def test_decay_groups_match_trainer_decay_parameter_names(name):
     groups = decay_groups(model, 0.25)
     assert [{id(p) for p in group["params"]} for group in groups] == expected
     assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
-    assert all(expected), "one of the two sets is empty: nothing is shown"
+    assert all(expected), "one of the two sets is empty: this proves nothing"
     everything = [id(p) for group in groups for p in group["params"]]
     assert len(everything) == len(set(everything)) == len(trainable)
     assert id(frozen) not in everything

@@ -3,7 +3,7 @@
 The first against our own single process, with accelerate 1.15 on the same ranks and rows beside it; the second against
 accelerate 1.15 under torchrun. On real gloo ranks, with a tiny BERT.
 
-    OMP_NUM_THREADS=1 python -m pytest tests/test_equal_ranks.py
+    OMP_NUM_THREADS=1 python -m pytest tests/ranks/test_equal_ranks.py
 """
 
 import gc
@@ -143,7 +143,7 @@ def test_ranks_equal_one_process(alone, world):
 
 
 def test_ranks_equal_one_process_where_accelerate_does_not(alone):
-    pytest.importorskip("accelerate", reason="the oracle, extra `test`")
+    pytest.importorskip("accelerate", reason="what this test compares with (extra `test`)")
     ranks = run_ranks(both, 2, timeout=170)
     assert_equal_to_one_process([ours for ours, _ in ranks], alone)
 
@@ -241,12 +241,12 @@ with open(f"{folder}/report{accelerator.process_index}.txt", "w") as file:
     json.dump(report, file)
 """
 # The library's listing leaves torch's DDP to the interpreter's end, which it aborts now and then ("terminate called
-# without an active exception"): our side of it is `distributed._let_threads_finish`.
+# without an active exception"): our side of it is `world._let_threads_finish`.
 ENDING = {"accelerate": "\naccelerator.wait_for_everyone()\nos._exit(0)\n", "nanofinetune": ""}
 
 
 def test_course_listing_matches_accelerate_under_torchrun(tmp_path, tiny_tokenizer_dir):
-    pytest.importorskip("accelerate", reason="the oracle, extra `test`")
+    pytest.importorskip("accelerate", reason="what this test compares with (extra `test`)")
     pytest.importorskip("datasets", reason="the listing loads its data with it")
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(tiny_tokenizer_dir, checkpoint)

@@ -1,7 +1,9 @@
-"""collate.py against transformers.DataCollatorWithPadding (transformers 5.23): the same keys in the same order, the
-same dtypes, the same values bit for bit; an error with a remedy wherever the library is silent or gives no reason.
+"""step/collate.py against transformers.DataCollatorWithPadding (transformers 5.23).
 
-python -m pytest tests/test_collate.py
+The same keys in the same order, the same dtypes, the same values, bit for bit. Where the library is silent or gives no
+reason, an error that says what to do.
+
+    python -m pytest tests/step/test_collate.py
 """
 
 import copy
@@ -17,7 +19,7 @@ from nanofinetune.step.collate import Batch, DataCollatorWithPadding, FlatRows
 
 transformers = pytest.importorskip("transformers", reason="the reference is transformers' own collator")
 
-# How a row's tokens and its label come to a collator: Python's own, datasets' set_format("numpy"), set_format("torch").
+# The types in which tokens and labels reach a collator: Python's own, set_format("numpy") and set_format("torch").
 KINDS: dict[str, Any] = {
     "list": (lambda tokens: tokens, lambda label: label),
     "numpy": (lambda tokens: np.array(tokens, dtype=np.int64), lambda label: np.array(label)[()]),
@@ -80,7 +82,7 @@ def test_collator_matches_transformers(tiny_tokenizer, kind, padding, side, colu
             before = copy.deepcopy(rows)
             batch = DataCollatorWithPadding(tiny_tokenizer, **settings)(rows)
             assert_same(batch, theirs(tiny_tokenizer, rows, **settings))
-            for row, row_before in zip(rows, before, strict=True):  # nothing that came in was changed
+            for row, row_before in zip(rows, before, strict=True):  # the input is unchanged
                 assert list(row) == list(row_before)
                 assert all(np.array_equal(row[name], row_before[name]) for name in row)
 
@@ -324,7 +326,7 @@ A, B = {"input_ids": [1, 2, 3], "label": 1}, {"input_ids": [4, 5], "label": 0}
 EVEN = {"input_ids": [6, 7, 8], "label": 1}  # as long as A
 SQUARE = torch.ones(3, 3, dtype=torch.int64)
 
-# What the library lets pass without a word: rows, settings, a check that its batch is wrong, our error.
+# What the library accepts silently: rows, settings, a check that its batch is wrong, our error.
 SILENT: dict[str, Any] = {
     "extra column": ([A, B | {"weight": 2}], {}, lambda batch: "weight" not in batch, "row 1 has weight too: all rows"),
     "short masks": (
@@ -373,7 +375,7 @@ SILENT: dict[str, Any] = {
         [A | {"spans": [1, 2]}, B | {"spans": [1]}],
         {"return_tensors": "np"},
         lambda batch: batch["spans"].dtype == object,
-        "spans has lengths 1, 2 and is no column that is padded",
+        "spans has lengths 1, 2 and is not a padded column",
     ),
     "unpadded as numpy": (
         [A, B],
@@ -409,7 +411,7 @@ def test_where_transformers_ignores_an_argument_we_raise(tiny_tokenizer):
         DataCollatorWithPadding(tiny_tokenizer, padding="max_length")([A])
 
 
-# What the library fails on too, mostly without saying where: rows, the tokenizer's changes, settings, its error, ours.
+# What the library fails on too, mostly without saying where: rows, settings, its error, ours.
 FAILS: dict[str, Any] = {
     "missing column": (
         [A | {"weight": 2}, B],
@@ -421,7 +423,7 @@ FAILS: dict[str, Any] = {
         [A | {"spans": [1, 2]}, B | {"spans": [1]}],
         {},
         ValueError,
-        "spans has lengths 1, 2 and is no column that",
+        "spans has lengths 1, 2 and is not a padded column",
     ),
     "ragged labels": (
         [
@@ -430,7 +432,7 @@ FAILS: dict[str, Any] = {
         ],
         {},
         ValueError,
-        "labels has lengths 1, 2 and is no column that",
+        "labels has lengths 1, 2 and is not a padded column",
     ),
     "not padded": ([A, B], {"padding": False}, ValueError, "input_ids has lengths 2, 3 and padding is off"),
     "mask of one row": (
@@ -553,5 +555,8 @@ def test_importing_the_collator_imports_no_transformers():
     import subprocess
     import sys
 
-    code = "import sys, nanofinetune.collate; assert not {'transformers', 'datasets', 'accelerate'} & set(sys.modules)"
+    code = (
+        "import sys, nanofinetune.step.collate\n"
+        "assert not {'transformers', 'datasets', 'accelerate'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,6 @@
 """The command line: what its types take, how a command ends, and which options train.py has.
 
-    python -m pytest tests/test_cli.py
+    python -m pytest tests/ground/test_cli.py
 
 The last test shows transformers 5.23's own command line taking a learning rate of -1.
 """

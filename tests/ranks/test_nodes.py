@@ -1,10 +1,10 @@
 """Two nodes on one machine: launch.sh once for each, a static rendezvous (torch 2.13), one model trained by both.
 
 Where root and `ip netns` allow it, each node is a network namespace of its own with a cable between them, so that
-nothing works by accident through the loopback; also, or else, both are on the loopback. The oracle is one process that
-trains on the rows of both.
+nothing works by accident through the loopback; also, or else, both are on the loopback. They are compared with one
+process that trains on the rows of both.
 
-Run: python -m pytest tests/test_nodes.py
+Run: python -m pytest tests/ranks/test_nodes.py
 """
 
 import json

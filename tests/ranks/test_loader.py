@@ -1,7 +1,7 @@
-"""nanofinetune.loader against accelerate 1.15's prepare_data_loader, DataLoaderShard and skip_first_batches.
+"""ranks/loader.py beside accelerate 1.15's prepare_data_loader, DataLoaderShard and skip_first_batches.
 
 Both take rank and number of ranks as integers, so every rank is computed in this one process and compared by equality.
-Run: python -m pytest tests/test_loader.py
+Run: python -m pytest tests/ranks/test_loader.py
 """
 
 import collections
@@ -32,7 +32,7 @@ from nanofinetune.step.order import LengthGroupedBatchSampler, SeedableRandomSam
 
 @pytest.fixture
 def reference():
-    module = pytest.importorskip("accelerate.data_loader", reason="the oracle of these tests, extra `test`")
+    module = pytest.importorskip("accelerate.data_loader", reason="what these tests compare with (extra `test`)")
     from accelerate.state import GradientState, PartialState
 
     PartialState(cpu=True)  # accelerate's loaders want its global state
@@ -541,20 +541,41 @@ def test_rows_of_step_are_not_guessed():
         assert prepare(dataloader, **arguments).rows_of_step(0) is None
 
 
-def test_running_iterations_are_known_the_latest_last():
-    running: dict = {}
-    outer, inner = (prepare(plain(torch.arange(4), batch_size=2), running=running) for _ in range(2))
+def test_positions_are_those_of_the_loops_that_run_the_latest_last():
+    positions: list = []
+    outer, inner = (prepare(plain(torch.arange(4), batch_size=2), positions=positions) for _ in range(2))
+
+    def running():
+        return [position.loader for position in positions]
+
     for _ in outer:
         abandoned = iter(inner)
         next(abandoned)
-        assert list(running.values()) == [outer, inner]
+        assert running() == [outer, inner]
         for _ in skip(inner, 1):
-            assert len(running) == 3
+            assert len(positions) == 3
             break
-        assert list(running.values()) == [outer, inner]
-    assert list(running.values()) == [inner]  # whoever gave a batch last is last
+        assert running() == [outer, inner]
+        assert (positions[-1], positions[0]) == (inner.position, outer.position)
+    assert running() == [inner]  # the loop that got the latest batch is last
     del abandoned
-    assert running == {}
+    assert positions == []
+
+
+def test_sample_ids_are_the_rows_that_the_batches_hold():
+    dataset = Rows(13)
+    dataloader = plain(dataset, batch_size=2, shuffle=True)
+    for loader in ranks(dataloader, 2, uneven="mask", data_seed=3):
+        for _ in range(2):  # epochs of another order
+            held, ids = [], []
+            for batch in loader:
+                i, valid = loader.batch_index, loader.valid_rows
+                held.append(batch["input_ids"][:valid, 0].tolist())
+                assert loader.sample_ids(i, i + 1) == held[-1]
+                ids = loader.sample_ids(max(0, i - 1), i + 1)  # a window of two
+                assert ids == [row for rows in held[-2:] for row in rows]
+            assert ids
+    assert prepare(plain(Stream(4), batch_size=2)).sample_ids(0, 1) == []
 
 
 def test_masking_leaves_the_data_set_alone():

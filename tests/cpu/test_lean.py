@@ -1,6 +1,8 @@
-"""nanofinetune/lean.py against the same BERT of transformers 5.23 computed whole: losses, gradients, dropout, updates.
+"""The lean encoder against the same BERT computed in full by transformers 5.23: losses, gradients, dropout, updates.
 
-python -m pytest tests/test_lean.py
+Reference: transformers.BertForSequenceClassification with equal weights, called the *whole* model here.
+
+    python -m pytest tests/cpu/test_lean.py
 """
 
 import copy
@@ -237,7 +239,7 @@ def test_other_models_stay_as_they_are():
 
 
 def test_with_fast_dropout_only_what_is_computed_is_dropped():
-    """Its masks are nobody else's, so nothing is drawn for the padding; without dropout it is the same function."""
+    """Its masks match nobody's, so none are drawn for padding; without dropout it is the same function."""
     whole, ours = tiny_bert(dropout=0.0), tiny_bert(dropout=0.0)
     use_fast_dropout(ours)
     use_lean_encoder(ours)

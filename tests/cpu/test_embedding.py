@@ -1,6 +1,6 @@
-"""nanofinetune/embedding.py against torch.nn.Embedding: the same bits, in memory that is used again.
+"""Our embedding against torch.nn.Embedding (torch 2.13): the same bits, in memory that is used again.
 
-python -m pytest tests/test_embedding.py
+python -m pytest tests/cpu/test_embedding.py
 """
 
 import copy

@@ -3,7 +3,7 @@
 There is no reference to equal, so these are properties of the built rows. The oracles are GLUE MRPC's own files where
 they are present (columns, sizes), `inspect.getdoc` (positives) and scikit-learn (guessing the label from one side).
 
-Run: python -m pytest tests/test_stdlib_pairs.py
+    python -m pytest tests/data/test_stdlib_pairs.py
 """
 
 import ast
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from nanofinetune import stdlib_pairs
+from nanofinetune.data import stdlib_pairs
 from nanofinetune.ground.errors import UsageError
 
 SPLITS = ["train", "validation"]
@@ -52,7 +52,7 @@ def test_sizes_and_columns_are_those_of_mrpc(splits, glue_path):
 
 
 def test_another_process_builds_the_same(splits):
-    code = "import json; from nanofinetune import stdlib_pairs; print(json.dumps(stdlib_pairs.load()))"
+    code = "import json; from nanofinetune.data import stdlib_pairs; print(json.dumps(stdlib_pairs.load()))"
     for hash_seed in ["1", "2"]:  # the order of a set of strings changes with it
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         output = subprocess.run(

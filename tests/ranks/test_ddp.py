@@ -1,9 +1,9 @@
-"""Our data parallelism gives torch 2.13's `DistributedDataParallel` gradient by gradient, on real gloo ranks.
+"""ranks/ddp.py and ranks/naive_ddp.py beside torch 2.13's `DistributedDataParallel`, on real gloo ranks.
 
 On 2 ranks everything is compared bit for bit (a + b is b + a); on 3 ranks to 2 units in the last place of the largest
 gradient, since the order of a sum of three depends on where in a bucket it stands.
 
-    OMP_NUM_THREADS=1 python -m pytest tests/test_ddp.py
+    OMP_NUM_THREADS=1 python -m pytest tests/ranks/test_ddp.py
 """
 
 import copy

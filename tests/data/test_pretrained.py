@@ -1,6 +1,6 @@
 """Loading the pretrained model and its tokenizer, against transformers 5.23's own from_pretrained.
 
-python -m pytest tests/test_pretrained.py
+python -m pytest tests/data/test_pretrained.py
 """
 
 import os
@@ -15,7 +15,7 @@ from conftest import tiny_bert
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
-from nanofinetune import pretrained
+from nanofinetune.data import pretrained
 from nanofinetune.data.pretrained import (
     DEFAULT_MODEL,
     hub_in_reach,

@@ -1,27 +1,18 @@
-"""Environment, process group and collectives beside accelerate 1.15's, on real gloo ranks; all results bit for bit.
+"""ranks/collectives.py beside accelerate 1.15's operations, on real gloo ranks; all results bit for bit.
 
-OMP_NUM_THREADS=1 python -m pytest tests/test_distributed.py
+Run: OMP_NUM_THREADS=1 python -m pytest tests/ranks/test_collectives.py
 """
 
 import collections
-import concurrent.futures
 import contextlib
-import json
-import os
-import random
-import signal
-import subprocess
-import sys
 import time
 from datetime import timedelta
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, run_ranks, run_torchrun, run_world
+from helpers import run_ranks, run_world
 
-from nanofinetune import distributed
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ranks.collectives import (
     broadcast,
@@ -34,8 +25,7 @@ from nanofinetune.ranks.collectives import (
     reduce,
     wait_for_everyone,
 )
-from nanofinetune.ranks.environment import Launch, first_host, read_environment
-from nanofinetune.ranks.world import World, init_world, set_seed, shutdown
+from nanofinetune.ranks.world import World, init_world, shutdown
 
 Point = collections.namedtuple("Point", "x y")
 ALONE = World(0, 0, 1, 1, torch.device("cpu"), None)
@@ -49,115 +39,6 @@ DTYPES = [
     torch.float32,
     torch.float64,
 ]
-
-
-# ---- which process is this? ------------------------------------------------------------------------------------------
-
-TORCHRUN = {
-    "RANK": "5",
-    "LOCAL_RANK": "1",
-    "WORLD_SIZE": "8",
-    "LOCAL_WORLD_SIZE": "4",
-    "MASTER_PORT": "1",
-    "MASTER_ADDR": "a",
-}
-SLURM = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "5", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1",
-         "SLURM_TASKS_PER_NODE": "2(x2),1", "SLURM_JOB_ID": "31234", "SLURM_JOB_NODELIST": "n[07-08],m1"}  # fmt: skip
-
-
-def without(environ, name):
-    return {key: value for key, value in environ.items() if key != name}
-
-
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ({}, Launch()),
-        (TORCHRUN, Launch("torchrun", 5, 1, 8, 4, "env://")),
-        ({**SLURM, **TORCHRUN}, Launch("torchrun", 5, 1, 8, 4, "env://")),  # torchrun inside a SLURM job
-        ({"LOCAL_RANK": "-1"}, Launch()),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, Launch()),  # one pod
-        (SLURM, Launch("slurm", 3, 1, 5, 2, "tcp://n07:16234")),
-        ({**SLURM, "SLURM_NODEID": "2"}, Launch("slurm", 3, 1, 5, 1, "tcp://n07:16234")),
-        ({**SLURM, "MASTER_ADDR": "h", "MASTER_PORT": "9"}, Launch("slurm", 3, 1, 5, 2, "tcp://h:9")),
-        ({**without(SLURM, "SLURM_TASKS_PER_NODE"), "SLURM_NTASKS_PER_NODE": "4"},
-         Launch("slurm", 3, 1, 5, 4, "tcp://n07:16234")),
-        ({**SLURM, "SLURM_NTASKS": "1"}, Launch()),  # srun with one task, or an interactive shell
-        (without(SLURM, "SLURM_PROCID"), Launch()),  # salloc's shell on the login node
-    ],
-)  # fmt: skip
-def test_read_environment_table(environ, expected):
-    assert read_environment(environ) == expected
-
-
-@pytest.mark.parametrize(
-    ("environ", "text"),
-    [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 without LOCAL_RANK counts pods or nodes, not processes"),
-        ({"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1"}, "PET_NNODES=2 without LOCAL_RANK counts pods"),
-        ({"PET_NPROC_PER_NODE": "auto"}, "PET_NPROC_PER_NODE=auto without LOCAL_RANK counts pods"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2: mpirun is not supported; start with `launch.sh`"),
-        (without(TORCHRUN, "RANK"), "LOCAL_RANK is set but RANK is not: start with `launch.sh` or `torchrun`"),
-        (without(TORCHRUN, "MASTER_ADDR"), "MASTER_ADDR= do not fit together"),
-        ({**TORCHRUN, "RANK": "8"}, "RANK=8 LOCAL_RANK=1 WORLD_SIZE=8 LOCAL_WORLD_SIZE=4 .* do not fit together"),
-        ({**TORCHRUN, "RANK": "two"}, "RANK='two' is not a whole number"),
-        (without(SLURM, "SLURM_STEP_ID"), "SLURM_NTASKS=5, but srun did not start this process: use `srun python ...`"),
-        (without(SLURM, "SLURM_LOCALID"), "SLURM_PROCID is set but SLURM_LOCALID is not"),
-        (without(SLURM, "SLURM_JOB_NODELIST"), "SLURM_JOB_NODELIST='' names no host: set MASTER_ADDR"),
-    ],
-)
-def test_read_environment_refuses_what_would_be_silent_copies(environ, text):
-    with pytest.raises(UsageError, match=text):
-        read_environment(environ)
-
-
-@pytest.mark.parametrize(
-    ("nodelist", "host"),
-    [
-        ("node1", "node1"),
-        ("node1,node2", "node1"),
-        ("node[3-5,9]", "node3"),
-        ("node[007,009-011],other", "node007"),
-        ("rack[2-3]n[07-09]-ib,x", "rack2n07-ib"),
-    ],
-)
-def test_first_host(nodelist, host):
-    assert first_host(nodelist) == host
-
-
-@pytest.mark.parametrize(
-    ("launch", "name", "count", "expected"),
-    [
-        (Launch("torchrun", 5, 1, 8, 4), "auto", 4, torch.device("cuda", 1)),
-        (Launch("torchrun", 5, 1, 8, 4), "cuda", 2, torch.device("cuda", 1)),
-        (Launch("torchrun", 5, 1, 8, 4), "cpu", 4, torch.device("cpu")),
-        (Launch("slurm", 5, 3, 8, 4), "cuda", 1, torch.device("cuda", 0)),
-        (Launch(), "cuda", 4, torch.device("cuda")),
-        (Launch(), "mps", 4, torch.device("mps")),
-        (Launch("torchrun", 5, 1, 8, 4), "mps", 4, "--device mps is one device for one process"),
-        (
-            Launch("torchrun", 5, 1, 8, 4),
-            "cuda",
-            1,
-            "4 processes on a node with 1 GPUs: start 1, or choose --device cpu",
-        ),
-        (
-            Launch("torchrun", 5, 1, 8, 4),
-            "cuda:0",
-            4,
-            "--device cuda:0 is one GPU for 8 processes: choose --device cuda",
-        ),
-    ],
-)
-def test_each_rank_has_its_own_gpu(monkeypatch, launch, name, count, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    if isinstance(expected, str):
-        with pytest.raises(UsageError, match=expected):
-            distributed._device_of(launch, name)
-    else:
-        assert distributed._device_of(launch, name) == expected
 
 
 # ---- collectives -----------------------------------------------------------------------------------------------------
@@ -243,12 +124,12 @@ def collectives_beside_accelerate(world):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_collectives_match_accelerate(world):
-    pytest.importorskip("accelerate", reason="the oracle is Accelerate itself (extra `test`)")
+    pytest.importorskip("accelerate", reason="what this test compares with (extra `test`)")
     run_world(collectives_beside_accelerate, world)
 
 
 def test_single_process_matches_accelerate():
-    theirs = pytest.importorskip("accelerate.utils.operations", reason="the oracle is Accelerate itself (extra `test`)")
+    theirs = pytest.importorskip("accelerate.utils.operations", reason="what this test compares with (extra `test`)")
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
 
@@ -348,18 +229,8 @@ def one_rank_is_late():
 
 def test_a_collective_on_some_ranks_only_ends_at_the_timeout_and_says_which():
     (text, seconds), _ = run_ranks(one_rank_is_late, 2)
-    assert text.startswith("gather#1 on rank 0 of 2: another rank has ended or did not come in time: ")
+    assert text.startswith("gather#1 on rank 0 of 2: another rank has ended or was not there in time: ")
     assert seconds < 2.4
-
-
-def test_torch_and_so_accelerate_would_wait_for_half_an_hour():
-    minutes = {
-        "ours": distributed.TIMEOUT.total_seconds() / 60,
-        "torch's": dist.constants.default_pg_timeout.total_seconds() / 60,
-    }
-    assert minutes == {"ours": 5, "torch's": 30}
-    theirs = pytest.importorskip("accelerate.utils", reason="the oracle is Accelerate itself (extra `test`)")
-    assert theirs.InitProcessGroupKwargs(backend="gloo").timeout == timedelta(minutes=30)
 
 
 def test_several_ranks_without_a_group():
@@ -368,32 +239,6 @@ def test_several_ranks_without_a_group():
         RuntimeError, match="gather: 2 ranks but no process group; call init_world first and shutdown last"
     ):
         gather(torch.zeros(1), world)
-
-
-def meet_among_the_dead(rank, store, launch):
-    """One rank's part of the meeting -> the value of a key that this attempt alone has."""
-    own = distributed._store_of_this_attempt(store, launch, timedelta(seconds=20))
-    if rank == 0:
-        own.set("attempt", "this one")
-    return own.get("attempt")
-
-
-def test_an_attempt_never_meets_the_dead():
-    """Three threads meet in a store with what a dead rank 0 and dead guests of it have left; the last comes late."""
-    store = dist.HashStore()
-    for key, value in [("nanofinetune/invitation", "old"), ("old/1", "x"), ("old/2", "y"), ("old/guests", "x y")]:
-        store.set(key, value)
-    dist.PrefixStore("old", store).set("attempt", "the dead one's")
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        ranks = []
-        for rank in (1, 0, 2):
-            ranks.append(pool.submit(meet_among_the_dead, rank, store, Launch("torchrun", rank, rank, 3, 3)))
-            time.sleep(0.1)
-            assert not any(done.done() for done in ranks if rank != 2)  # nobody goes on before all are there
-        assert [done.result(20) for done in ranks] == [b"this one"] * 3
-    alone = Launch("torchrun", 1, 1, 2, 2)
-    with pytest.raises(RuntimeError, match="rank 0 did not hear from all ranks"):
-        distributed._store_of_this_attempt(store, alone, timedelta(seconds=0.1))
 
 
 # ---- process control -------------------------------------------------------------------------------------------------
@@ -468,123 +313,3 @@ def test_accelerate_main_process_first_waits_for_the_timeout():
     _, (text, waited) = run_ranks(accelerate_main_process_first, 2)
     assert "Timed out waiting" in text and "no such column" not in text
     assert 1.8 < waited < 4.5  # not until rank 0's process has ended, and no word of its failure
-
-
-def adopt_and_threads():
-    os.environ.pop("OMP_NUM_THREADS")
-    os.environ.pop("MKL_NUM_THREADS", None)
-    torch.set_num_threads(4)
-    own = init_world("cpu")
-    threads = torch.get_num_threads()
-    adopted = init_world()  # a second one takes the group that is there
-    shutdown(adopted)
-    still = dist.is_initialized()
-    set_seed(3, device_specific=True)
-    draw = torch.rand(1).item()
-    shutdown(own)
-    shutdown(own)
-    return own == World(own.rank, own.rank, 2, 2, torch.device("cpu"), "gloo"), adopted, threads, still, draw
-
-
-def started_by_srun():
-    """A rank that has srun's variables in place of torchrun's."""
-    rank = os.environ.pop("RANK")
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.pop(name, None)
-    os.environ |= {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": "3", "SLURM_TASKS_PER_NODE": "3",
-                   "SLURM_STEP_ID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "31234",
-                   "SLURM_JOB_NODELIST": "localhost", "SLURM_CPUS_PER_TASK": "2"}  # fmt: skip
-    world = init_world("cpu")
-    total = reduce(torch.tensor([world.rank + 1.0]), world, "sum").item()
-    shutdown(world)
-    return world, total, torch.get_num_threads()
-
-
-def test_srun_makes_a_world():
-    for rank, (world, total, threads) in enumerate(run_ranks(started_by_srun, 3)):
-        assert world == World(rank, rank, 3, 3, torch.device("cpu"), "gloo")
-        assert (total, threads) == (6.0, 2)
-
-
-def test_a_group_is_adopted_threads_are_shared_out_and_seeds_differ_by_rank():
-    for rank, (right, adopted, threads, still, draw) in enumerate(run_ranks(adopt_and_threads, 2)):
-        assert right and still and threads == 2
-        assert adopted == World(rank, rank, 2, 2, torch.device("cpu"), "gloo", adopted=True)
-        torch.manual_seed(3 + rank)
-        assert draw == torch.rand(1).item()
-
-
-@pytest.mark.parametrize("seed", [0, 42, 2**31])
-def test_set_seed_matches_accelerate(seed):
-    theirs = pytest.importorskip("accelerate.utils", reason="the oracle is Accelerate itself (extra `test`)")
-    draws = []
-    for function in (set_seed, theirs.set_seed):
-        function(seed)
-        draws.append((random.random(), np.random.rand(), torch.rand(2).tolist()))
-    assert draws[0] == draws[1]
-    try:
-        set_seed(seed, device_specific=True, deterministic=True)  # alone, the rank is 0
-        assert torch.are_deterministic_algorithms_enabled()
-        assert torch.rand(2).tolist() == draws[0][2]
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-LAST_CALL = """
-import atexit, sys, time
-import torch
-import torch.distributed as dist
-from nanofinetune import distributed
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-if sys.argv[1] == "ours":  # as init_world does
-    atexit.register(distributed._let_threads_finish)
-class Last:
-    def __del__(self, sleep=time.sleep):
-        sleep(0.2)  # the interpreter is ending, and lets others have a go
-last = Last()
-sys.setswitchinterval(1000)  # until then, who has the interpreter keeps it
-dist.all_reduce(torch.ones(3), async_op=True)  # whose work and tensor only gloo's thread holds on to
-end = time.monotonic() + 0.2  # in which gloo's thread is done, and waits for the interpreter
-while time.monotonic() < end:
-    pass
-"""
-
-
-def test_a_group_that_is_never_shut_down_does_not_abort_where_torch_does(tmp_path):
-    """Whether torch's does is a race: it is given some tries, and ours as many."""
-    script = tmp_path / "script.py"
-    script.write_text(LAST_CALL)
-    codes: dict[str, list[int]] = {"ours": [], "torch": []}
-    for _ in range(6):
-        for whose, found in codes.items():
-            done = subprocess.run([sys.executable, script, whose], cwd=ROOT, capture_output=True, timeout=60)
-            found.append(done.returncode)
-        if -signal.SIGABRT in codes["torch"]:
-            break
-    assert set(codes["ours"]) == {0}
-    assert -signal.SIGABRT in codes["torch"]
-
-
-SCRIPT = """
-import importlib, json, sys
-import torch
-accelerator = importlib.import_module(sys.argv[1]).Accelerator()
-seen = [accelerator.num_processes, accelerator.process_index, torch.distributed.get_world_size()]
-seen.append(accelerator.reduce(torch.tensor([accelerator.process_index + 1.0]), "sum").item())
-sys.stdout.write(json.dumps(seen) + "\\n")
-accelerator.end_training()
-"""
-
-
-def test_torchrun_on_cpu_is_one_world_where_accelerate_runs_copies(tmp_path):
-    """Two processes without a GPU run one script with either Accelerator(): a world of two, or two worlds of one."""
-    pytest.importorskip("accelerate", reason="shows Accelerate itself (extra `test`)")
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    seen = {}
-    for whose in ("nanofinetune", "accelerate"):
-        done = run_torchrun([script, whose], 2, env={"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": None})
-        assert done.returncode == 0, done.stderr
-        seen[whose] = sorted(json.loads(line) for line in done.stdout.splitlines())
-    assert seen["nanofinetune"] == [[2, 0, 2, 3.0], [2, 1, 2, 3.0]]
-    assert seen["accelerate"] == [[1, 0, 2, 1.0]] * 2  # it makes a group of two, and believes to be alone

@@ -1,10 +1,11 @@
-"""nanofinetune.metrics against scikit-learn 1.9 and scipy 1.17, called as evaluate 0.4.6's glue script calls them, and
-the shell (add, add_batch, compute, reset) against a real evaluate.Metric (the script itself is on the Hub).
+"""step/metrics.py against scikit-learn 1.9 and scipy 1.17, called as evaluate 0.4.6's glue script calls them.
 
-Run: pytest tests/test_metrics.py
+The class (add, add_batch, compute, reset) is compared with a real evaluate.Metric; the script itself is on the Hub.
 
-Accuracy, F1 and Matthews are compared with ==: both sides divide the same exactly known integers. The correlations sum
-rounded products, in another order than scipy: 1e-12 relative to 1, unless stated otherwise.
+    python -m pytest tests/step/test_metrics.py
+
+Accuracy, F1 and Matthews are compared with ==, since both sides divide the same integers. The correlations sum rounded
+products in another order than scipy: within 1e-12, unless stated otherwise.
 """
 
 import inspect
@@ -34,11 +35,11 @@ UNDEFINED = pytest.mark.filterwarnings("ignore::nanofinetune.step.metrics.Undefi
 
 
 def sklearn_metrics():
-    return pytest.importorskip("sklearn.metrics", reason="scikit-learn is the oracle (extra `test`)")
+    return pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference (extra `test`)")
 
 
 def scipy_stats():
-    return pytest.importorskip("scipy.stats", reason="scipy is the oracle (extra `test`)")
+    return pytest.importorskip("scipy.stats", reason="scipy is the reference (extra `test`)")
 
 
 def labels(rows: int, positives: float, agreement: float, seed: int, classes: int = 2):
@@ -344,7 +345,7 @@ def test_stsb_is_within_float32_of_the_script():
     assert result["spearmanr"] == pytest.approx(ranks, abs=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------- undefined: said aloud
+# ----------------------------------------------------------------------------------------------- undefined
 
 
 @pytest.mark.parametrize("label", [0, 7, -1])
@@ -363,7 +364,7 @@ def test_undefined_f1_and_matthews_are_sklearns_and_say_so(label):
     assert caught[0].filename == __file__  # the warning points at the caller
     assert list(metric.undefined) == ["f1"] and "0/0" in metric.undefined["f1"]
 
-    # scikit-learn gives Matthews 0/0 = 0.0 without a word where two labels are in play; we say which side is constant.
+    # With two labels, scikit-learn silently gives 0.0 for a Matthews of 0/0; we say which side is constant.
     cola = load("glue", "cola")
     with pytest.warns(UndefinedMetricWarning, match="all predictions are one label"):
         result = cola.compute(predictions=[label] * 3, references=[label, label, 1])
@@ -401,7 +402,7 @@ def test_undefined_correlations_are_scipys_and_say_so():
     assert metric.undefined["pearson"] == "all 3 predictions are equal, so the correlation is 0/0"
     assert set(metric.undefined) == {"pearson", "spearmanr"}
 
-    # NaN: scipy passes it on without a word.
+    # NaN: scipy passes it on silently.
     x, y = [1.0, math.nan, 2.0], [1.0, 2.0, 3.0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -432,7 +433,7 @@ def test_undefined_correlations_are_scipys_and_say_so():
 
 def evaluate_metric(tmp_path):
     """A real evaluate.Metric with the glue script's columns and its simple_accuracy."""
-    pytest.importorskip("evaluate", reason="evaluate 0.4.6 is the oracle of the shell")
+    pytest.importorskip("evaluate", reason="evaluate 0.4.6 is the reference for the class Metric")
     import datasets
     import evaluate
 

@@ -1,0 +1,94 @@
+"""Which process does what: decorators, a share of a list, a flag that every rank sees.
+
+>>> from types import SimpleNamespace
+>>> rank_1 = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False)
+>>> with split_between_processes(rank_1, ["a", "b", "c"]) as part:
+...     part
+['c']
+>>> on_main_process(rank_1, len)("abc") is None
+True
+
+Underneath: `accelerate.Accelerator.split_between_processes`, `accelerate.Accelerator.on_main_process`,
+`accelerate.Accelerator.check_trigger` (accelerate 1.15).
+  - Kept: names, arguments, results.
+  - Accelerate's `split_between_processes` changes a dict that it is given; here it stays as it is.
+
+Proof: test_split_between_processes_leaves_the_dict_as_it_is_where_accelerate_does_not,
+test_public_names_and_signatures_match_accelerate in tests/test_accelerator.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nanofinetune.ranks import collectives
+
+
+@contextmanager
+def split_between_processes(accelerator: Any, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
+    """A `with` block whose value is this rank's part of a list, tuple or tensor, or of each in a dict.
+
+    `apply_padding` repeats the last item until all parts are equally long.
+    """
+    yield collectives.part_of(inputs, accelerator.process_index, accelerator.num_processes, apply_padding)
+
+
+def on_main_process(accelerator: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: the function runs on rank 0; elsewhere it does nothing and returns None."""
+    return function if accelerator.is_main_process else _nothing
+
+
+def on_local_main_process(accelerator: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: the function runs on the first rank of each node, and on no other."""
+    return function if accelerator.is_local_main_process else _nothing
+
+
+def on_last_process(accelerator: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: the function runs on the last rank, and on no other."""
+    return function if accelerator.is_last_process else _nothing
+
+
+def on_process(
+    accelerator: Any, function: Callable[..., Any] | None = None, process_index: int | None = None
+) -> Callable[..., Any]:
+    """Decorator, with the number of a rank: the function runs there, and on no other."""
+    if process_index is None:
+        raise ValueError("on_process: name the process_index on which the function is to run")
+    if function is None:
+        return lambda function: on_process(accelerator, function, process_index)
+    return function if accelerator.process_index == process_index else _nothing
+
+
+def on_local_process(
+    accelerator: Any, function: Callable[..., Any] | None = None, local_process_index: int | None = None
+) -> Callable[..., Any]:
+    """Decorator, with the number of a rank on its node: the function runs there, once a node."""
+    if local_process_index is None:
+        raise ValueError("on_local_process: name the local_process_index on which the function is to run")
+    if function is None:
+        return lambda function: on_local_process(accelerator, function, local_process_index)
+    return function if accelerator.local_process_index == local_process_index else _nothing
+
+
+def print_once_a_node(accelerator: Any, *args: Any, **kwargs: Any) -> None:
+    """Print once a node."""
+    if accelerator.is_local_main_process:
+        print(*args, **kwargs)
+
+
+def set_trigger(accelerator: Any) -> None:
+    """Raise a flag on this rank, which the next `check_trigger` sees on all."""
+    accelerator.flag_tensor.fill_(1)
+
+
+def check_trigger(accelerator: Any) -> bool:
+    """Whether any rank has raised its flag; lowers all. A collective."""
+    raised = accelerator.reduce(accelerator.flag_tensor).item() > 0
+    accelerator.flag_tensor.zero_()
+    return raised
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What a function for another rank does on this one."""

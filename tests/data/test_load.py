@@ -1,0 +1,140 @@
+"""Loading by name, against `datasets` 5.2 and pandas on the same files, and against our table of GLUE tasks.
+
+python -m pytest tests/data/test_load.py
+"""
+
+import pytest
+from tables import rows, write
+
+from nanofinetune.data import load as load_module
+from nanofinetune.data.load import load_data
+from nanofinetune.data.tasks import GLUE, Task, default_metrics
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.step import metrics
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows_as_datasets(kind, tmp_path):
+    train, validation = rows(20), rows(8, seed=1)
+    write(tmp_path, kind, "train", train)
+    write(tmp_path, kind, "validation", validation)
+    data = load_data(str(tmp_path))
+    assert data.text_columns == ("sentence1", "sentence2") and data.label_column == "label"
+    assert data.label_names == ["0", "1"] and data.metrics == ("accuracy", "f1")
+    for split, content in (("train", train), ("validation", validation)):
+        assert data.splits[split].to_list() == [
+            {k: row[k] for k in ("sentence1", "sentence2", "label")} for row in content
+        ]
+
+
+def test_glue_tsv_keeps_rows_that_pandas_quoting_loses(tmp_path):
+    """GLUE's own TSV layout with lone quotation marks: pandas' default quoting swallows rows, we keep every one."""
+    import pandas
+
+    header = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    lines = [f"{i % 2}\t{i}\t{i}\t{chr(34) * (i in (2, 5))}the cat {i}\tthe dog\n" for i in range(9)]
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text(header + "".join(lines))
+    assert len(pandas.read_csv(tmp_path / "dev.tsv", sep="\t")) < len(lines)
+    data = load_data(str(tmp_path))
+    assert [len(split) for split in data.splits.values()] == [len(lines)] * 2
+    assert data.text_columns == ("#1 String", "#2 String") and data.label_column == "Quality"
+    assert data.splits["train"][2]["#1 String"] == '"the cat 2'
+    assert list(data.splits) == ["train", "validation"]
+
+
+def test_the_words_none_and_na_stay_text(tmp_path):
+    content = [{"sentence": word, "label": i % 2} for i, word in enumerate(["None", "NA", "null", "nan", ""])]
+    write(tmp_path, "csv", "train", content)
+    write(tmp_path, "csv", "validation", content)
+    assert load_data(str(tmp_path)).splits["train"]["sentence"][:] == ["None", "NA", "null", "nan", ""]
+
+
+def test_a_single_file_holds_a_tenth_out_by_the_seed(tmp_path):
+    write(tmp_path, "csv", "reviews", rows(40, pair=False))
+    name = str(tmp_path / "reviews.csv")
+    data = load_data(name)
+    assert [len(split) for split in data.splits.values()] == [36, 4]
+    assert "4 of its 40 rows are held out" in data.note
+    both = set(data.splits["train"]["sentence1"][:]) | set(data.splits["validation"]["sentence1"][:])
+    assert both == {row["sentence1"] for row in rows(40, pair=False)}
+    assert load_data(name).splits["validation"].to_list() == data.splits["validation"].to_list()
+    assert load_data(name, seed=1).splits["validation"].to_list() != data.splits["validation"].to_list()
+
+
+def test_mnli_files_give_both_validation_splits(tmp_path):
+    content = [{"premise": f"the cat {i}", "hypothesis": "it sat", "label": i % 3} for i in range(12)]
+    folder = tmp_path / "mnli"
+    folder.mkdir()
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        write(folder, "jsonl", split, content)
+    data = load_data(str(folder))
+    assert list(data.splits) == ["train", *GLUE["mnli"].validation]
+    assert data.label_names == list(GLUE["mnli"].label_names or ())
+
+
+@pytest.mark.parametrize(("name", "train", "validation"), [("mrpc", 3668, 408), ("sst2", 67349, 872)])
+def test_local_glue_matches_the_task_table(name, train, validation, glue_path):
+    data, task = load_data(str(glue_path / name)), GLUE[name]
+    found = data.text_columns, tuple(data.label_names or ()), data.metrics
+    assert found == (task.text_columns, task.label_names, task.metrics)
+    assert {key: len(split) for key, split in data.splits.items()} == {"train": train, "validation": validation}
+
+
+@pytest.mark.parametrize("name", ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"])
+def test_glue_tasks_match_the_metric_of_that_name(name):
+    task = GLUE[name]
+    assert metrics.load("glue", name).names == task.metrics
+    assert (task.label_names is None) == (default_metrics(None) == task.metrics)
+
+
+def of_the_hub(monkeypatch, splits):
+    """Answer for the Hub, which the tests cannot reach, with `splits` of twelve rows."""
+    import datasets
+
+    content = [{"premise": f"the cat {i}", "hypothesis": "it sat", "label": i % 3} for i in range(12)]
+    loaded = datasets.DatasetDict({split: datasets.Dataset.from_list(content) for split in splits})
+    monkeypatch.setattr(load_module, "hub_in_reach", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: loaded)
+
+
+@pytest.mark.parametrize(
+    ("name", "splits", "scored"),
+    [
+        ("someone/mnli", ("train", *GLUE["mnli"].validation), [*GLUE["mnli"].validation]),
+        ("someone/mnli", ("train", "validation_mismatched"), ["validation_mismatched"]),
+        ("someone/mnli", ("train", "validation", "test"), ["validation"]),
+        ("glue/mnli", ("train", "validation_matched"), ["validation_matched"]),
+        ("someone/other", ("train", "validation"), ["validation"]),
+        ("someone/own", ("train", "test"), ["test"]),
+    ],
+)
+def test_a_hub_name_is_read_as_the_task_that_it_ends_in(name, splits, scored, monkeypatch):
+    own = Task(("premise", "hypothesis"), ("a", "b", "c"), validation=("test",))
+    monkeypatch.setitem(GLUE, "own", own)
+    of_the_hub(monkeypatch, splits)
+    data = load_data(name)
+    assert list(data.splits) == ["train", *scored]
+    names = GLUE[name.rpartition("/")[2]].label_names if name != "someone/other" else ("0", "1", "2")
+    assert tuple(data.label_names or ()) == names
+
+
+@pytest.mark.parametrize("name", ["someone/mnli-2", "mnli", "someone/other"])
+def test_other_hub_names_need_a_split_called_validation(name, monkeypatch):
+    of_the_hub(monkeypatch, ("train", "validation_matched"))
+    with pytest.raises(UsageError, match="it needs a train and a validation split, and has train, validation_matched"):
+        load_data(name)
+
+
+def test_stdlib_pairs_have_the_columns_and_sizes_of_mrpc():
+    data = load_data("stdlib-pairs")
+    assert data.text_columns == GLUE["mrpc"].text_columns and len(data.label_names or ()) == 2
+    assert [len(split) for split in data.splits.values()] == [3668, 408]
+
+
+def test_the_default_falls_back_only_when_the_user_named_nothing():
+    """No Hub in the tests: the default becomes stdlib-pairs and says so; the same name, given, is an error."""
+    data = load_data(None)
+    assert data.name == "stdlib-pairs" and "using stdlib-pairs instead" in data.note
+    with pytest.raises(UsageError, match="the Hub is out of reach"):
+        load_data("glue/mrpc")
