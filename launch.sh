@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Start train.py in one process, or in several through torchrun. `launch.sh --help` says what it reads.
-# Here is which processes to start; how a failure reaches the screen is in nanofinetune/launch/job.py.
+# This file decides which processes to start. How they run and fail is in nanofinetune/launch/job.py.
 #
-# Underneath: `accelerate launch` and `accelerate config` (accelerate 1.15), which choose the processes and hand them to
-# torchrun (torch 2.13), as this file does. Kept: options, and a file of settings that a questionnaire writes. Left out:
-# DeepSpeed, FSDP, Megatron, mpirun, TPU pods, torch.compile, choosing GPUs by number. Different on purpose: the variables
-# of the environment, of SLURM and of Kubeflow are read too; one node takes a free port, never 29500; N processes on a CPU
-# are N ranks, where `accelerate launch --cpu` starts one; all cores are shared out, where torchrun gives each rank one.
+# Underneath: `accelerate launch` and `accelerate config` (accelerate 1.15). They too choose the processes, and hand them
+# to torchrun (torch 2.13).
+#   - Kept: options, and a file of settings that a questionnaire writes.
+#   - We also read the variables of SLURM and of Kubeflow. One node takes a free port, never 29500.
+#   - N processes on a CPU are N ranks of one job; `accelerate launch --cpu` starts one process.
+#   - The ranks share all cores; torchrun gives each rank one.
+#   - Left out: DeepSpeed, FSDP, Megatron, mpirun, TPU pods, torch.compile, choosing GPUs by number.
 #
-# Proof: test_launch_sh_table, test_config_asks_and_launch_sh_reads, test_accelerate_config_fields_are_asked_or_left_out
-# in tests/test_launch.py; test_two_nodes_train_together in tests/test_nodes.py.
+# Proof: test_launch_sh_table in tests/launch/test_job.py, test_config_asks_and_launch_sh_reads in
+# tests/launch/test_config.py.
 set -euo pipefail
 
 usage() {
@@ -18,10 +20,10 @@ launch.sh [-n N] [--max-restarts N] [--print] [train.py's arguments]    train
 launch.sh config                                                        ask, and write launch.env
 
   -n N              processes on this node (default: one for each NVIDIA GPU, else 1)
-  --max-restarts N  times that torchrun starts all processes again after one has failed (default 0); not after what
-                    the user got wrong (exit code 2), which torchrun without launch.sh would start again too
+  --max-restarts N  how often all processes are started again after one has failed (default 0); never after a mistake
+                    of yours (exit code 2), which would only repeat
   --print           print the command instead of running it
-  -- ARGUMENTS      everything after it goes to train.py (python train.py --help lists its own)
+  -- ARGUMENTS      everything after it goes to train.py (python train.py --help lists its options)
 
 Each setting comes from the command line, else the environment, else launch.env beside this file:
   NPROC_PER_NODE                as -n                    OMP_NUM_THREADS     threads a process (default: cores / N)
@@ -104,7 +106,7 @@ done
 [[ -z ${LOCAL_RANK-} ]] || fail "LOCAL_RANK=$LOCAL_RANK: a launcher has started this process already; run train.py itself"
 worker=''
 if [[ -n ${SLURM_STEP_ID-} ]] && ((${SLURM_NTASKS:-1} > 1)); then
-    if ((SLURM_NTASKS > ${SLURM_NNODES:-1})); then # srun has started every process: this is one, train.py finds its rank
+    if ((SLURM_NTASKS > ${SLURM_NNODES:-1})); then # srun has started every process; this is one, and knows its rank
         [[ -z $n ]] || fail "-n $n: srun has started $SLURM_NTASKS tasks; leave -n out, or use srun --ntasks-per-node=1"
         worker=1
     elif [[ -z ${NNODES-} ]]; then # one task for each node: this one starts the node's processes
@@ -127,7 +129,7 @@ for name in NNODES NODE_RANK NPROC_PER_NODE MASTER_ADDR MASTER_PORT MAX_RESTARTS
     pet=PET_$name
     [[ -n ${!name-} || -z ${!pet-} ]] || printf -v "$name" %s "${!pet}"
 done
-if [[ -z ${NNODES-} && -n ${WORLD_SIZE-} && -n ${RANK-} ]]; then # Kubeflow PyTorchJob: here these two count pods
+if [[ -z ${NNODES-} && -n ${WORLD_SIZE-} && -n ${RANK-} ]]; then # in Kubeflow's PyTorchJob these two count pods
     NNODES=$WORLD_SIZE NODE_RANK=$RANK
 fi
 
@@ -143,7 +145,7 @@ if [[ -f $settings ]]; then
     done <"$settings"
 fi
 
-# --- the sum of it ---
+# --- what to start ---
 given=(${arguments[@]+"${arguments[@]}"}) # (an empty array is "unbound" in the bash of macOS)
 if [[ -n ${NANOFINETUNE_DEVICE-} ]] && ! has --device ${given[@]+"${given[@]}"}; then
     arguments+=(--device "$NANOFINETUNE_DEVICE")
@@ -175,20 +177,21 @@ else
     fi
     command=("${start[@]}" run)
     if ((nodes == 1)); then
-        # underneath: --standalone takes a free port; the address, since not every machine can look up its own name
+        # underneath: --standalone takes a free port. The address: torchrun asks for this machine's name, and not every
+        # machine can look up its own.
         command+=(--standalone --local-addr=127.0.0.1)
     else
         [[ -n ${MASTER_ADDR-} ]] || fail "NNODES=$nodes: set MASTER_ADDR to the name or address of node 0, on all nodes"
         [[ -n ${NODE_RANK-} ]] || fail "NNODES=$nodes: set NODE_RANK to this node's number, from 0 to $((nodes - 1))"
         NODE_RANK=$(whole NODE_RANK "$NODE_RANK" 0)
         ((NODE_RANK < nodes)) || fail "NODE_RANK=$NODE_RANK: $nodes nodes are numbered from 0"
-        # A static rendezvous: each node is told its number, and node 0 listens at an address that all know.
+        # A static rendezvous: each node knows its number, and node 0 listens at an address that all know.
         command+=("--nnodes=$nodes" "--node-rank=$NODE_RANK" "--master-addr=$MASTER_ADDR" "--master-port=${MASTER_PORT:-29500}")
     fi
     command+=("--nproc-per-node=$n" "--max-restarts=$restarts" "$script")
 fi
 command+=(${arguments[@]+"${arguments[@]}"})
-# torchrun reads PET_* and train.py WORLD_SIZE: what they said is in the command now.
+# torchrun reads PET_*, and train.py WORLD_SIZE; the command says it all now.
 for name in "${!PET_@}"; do unset "$name"; done
 [[ -n $worker ]] || unset RANK WORLD_SIZE
 if [[ -n $show ]]; then

@@ -13,14 +13,14 @@ def double(x: int) -> int:
     "Twice x."
     raise NotImplementedError
 
-Underneath: nothing of a library is replaced here. `ast.parse` (Python's own) says where each body begins and ends, and
-the text between stays as it is, comments of constants included: `ast.unparse` would lose them. Private functions go,
-since they are one way to do it. The file is made from the module as it is at that moment. To test yours, the project is
-copied into a temporary folder with your file in the module's place, so that every test, and every process that a test
-starts, imports yours.
+Underneath: no library; `ast.parse` (Python's own) finds where each body begins and ends.
+  - The text around the bodies stays as it is. `ast.unparse` would lose its comments.
+  - Private functions go: they are one way to do it.
+  - Your file is tested in a copy of the project, so that every process a test starts imports it too.
+  - Only modules that need nothing else of this package are offered.
 
-Proof: test_an_emptied_module_fails_its_tests_and_the_real_one_passes, test_emptied_keeps_what_others_need,
-test_nothing_is_written_over in tests/test_exercise.py.
+Proof: test_an_emptied_module_fails_its_tests_and_the_real_one_passes, test_emptied_keeps_what_others_need in
+tests/test_exercise.py.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from nanofinetune.ground.errors import UsageError
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
 NEEDED = ("pyproject.toml", "README.md", "train.py", "launch.sh", "nanofinetune", "tests", "bench")  # by the tests
+ORDER = ("schedule", "metrics", "collate", "shard", "naive_ddp", "ddp")  # to do them in; then the rest
+GROUND = {"nanofinetune.ground.errors", "nanofinetune.ground.cli"}  # what a rebuilt module may still import
 
 
 def modules() -> dict[str, Path]:
-    """The modules that can be rebuilt alone, by name: no commands, importing of ours `errors`, `cli`, `embedding` only.
-
-    (`ddp` asks `embedding` where a gradient lies, and nothing else.)
-    """
-    return {path.stem: path for path in sorted(PACKAGE.glob("[a-z]*.py")) if _stands_alone(path.read_text())}
+    """The modules that can be rebuilt alone, by name, in the order to do them: they import of ours `GROUND` only."""
+    alone = {path.stem: path for path in sorted(PACKAGE.glob("*/[a-z]*.py")) if _stands_alone(path.read_text())}
+    return dict(sorted(alone.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER)))
 
 
 def emptied(source: str) -> str:
@@ -59,9 +59,8 @@ def emptied(source: str) -> str:
     for node in sorted(_functions(ast.parse(source)), key=lambda node: -node.lineno):  # from the end: numbers hold
         begin = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
         if node.name.startswith("_") and not node.name.endswith("__"):
-            above = (
-                begin - 1 if begin and lines[begin - 1].strip() else begin - 2
-            )  # its comment, a blank line between or not
+            # A comment above it goes with it, whether a blank line is between them or not.
+            above = begin - 1 if begin and lines[begin - 1].strip() else begin - 2
             while above > 0 and lines[above].strip().startswith("# ") and "---" not in lines[above]:
                 begin, above = above, above - 1
             lines[begin : node.end_lineno] = []
@@ -77,21 +76,22 @@ def emptied(source: str) -> str:
 
 def proof_of(module: str) -> list[str]:
     """What pytest is to run for a module: its own test file, the tests elsewhere that its docstring names, doctests."""
-    path = PACKAGE / f"{module}.py"
-    own = f"tests/test_{module}.py"
+    path = modules()[module]
+    room = path.parent.name
     proof = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\nProof:")[2]
-    found = [own] if (ROOT / own).is_file() else []
-    for file in sorted((ROOT / "tests").glob("test_*.py")):
-        text, name = file.read_text(), f"tests/{file.name}"
-        if name != own:
-            found += [
-                f"{name}::{test}" for test in re.findall(r"\btest_\w+\b(?!\.py)", proof) if f"def {test}(" in text
-            ]
-    return [*found, f"nanofinetune/{module}.py"]
+    named = re.findall(r"\btest_\w+\b(?!\.py)", proof)
+    own = ROOT / "tests" / room / f"test_{module}.py"
+    found = [own.relative_to(ROOT).as_posix()] if own.is_file() else []
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        if file != own:
+            text, name = file.read_text(), file.relative_to(ROOT).as_posix()
+            found += [f"{name}::{test}" for test in named if f"def {test}(" in text]
+    return [*found, f"nanofinetune/{room}/{module}.py"]
 
 
 def check(module: str, file: Path, arguments: list[str]) -> int:
     """Run the module's tests, with `file` in its place -> pytest's exit code."""
+    place = modules()[module].relative_to(ROOT)
     with tempfile.TemporaryDirectory(prefix="nanofinetune-exercise-") as folder:
         for name in NEEDED:
             source, target = ROOT / name, Path(folder, name)
@@ -99,35 +99,11 @@ def check(module: str, file: Path, arguments: list[str]) -> int:
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, target)
-        shutil.copy(file, Path(folder, "nanofinetune", f"{module}.py"))
+        shutil.copy(file, Path(folder, place))
         glue = os.environ.get("NANOFINETUNE_GLUE", str(ROOT.parent / "shared" / "data" / "glue"))
         environment = os.environ | {"PYTHONPATH": folder, "NANOFINETUNE_GLUE": glue, "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *proof_of(module), *arguments]
         return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
-
-
-def _functions(node: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Functions and methods; not what is inside of them."""
-    found: list[ast.FunctionDef | ast.AsyncFunctionDef] = []
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            found.append(child)
-        elif isinstance(child, ast.ClassDef):
-            found += _functions(child)
-    return found
-
-
-def _stands_alone(source: str) -> bool:
-    if "__main__" in source:
-        return False
-    imported = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-    own = {name.split(".")[1] for name in imported if name.startswith("nanofinetune.")}
-    return own <= {"errors", "cli", "embedding"}
 
 
 def main() -> None:
@@ -165,6 +141,28 @@ def main() -> None:
         raise UsageError(f"--to {args.to}: {target} cannot be written ({error.strerror})") from error
     print(f"wrote {target}; fill it in until this passes:\n")
     print(f"python -m nanofinetune.exercise {args.module} --check {target}")
+
+
+def _functions(node: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions and methods, without those inside other functions."""
+    found: list[ast.FunctionDef | ast.AsyncFunctionDef] = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            found.append(child)
+        elif isinstance(child, ast.ClassDef):
+            found += _functions(child)
+    return found
+
+
+def _stands_alone(source: str) -> bool:
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            room = node.module.count(".") < 2  # what is imported from a room, or from the package, is a module
+            imported |= {f"{node.module}.{alias.name}" if room else node.module for alias in node.names}
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    return {name for name in imported if name.partition(".")[0] == "nanofinetune"} <= GROUND
 
 
 if __name__ == "__main__":

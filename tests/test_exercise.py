@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from test_layers import FLOOR_OF
 
+from nanofinetune import exercise as command
 from nanofinetune.exercise import emptied, main, modules, proof_of
 from nanofinetune.ground.cli import run_main
 
@@ -35,11 +35,28 @@ def exercise(monkeypatch, capfd):
     return call
 
 
-def test_every_module_of_the_ground_floor_can_be_rebuilt(exercise):
-    """And DDP, which needs hardly anything of the package, though it stands higher."""
-    assert {name for name, floor in FLOOR_OF.items() if floor == 0} | {"ddp"} <= set(modules())
+def test_every_module_of_the_first_room_can_be_rebuilt(exercise):
+    """And sharding and DDP, from the second one. They are listed in the order to do them."""
+    assert {path.stem for path in (ROOT / "nanofinetune" / "step").glob("[a-z]*.py")} <= set(modules())
+    assert list(modules())[:6] == ["schedule", "metrics", "collate", "shard", "naive_ddp", "ddp"]
     code, listed, _ = exercise()
     assert code == 0 and [line.split()[0] for line in listed.splitlines()] == list(modules())
+
+
+@pytest.mark.parametrize(
+    ("imports", "alone"),
+    [
+        ("import torch\nfrom nanofinetune.ground.errors import UsageError", True),
+        ("from nanofinetune.ground import cli, errors", True),
+        ("from nanofinetune.ground import cli, device", False),
+        ("from nanofinetune.step import collate", False),
+        ("def f():\n    from nanofinetune.step.order import mix", False),
+        ("import nanofinetune.step.order", False),
+        ("from nanofinetune import Accelerator", False),
+    ],
+)
+def test_a_module_that_needs_others_of_ours_is_not_offered(imports, alone):
+    assert command._stands_alone(imports) is alone
 
 
 @pytest.mark.parametrize(
@@ -53,7 +70,7 @@ def test_an_emptied_module_fails_its_tests_and_the_real_one_passes(name, tmp_pat
     code, failed, _ = exercise(*command[3:], "-x", "-q")
     assert code in (1, 2) and "NotImplementedError" in failed, failed  # 2: it could not even collect them
 
-    (tmp_path / f"{name}.py").write_text((ROOT / "nanofinetune" / f"{name}.py").read_text())
+    (tmp_path / f"{name}.py").write_text(modules()[name].read_text())
     code, passed, _ = exercise(*command[3:], "-x", "-q")
     assert code == 0, passed[-3000:]
 
@@ -85,14 +102,21 @@ def test_emptied_keeps_what_others_need(name):
         assert ast.unparse(node.body[-1]) == "raise NotImplementedError" and len(node.body) <= 2
 
 
-def test_the_proof_of_a_module_are_those_that_its_docstring_names():
-    assert proof_of("tasks") == [
-        "tests/test_data.py::test_glue_tasks_match_the_metric_of_that_name",
-        "tests/test_data.py::test_local_glue_matches_the_task_table",
-        "tests/test_data.py::test_a_hub_name_is_read_as_the_task_that_it_ends_in",
-        "nanofinetune/tasks.py",
-    ]
-    assert proof_of("collate") == ["tests/test_collate.py", "nanofinetune/collate.py"]
+def test_the_proof_of_a_module_are_its_own_tests_and_those_elsewhere_that_its_docstring_names(tmp_path, monkeypatch):
+    assert proof_of("config") == ["tests/launch/test_config.py", "nanofinetune/launch/config.py"]
+
+    def write(name, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    proof = "Proof: test_here, test_there in tests/step/test_thing.py and tests/test_other.py."
+    write("nanofinetune/step/thing.py", f'"""A thing.\n\n{proof}\n"""\n')
+    write("tests/step/test_thing.py", "def test_here(): ...\ndef test_more(): ...\n")
+    write("tests/test_other.py", "def test_there(): ...\ndef test_not_named(): ...\n")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "PACKAGE", tmp_path / "nanofinetune")
+    expected = ["tests/step/test_thing.py", "tests/test_other.py::test_there", "nanofinetune/step/thing.py"]
+    assert proof_of("thing") == expected
 
 
 def test_nothing_is_written_over(tmp_path, exercise):
@@ -106,7 +130,7 @@ def test_nothing_is_written_over(tmp_path, exercise):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["nothing"], "nothing: choose one of cli, collate"),
+        (["nothing"], "nothing: choose one of schedule, metrics, collate"),
         (["collate", "--check", "no/such.py"], "there is no such file"),
         (["collate", "--bogus"], "unrecognized arguments: --bogus"),
     ],

@@ -1,5 +1,5 @@
-"""How processes come into being: `launch.sh config`, torchrun with the first failure last, ranks from a notebook.
+"""Start processes: one node's through torchrun, a notebook's by forking it, and the questions of `launch.sh config`.
 
-Read `job` (one node's processes), `notebook` (forked ranks) and `config` (the questions). Run by launch.sh, or as
-`python -m nanofinetune.launch`.
+Read `job` first (the processes of one node, and whose failure is shown), then `notebook` and `config`. `launch.sh`
+decides how many processes to start; it runs this package as `python -m nanofinetune.launch`.
 """

@@ -1,25 +1,18 @@
-"""Start ranks: the questions of `launch.sh config`, the first failing rank's traceback, training from a notebook.
+"""`launch.sh config`: ask up to ten questions, and write the answers to launch.env, which later starts read.
 
->>> notebook_launcher(print, args=("one process runs", "right here"), num_processes=1)
-one process runs right here
+>>> precision = next(question for question in QUESTIONS if question.name == "NANOFINETUNE_MIXED_PRECISION")
+>>> precision.check("fp8")
+Traceback (most recent call last):
+argparse.ArgumentTypeError: fp8 is not one of no, bf16, fp16
 
-Underneath: `accelerate.notebook_launcher`, `accelerate.commands.launch.launch_command` and
-`accelerate.commands.config.cluster.get_cluster_input` (accelerate 1.15), and `torch.distributed.run` (torch 2.13),
-which they and `launch.sh` start. `accelerate launch` hands everything on in ACCELERATE_* variables, and starts one
-process for `--cpu --num_processes 2`. Its notebook launcher forks; on a CPU it starts N *independent* copies, and its
-`mixed_precision` is lost. Kept: names, arguments, fork. Left out: several nodes and restarts from a notebook, TPU,
-mpirun. Different on purpose: (1) N processes are N ranks on a CPU as well, also when the notebook has used threads;
-(2) a free port on one node, never 29500; (3) the last thing on the screen is the traceback of the rank that failed
-*first*, where torchrun has `error_file: <N/A>`; (4) what the user got wrong is one line and exit code 2, not a trace;
-(5) no rank outlives its launcher (Linux); (6) what the user got wrong, or a `Halt` (a loss that is no number), is not
-started again: torchrun alone repeats it.
+Underneath: `accelerate.commands.config.cluster.get_cluster_input` (accelerate 1.15).
+  - It asks for everything that any backend may need, and writes YAML into the user's cache folder.
+  - We ask for nodes, device, processes, threads, precision and restarts, and check each answer at once.
+  - The file holds NAME=VALUE lines. launch.sh reads them and never executes them.
+  - Left out: DeepSpeed, FSDP, Megatron, TPU pods, mpirun, torch.compile, fp8.
 
-Proof: test_launch_sh_table, test_first_failing_rank_is_printed_last_where_torchrun_hides_it,
-test_usage_error_is_one_line_and_exit_2, test_usage_error_is_not_started_again_where_torchrun_repeats_it,
-test_no_rank_outlives_its_launcher and test_config_asks_and_launch_sh_reads in tests/test_launch.py;
-test_two_ranks_after_the_notebook_used_threads, test_mixed_precision_reaches_the_ranks_where_accelerate_loses_it and
-test_accelerate_hangs_after_the_notebook_used_threads in tests/test_notebook.py; test_two_nodes_train_together in
-tests/test_nodes.py.
+Proof: test_config_asks_and_launch_sh_reads, test_accelerate_config_fields_are_asked_or_left_out in
+tests/launch/test_config.py.
 """
 
 from __future__ import annotations
@@ -36,7 +29,10 @@ from nanofinetune.ground.errors import UsageError
 
 @dataclass(frozen=True)
 class Question:
-    """One setting of launch.env: `name`, what to ask, the answer to an empty line, and the check of any other."""
+    """One setting of launch.env.
+
+    `default` is what an empty line means, "" where there must be an answer. `check` raises ArgumentTypeError.
+    """
 
     name: str
     text: str
@@ -45,7 +41,7 @@ class Question:
     several_nodes: bool = False  # asked only then
 
     def ask(self) -> str:
-        """The answer, once it is a good one."""
+        """Ask until the answer is a valid one -> the answer. Raises EOFError at the end of the input."""
         while True:
             answer = input(f"{self.text} [{self.default}]: ").strip() or self.default
             try:
@@ -58,7 +54,9 @@ class Question:
                 print(error)
 
 
-def _one_of(*choices: str) -> Callable[[str], object]:
+def one_of(*choices: str) -> Callable[[str], object]:
+    """A check: one of these words."""
+
     def check(answer: str) -> None:
         if answer not in choices:
             raise argparse.ArgumentTypeError(f"{answer} is not one of {', '.join(choices)}")
@@ -66,7 +64,8 @@ def _one_of(*choices: str) -> Callable[[str], object]:
     return check
 
 
-def _name(answer: str) -> None:
+def one_name(answer: str) -> None:
+    """A check: no spaces."""
     if re.search(r"\s", answer):
         raise argparse.ArgumentTypeError(f"{answer!r} is not one name or address")
 
@@ -74,22 +73,26 @@ def _name(answer: str) -> None:
 QUESTIONS = (
     Question("NNODES", "How many nodes (machines)?", "1", cli.number(int, 1)),
     Question("NODE_RANK", "Which of them is this one, counted from 0?", "", cli.number(int, 0), several_nodes=True),
-    Question("MASTER_ADDR", "Name or address of node 0?", "", _name, several_nodes=True),
+    Question("MASTER_ADDR", "Name or address of node 0?", "", one_name, several_nodes=True),
     Question("MASTER_PORT", "A free port on node 0?", "29500", cli.number(int, 1, 65535), several_nodes=True),
-    Question("GLOO_SOCKET_IFNAME", "Network interface between nodes (CPU)?", "auto", _name, several_nodes=True),
-    Question("NANOFINETUNE_DEVICE", "Device (auto, cpu, cuda, mps)?", "auto", _one_of("auto", "cpu", "cuda", "mps")),
+    Question("GLOO_SOCKET_IFNAME", "Network interface between nodes (CPU)?", "auto", one_name, several_nodes=True),
+    Question("NANOFINETUNE_DEVICE", "Device (auto, cpu, cuda, mps)?", "auto", one_of("auto", "cpu", "cuda", "mps")),
     Question("NPROC_PER_NODE", "Processes on this node (auto: one for each GPU, else 1)?", "auto", cli.number(int, 1)),
     Question("OMP_NUM_THREADS", "Threads a process (auto: cores / processes)?", "auto", cli.number(int, 1)),
-    Question("NANOFINETUNE_MIXED_PRECISION", "Precision (no, bf16, fp16)?", "no", _one_of("no", "bf16", "fp16")),
+    Question("NANOFINETUNE_MIXED_PRECISION", "Precision (no, bf16, fp16)?", "no", one_of("no", "bf16", "fp16")),
     Question("MAX_RESTARTS", "How often to start again after a failure?", "0", cli.number(int, 0)),
 )
 
 
 def configure(path: Path) -> None:
-    """Ask the questions and write the answers that differ from the defaults; a file that exists only after a yes."""
+    """Ask, and write the answers that differ from the defaults. A file that exists is written over only after a yes.
+
+    Raises:
+        UsageError: the input ended too early, or the file cannot be written.
+    """
     try:
         if path.exists():
-            sure = Question("", f"{path} exists: write over it (yes, no)?", "no", _one_of("yes", "no"))
+            sure = Question("", f"{path} exists: write over it (yes, no)?", "no", one_of("yes", "no"))
             if sure.ask() == "no":
                 print(f"{path} is as it was")
                 return

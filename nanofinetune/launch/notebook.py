@@ -1,25 +1,17 @@
-"""Start ranks: the questions of `launch.sh config`, the first failing rank's traceback, training from a notebook.
+"""Train on several processes from a notebook: fork the notebook's own process, once for each rank.
 
 >>> notebook_launcher(print, args=("one process runs", "right here"), num_processes=1)
 one process runs right here
 
-Underneath: `accelerate.notebook_launcher`, `accelerate.commands.launch.launch_command` and
-`accelerate.commands.config.cluster.get_cluster_input` (accelerate 1.15), and `torch.distributed.run` (torch 2.13),
-which they and `launch.sh` start. `accelerate launch` hands everything on in ACCELERATE_* variables, and starts one
-process for `--cpu --num_processes 2`. Its notebook launcher forks; on a CPU it starts N *independent* copies, and its
-`mixed_precision` is lost. Kept: names, arguments, fork. Left out: several nodes and restarts from a notebook, TPU,
-mpirun. Different on purpose: (1) N processes are N ranks on a CPU as well, also when the notebook has used threads;
-(2) a free port on one node, never 29500; (3) the last thing on the screen is the traceback of the rank that failed
-*first*, where torchrun has `error_file: <N/A>`; (4) what the user got wrong is one line and exit code 2, not a trace;
-(5) no rank outlives its launcher (Linux); (6) what the user got wrong, or a `Halt` (a loss that is no number), is not
-started again: torchrun alone repeats it.
+Underneath: `accelerate.notebook_launcher` (accelerate 1.15).
+  - On a CPU it starts N *independent* copies; here N processes are N ranks of one job.
+  - Where the notebook has used threads, its forks hang; ours do not.
+  - Its `mixed_precision` never reaches the ranks. It takes port 29500, which a second notebook finds taken.
+  - We keep its name, arguments and fork, and raise what the first failing rank raised.
+  - Left out: several nodes, restarts, TPUs.
 
-Proof: test_launch_sh_table, test_first_failing_rank_is_printed_last_where_torchrun_hides_it,
-test_usage_error_is_one_line_and_exit_2, test_usage_error_is_not_started_again_where_torchrun_repeats_it,
-test_no_rank_outlives_its_launcher and test_config_asks_and_launch_sh_reads in tests/test_launch.py;
-test_two_ranks_after_the_notebook_used_threads, test_mixed_precision_reaches_the_ranks_where_accelerate_loses_it and
-test_accelerate_hangs_after_the_notebook_used_threads in tests/test_notebook.py; test_two_nodes_train_together in
-tests/test_nodes.py.
+Proof: test_two_ranks_after_the_notebook_used_threads,
+test_mixed_precision_reaches_the_ranks_where_accelerate_loses_it in tests/launch/test_notebook.py.
 """
 
 from __future__ import annotations
@@ -38,9 +30,7 @@ from typing import Any
 from nanofinetune.ground.process import end_with_parent
 from nanofinetune.launch.job import free_port, traceback_of
 
-GRACE = 0.5  # seconds that the other ranks of a notebook get to say that they had failed before
-
-
+GRACE = 0.5  # seconds after the first failure in which other ranks may still report an earlier one
 CUDA_IN_USE = (
     "this notebook has used CUDA, and forked processes cannot use it again: restart the kernel, and touch the GPU only"
     " in the training function (torch.cuda.is_available() counts, unless PYTORCH_NVML_BASED_CUDA_CHECK=1 was set)"
@@ -64,17 +54,17 @@ def notebook_launcher(
     monitor_interval: float = 0.1,
     log_line_prefix_template: str | None = None,
 ) -> None:
-    """Call `function(*args)` in `num_processes` ranks (None: one for each GPU, else 1); 1 is called right here.
+    """Call `function(*args)` in `num_processes` ranks (None: one for each GPU, else 1). One is called right here.
 
-    Each rank is a fork of this process with torchrun's variables, a memory of its own and one thread: on a CPU the
-    number of processes is the parallelism. `mixed_precision` ("no", "bf16", "fp16") is what `Accelerator()` uses in
-    there. What the function returns is dropped: let rank 0 save what is to be kept. `use_port` None is a free one.
+    Each rank is a fork of this process with torchrun's variables, its own memory and one thread: on a CPU, use as many
+    ranks as you have cores. `mixed_precision` ("no", "bf16", "fp16") is what `Accelerator()` uses in them.
+    What the function returns is dropped; let rank 0 save what you want to keep. `use_port` None takes a free port.
 
     Raises:
-        ValueError: a number of processes or a precision that cannot be.
+        ValueError: an impossible number of processes, or an unknown precision.
         NotImplementedError: an argument for several nodes or for restarts, or a system that cannot fork.
-        RuntimeError: this process uses CUDA or is in a process group; or a rank died without an exception.
-        Exception: what the first failing rank raised, with its traceback in a RuntimeError that is its `__cause__`.
+        RuntimeError: this process has used CUDA, or is in a process group; or a rank died without an exception.
+        Exception: what the first failing rank raised. Its `__cause__` is a RuntimeError with that rank's traceback.
     """
     import torch
 
@@ -93,7 +83,7 @@ def notebook_launcher(
     size = (torch.cuda.device_count() or 1) if num_processes is None else num_processes
     if size < 1:
         raise ValueError(f"num_processes={num_processes}: it must be at least 1, or None for one for each GPU")
-    # underneath: Accelerate exports MIXED_PRECISION, and its own state reads ACCELERATE_MIXED_PRECISION: it is lost.
+    # underneath: Accelerate exports MIXED_PRECISION, but its own state reads ACCELERATE_MIXED_PRECISION.
     environment = {"NANOFINETUNE_MIXED_PRECISION": precision}
     if size == 1:
         before = dict(os.environ)
@@ -110,13 +100,13 @@ def notebook_launcher(
         raise RuntimeError(CUDA_IN_USE)
     if torch.distributed.is_initialized():
         raise RuntimeError("this process is in a process group: call torch.distributed.destroy_process_group() first")
-    # underneath: Accelerate takes 29500, which a second notebook finds taken.
+    # underneath: Accelerate takes port 29500; a second notebook finds it taken.
     environment |= {"MASTER_ADDR": master_addr, "MASTER_PORT": str(use_port or free_port()), "OMP_NUM_THREADS": "1"}
     _fork(function, args, size, environment)
 
 
 def _fork(function: Callable[..., Any], args: Sequence[Any], size: int, environment: dict[str, str]) -> None:
-    """The ranks of a notebook, from their start to their end."""
+    """Start the ranks, wait for all of them or for the first failure, and leave none behind."""
     # underneath: spawn and forkserver import the function by its name, and what a cell defines cannot be imported.
     context = multiprocessing.get_context("fork")
     ranks: list[multiprocessing.process.BaseProcess] = []
@@ -127,16 +117,16 @@ def _fork(function: Callable[..., Any], args: Sequence[Any], size: int, environm
             place = {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
             place |= {name: str(size) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
             ranks.append(context.Process(target=_rank, args=(sender, environment | place, function, args)))
-            with warnings.catch_warnings():  # from Python 3.12 on; `_rank` begins with what makes the threads harmless
+            with warnings.catch_warnings():  # from Python 3.12 on; why the threads do no harm is said in `_rank`
                 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
                 ranks[rank].start()
-            sender.close()  # the next rank must not hold it open: a pipe whose rank has died ends
+            sender.close()  # or the next rank would inherit it, and the pipe of a dead rank would not end
             pipes[receiver] = rank
         failed = _first_to_fail(pipes)
         if failed is None:
             for process in ranks:
                 process.join()
-    finally:  # also after KeyboardInterrupt: nobody is left behind
+    finally:  # after a KeyboardInterrupt too
         for process in ranks:
             process.terminate()
         for process in ranks:
@@ -155,15 +145,15 @@ def _fork(function: Callable[..., Any], args: Sequence[Any], size: int, environm
 
 
 def _rank(sender: Connection, environment: dict[str, str], function: Callable[..., Any], args: Sequence[Any]) -> None:
-    """One rank: in the child, from its first line to its last."""
+    """One rank, in the forked process."""
     import torch
 
-    # underneath: the threads that the notebook has used are not forked, and the first parallel loop waits for them for
-    # ever, as it does in accelerate.debug_launcher. With one thread there is no parallel loop.
+    # underneath: a fork does not have the threads that the notebook has used, and its first parallel loop waits for
+    # them for ever, as in accelerate.debug_launcher. With one thread there is no parallel loop.
     torch.set_num_threads(1)
     end_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the kernel's interrupt reaches all; the parent ends the ranks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # "interrupt" reaches this process too; the parent ends the ranks
     os.environ.update(environment)
     failure: tuple[float, bytes, str] | None = None
     try:
@@ -178,7 +168,7 @@ def _rank(sender: Connection, environment: dict[str, str], function: Callable[..
 
 
 def _pickled(error: BaseException) -> bytes:
-    """An exception's bytes, b"" where it does not survive them: its traceback's text remains."""
+    """The exception pickled, b"" where it cannot be: then only the text of its traceback reaches the notebook."""
     try:
         raised = pickle.dumps(error)
         pickle.loads(raised)
@@ -197,7 +187,7 @@ def _first_to_fail(pipes: dict[Connection, int]) -> tuple[int, Exception | None,
             waiting.remove(receiver)
             try:
                 outcome = receiver.recv()
-            except EOFError:  # killed: before anything that the others may say of it
+            except EOFError:  # it was killed: that came before whatever the others report
                 outcome = (0.0, b"", "")
             if outcome is not None:
                 when, raised, text = outcome

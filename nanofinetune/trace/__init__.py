@@ -1,4 +1,5 @@
-"""Watch a real job from the inside: `python -m nanofinetune.trace` trains two updates on two ranks and says what ran.
+"""Watch a real job from the inside: `python -m nanofinetune.trace` trains two updates on two ranks and tells what ran.
 
-Read `observe` (what each rank notes), `told` (the report) and `picture` (the last update as a drawing).
+Read `observe` (what each rank, each process of the job, notes), `told` (the report) and `picture` (the last update as
+a drawing).
 """

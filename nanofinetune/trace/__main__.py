@@ -1,25 +1,16 @@
-"""Watch a real job from the inside: `python -m nanofinetune.trace` trains two updates on two ranks and says what ran.
+"""Train two updates on two ranks, print what ran in them and when, and draw the last update.
 
->>> observer = Observer()
->>> observer.observe(json, "dumps", "write", lambda text, data: f"{len(data)} items, {len(text)} letters")
->>> json.dumps([1, 2, 3])
-'[1, 2, 3]'
->>> observer.events[-1].what, observer.events[-1].text, observer.events[-1].place
-('write', '3 items, 9 letters', 'json.py::dumps')
->>> observer.close()
->>> merged([(0.0, 2.0), (1.0, 3.0), (5.0, 6.0)])
-[(0.0, 3.0), (5.0, 6.0)]
+>>> world = Event("world", 0, 1, "rank 0 of 1, None, cpu, 2 threads", "")
+>>> batch = Event("collate", 1, 2, "8 rows of 5 to 9 tokens", "")
+>>> step = Event("optimizer", 2, 3, "AdamW: 40 tensors, 1,234 numbers, 4,936 bytes", "")
+>>> title_of([[world, batch, step, Event("zero_grad", 3, 4, "", "")]]).partition(", torch")[0]
+'The last update: one process of 2 threads on cpu, 8 rows each, 1,234 parameters, 4,936 bytes'
 
-Underneath: `torch.profiler.profile` (torch 2.13), which `accelerate.Accelerator.profile` (accelerate 1.15) starts,
-records every operator of one process: thousands of lines a step, and the ranks' files share no clock. Here the names
-that this repository's files give to things are recorded, a few dozen a step: each function of the list in `observe_all`
-is wrapped in one that notes when it began and ended, and what shapes and bytes it saw. What runs is train.py and
-nothing else, started by launch.sh; the wrapped functions get and return the very same objects, so that the losses are
-those of a run that nobody watches. Ranks of one machine share its monotonic clock, so that one axis holds for all.
-Times are the host's: on a GPU they say when work was handed over, not when it was done.
+Underneath: `accelerate.Accelerator.profile` (accelerate 1.15) is called from within your script.
+  - Here the job is train.py itself, unchanged, started by launch.sh.
+  - Arguments that are not this command's go to train.py.
 
-Proof: test_losses_are_those_of_an_unwatched_run, test_two_ranks_tell_what_happens_in_order,
-test_the_picture_holds_what_was_measured and test_observing_ends in tests/test_trace.py.
+Proof: test_losses_are_those_of_an_unwatched_run, test_the_report_names_places_that_exist in tests/trace/test_trace.py.
 """
 
 from __future__ import annotations
@@ -45,10 +36,11 @@ from nanofinetune.trace.told import Ranks, phases, told
 def traced(arguments: Sequence[str], processes: int) -> Ranks:
     """Run launch.sh -n `processes` with train.py's `arguments`, observed -> the events of each rank.
 
-    Raises SystemExit with the job's exit code where it failed; it has said why.
+    Raises:
+        SystemExit: the job failed, and has said why; its exit code.
     """
     with tempfile.TemporaryDirectory(prefix="nanofinetune-trace-") as folder:
-        script = Path(folder, "train.py")  # (by that name it signs what the user got wrong)
+        script = Path(folder, "train.py")  # messages begin with its name
         script.write_text("from nanofinetune.trace.observe import rank\n\nrank()\n")
         environment = os.environ | {
             "PYTHON": sys.executable, "NANOFINETUNE_SCRIPT": str(script), "NANOFINETUNE_TRACE": folder,

@@ -1,4 +1,4 @@
-"""Watch a real job from the inside: `python -m nanofinetune.trace` trains two updates on two ranks and says what ran.
+"""In each rank: wrap the functions around a training step, so that every call leaves a note of what it did and when.
 
 >>> observer = Observer()
 >>> observer.observe(json, "dumps", "write", lambda text, data: f"{len(data)} items, {len(text)} letters")
@@ -7,19 +7,15 @@
 >>> observer.events[-1].what, observer.events[-1].text, observer.events[-1].place
 ('write', '3 items, 9 letters', 'json.py::dumps')
 >>> observer.close()
->>> merged([(0.0, 2.0), (1.0, 3.0), (5.0, 6.0)])
-[(0.0, 3.0), (5.0, 6.0)]
 
-Underneath: `torch.profiler.profile` (torch 2.13), which `accelerate.Accelerator.profile` (accelerate 1.15) starts,
-records every operator of one process: thousands of lines a step, and the ranks' files share no clock. Here the names
-that this repository's files give to things are recorded, a few dozen a step: each function of the list in `observe_all`
-is wrapped in one that notes when it began and ended, and what shapes and bytes it saw. What runs is train.py and
-nothing else, started by launch.sh; the wrapped functions get and return the very same objects, so that the losses are
-those of a run that nobody watches. Ranks of one machine share its monotonic clock, so that one axis holds for all.
-Times are the host's: on a GPU they say when work was handed over, not when it was done.
+Underneath: `torch.profiler.profile` (torch 2.13), which `accelerate.Accelerator.profile` (accelerate 1.15) starts.
+  - It records every operator of one process, thousands of lines a step; the files of two ranks share no clock.
+  - We note a few dozen calls a step, under the names that this repository gives them.
+  - The ranks of one machine share its monotonic clock, so one axis holds for all.
+  - What is wrapped gets and returns the same objects: the losses do not change.
+  - Times are the host's; on a GPU they say when work was handed over.
 
-Proof: test_losses_are_those_of_an_unwatched_run, test_two_ranks_tell_what_happens_in_order,
-test_the_picture_holds_what_was_measured and test_observing_ends in tests/test_trace.py.
+Proof: test_losses_are_those_of_an_unwatched_run, test_observing_ends in tests/trace/test_trace.py.
 """
 
 from __future__ import annotations
@@ -40,22 +36,20 @@ from nanofinetune import accelerator, settings, wrappers
 from nanofinetune.ranks import collectives, ddp, loader
 from nanofinetune.step import collate, metrics, optim, schedule
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
+ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Event:
-    """One call of an observed function, or one bucket's journey."""
+    """One call of an observed function, or the time in which one bucket of gradients was averaged over the ranks."""
 
     what: str
     begin: float  # seconds on the machine's monotonic clock
     end: float
     text: str
-    place: str  # file.py::symbol
-    bucket: int | None = None
+    place: str  # of the function: room/file.py::symbol
+    bucket: int | None = None  # its number, from 0
 
 
 class Observer:
@@ -66,7 +60,7 @@ class Observer:
         self._originals: list[tuple[Any, str, Any]] = []
 
     def observe(self, owner: Any, name: str, what: str, describe: Callable[..., str]) -> None:
-        """Note every call of `owner.name`; `describe` gets its result and its arguments, and changes neither."""
+        """Note every call of `owner.name`. `describe` makes the text from its result and its arguments."""
         inner = getattr(owner, name)
 
         @functools.wraps(inner)
@@ -79,8 +73,8 @@ class Observer:
         self.replace(owner, name, observed)
 
     def note(self, what: str, begin: float, end: float, text: str, function: Any, bucket: int | None = None) -> None:
-        place = f"{function.__module__.rpartition('.')[2]}.py::{function.__qualname__}"
-        self.events.append(Event(what, begin, end, text, place, bucket))
+        """Add an event; `begin` and `end` in seconds of time.monotonic()."""
+        self.events.append(Event(what, begin, end, text, f"{_file_of(function)}::{function.__qualname__}", bucket))
 
     def replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
         self._originals.append((owner, name, getattr(owner, name)))
@@ -104,7 +98,7 @@ def observe_all(observer: Observer) -> None:
         (collate.DataCollatorWithPadding, "__call__", "collate", _batch),
         (loader, "send_to_device", "to device", lambda batch, *_: described(getattr(batch, "values", list)())),
         (facade, "_weigh", "weigh", _weight),
-        (facade, "backward", "backward", lambda *_: "in it every gradient, from the last layer to the first"),
+        (facade, "backward", "backward", lambda *_: "every gradient, from the last layer to the first"),
         (facade, "clip_grad_norm_", "clip", lambda norm, *_, **__: f"the norm was {norm.item():.4g}"),
         (schedule.LinearSchedule, "step", "schedule", _rate),
         (wrappers.AcceleratedOptimizer, "zero_grad", "zero_grad", _reset),
@@ -112,7 +106,7 @@ def observe_all(observer: Observer) -> None:
         (collectives, "gather", "gather", lambda _, data, *__: described([data])),
         (collectives, "reduce", "reduce", lambda _, data, *__: described([data])),
         (collectives, "gather_object", "gather", lambda _, objects, *__: f"{len(objects)} objects"),
-        (collectives, "wait_for_everyone", "barrier", lambda *_: "all are here"),
+        (collectives, "wait_for_everyone", "barrier", lambda *_: "every rank has got here"),
     ):
         observer.observe(owner, name, what, describe)
     _observe_forward(observer)
@@ -121,7 +115,7 @@ def observe_all(observer: Observer) -> None:
 
 
 def described(tensors: Any) -> str:
-    """How many tensors, their shape or their numbers, and bytes."""
+    """A tensor's shape, dtype and bytes, or how many tensors, numbers and bytes. What is no tensor does not count."""
     found = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
     size = in_bytes(sum(tensor.numel() * tensor.element_size() for tensor in found))
     if len(found) == 1:
@@ -131,6 +125,12 @@ def described(tensors: Any) -> str:
 
 def in_bytes(size: int) -> str:
     return f"{size / MIB:.1f} MiB" if size >= MIB else f"{size:,} bytes"
+
+
+def _file_of(function: Any) -> str:
+    """Of ours the path inside the package (ranks/ddp.py), of a library the file's name alone."""
+    package, _, path = function.__module__.partition(".")
+    return f"{path.replace('.', '/') if package == 'nanofinetune' else function.__module__.rpartition('.')[2]}.py"
 
 
 def _kind(thing: Any) -> str:
@@ -144,7 +144,7 @@ def _world(world: Any, *_: Any) -> str:
 
 def _model(model: Any, *_: Any) -> str:
     if not isinstance(model, ddp.DistributedDataParallel):
-        return f"{_kind(model)}, as it is: one process averages with nobody"
+        return f"{_kind(model)}, unwrapped: one process has nobody to average with"
     buckets = [described(bucket.parameters.values()).rpartition(", ")[2] for bucket in model._buckets]
     return f"{_kind(model)} around {_kind(model.module)}, buckets of {', '.join(buckets)}"
 
@@ -179,7 +179,7 @@ def _reset(_: Any, self: Any, *__: Any) -> str:
 
 
 def _observe_forward(observer: Observer) -> None:
-    """Hooks on the model itself, since evaluation calls it without its wrapper."""
+    """Through hooks on the model itself: evaluation calls it without its wrapper."""
     prepare_model = accelerator.Accelerator.prepare_model
 
     @functools.wraps(prepare_model)
@@ -191,7 +191,7 @@ def _observe_forward(observer: Observer) -> None:
 
         def after(module: Any, inputs: Any, outputs: Any) -> None:
             text = f"logits {described([outputs.logits])}"
-            if outputs.loss is not None and outputs.loss.device.type == "cpu":  # elsewhere reading it would wait
+            if outputs.loss is not None and outputs.loss.device.type == "cpu":  # reading it would stall a GPU
                 text += f"; loss {outputs.loss.item():.4f}"
             observer.note("forward", began.pop(), time.monotonic(), text, type(module).forward)
 
@@ -203,7 +203,7 @@ def _observe_forward(observer: Observer) -> None:
 
 
 def _observe_buckets(observer: Observer) -> None:
-    """When each gradient is there, when its bucket leaves, when it is back, how long backward then waits."""
+    """When each gradient is ready, when its bucket is sent and when it is back, how long backward then waits."""
     wrapper = ddp.DistributedDataParallel
     put_into, send, finish = wrapper._put_into, wrapper._send_full_buckets, wrapper._finish
 
@@ -220,7 +220,7 @@ def _observe_buckets(observer: Observer) -> None:
         for k in range(first, self._next):
             bucket = self._buckets[k]
             text = f"bucket {k + 1} of {len(self._buckets)}, {described([bucket.wire])}"
-            if bucket.wire.device.type == "cpu":  # the moment it is back; on a GPU only the stream knows
+            if bucket.wire.device.type == "cpu":  # note the moment it is back; on a GPU only the stream knows
 
                 def back(_: Any, k: int = k, text: str = text) -> None:
                     observer.note("all-reduce", begin, time.monotonic(), text, send, k)
@@ -233,7 +233,7 @@ def _observe_buckets(observer: Observer) -> None:
     def observed_finish(self: Any) -> None:
         begin = time.monotonic()
         finish(self)
-        observer.note("wait", begin, time.monotonic(), "backward is done; wait for what is on its way", finish)
+        observer.note("wait", begin, time.monotonic(), "all gradients are ready; wait for the last buckets", finish)
 
     for name, function in (
         ("_put_into", observed_put), ("_send_full_buckets", observed_send), ("_finish", observed_finish)
@@ -242,7 +242,7 @@ def _observe_buckets(observer: Observer) -> None:
 
 
 def _observe_optimizer(observer: Observer) -> None:
-    """The steps of whatever optimizer was prepared, where they are let through: at the end of a window."""
+    """The steps of whatever optimizer was prepared; those inside a window of accumulated batches do nothing."""
     step = wrappers.AcceleratedOptimizer.step
 
     @functools.wraps(step)
@@ -260,7 +260,7 @@ def _observe_optimizer(observer: Observer) -> None:
 
 
 def rank() -> None:
-    """What each rank runs: train.py, observed; then its events go into the folder NANOFINETUNE_TRACE."""
+    """What each rank runs: train.py, observed. Its events go into the folder that NANOFINETUNE_TRACE names."""
     observer = Observer()
     observe_all(observer)
     try:

@@ -1,25 +1,17 @@
-"""Watch a real job from the inside: `python -m nanofinetune.trace` trains two updates on two ranks and says what ran.
+"""The last update as a drawing: what each rank computes, when its gradients are ready, which buckets are on their way.
 
->>> observer = Observer()
->>> observer.observe(json, "dumps", "write", lambda text, data: f"{len(data)} items, {len(text)} letters")
->>> json.dumps([1, 2, 3])
-'[1, 2, 3]'
->>> observer.events[-1].what, observer.events[-1].text, observer.events[-1].place
-('write', '3 items, 9 letters', 'json.py::dumps')
->>> observer.close()
->>> merged([(0.0, 2.0), (1.0, 3.0), (5.0, 6.0)])
-[(0.0, 3.0), (5.0, 6.0)]
+>>> def update(start):  # forward, backward and the optimizer's step, a second each
+...     return [Event(what, start + i, start + i + 1, "", "") for i, what in enumerate(("forward", "backward"))] + [
+...         Event("optimizer", start + 2, start + 3, "", ""), Event("zero_grad", start + 3, start + 3, "", "")]
+>>> svg = picture([[Event("collate", 0, 0, "", ""), *update(0)]], "One rank")
+>>> svg.count("<rect"), "forward: 1000.0 ms" in svg  # the background and three bars
+(4, True)
 
-Underneath: `torch.profiler.profile` (torch 2.13), which `accelerate.Accelerator.profile` (accelerate 1.15) starts,
-records every operator of one process: thousands of lines a step, and the ranks' files share no clock. Here the names
-that this repository's files give to things are recorded, a few dozen a step: each function of the list in `observe_all`
-is wrapped in one that notes when it began and ended, and what shapes and bytes it saw. What runs is train.py and
-nothing else, started by launch.sh; the wrapped functions get and return the very same objects, so that the losses are
-those of a run that nobody watches. Ranks of one machine share its monotonic clock, so that one axis holds for all.
-Times are the host's: on a GPU they say when work was handed over, not when it was done.
+Underneath: `torch.profiler.profile` (torch 2.13) exports a trace for a viewer of a browser; this is one SVG file.
+  - Colours are those of buckets: groups of gradients that are averaged in one message.
+  - A bar of `backward` ends where it begins to wait for messages.
 
-Proof: test_losses_are_those_of_an_unwatched_run, test_two_ranks_tell_what_happens_in_order,
-test_the_picture_holds_what_was_measured and test_observing_ends in tests/test_trace.py.
+Proof: test_the_picture_holds_what_was_measured, test_one_process_has_no_buckets in tests/trace/test_trace.py.
 """
 
 from __future__ import annotations
@@ -30,22 +22,16 @@ from nanofinetune.trace.observe import Event
 from nanofinetune.trace.told import Ranks, overlap, phases
 
 COLOURS = {"forward": "#8ab6d6", "backward": "#3b6fb6", "wait": "#d9d9d9", "optimizer": "#6aa84f"}
-
-
 BUCKETS = ("#e69138", "#cc4125", "#8e63a9", "#c27ba0", "#b58900", "#2aa198")
-
-
 WIDTH, LEFT, RIGHT, BAR, LANE = 1200, 90, 30, 26, 20
-
-
 LEGEND = (
-    "A mark: a gradient is there, in its bucket's colour. A bucket leaves with its last gradient, and after the bucket"
-    " before it. Green: the optimizer."
+    "A mark: a gradient is ready, in its bucket's colour. A bucket is sent when its last gradient is ready, after the"
+    " bucket before it. Green: the optimizer."
 )
 
 
 def picture(ranks: Ranks, title: str) -> str:
-    """The last update as SVG: for each rank what it computes, when gradients are there, which buckets travel."""
+    """The last update of every rank as SVG text, all on one time axis. Raises IndexError where there is no update."""
     updates = [[phase for name, phase in phases(events) if name.startswith("update")][-1] for events in ranks]
     shown = [[e for e in events if e.what in COLOURS or e.bucket is not None] for events in updates]
     begin = min(event.begin for events in shown for event in events)

@@ -1,25 +1,17 @@
-"""Watch a real job from the inside: `python -m nanofinetune.trace` trains two updates on two ranks and says what ran.
+"""The report of a trace: its phases, what happened in each on every rank, and how much of the communication was hidden.
 
->>> observer = Observer()
->>> observer.observe(json, "dumps", "write", lambda text, data: f"{len(data)} items, {len(text)} letters")
->>> json.dumps([1, 2, 3])
-'[1, 2, 3]'
->>> observer.events[-1].what, observer.events[-1].text, observer.events[-1].place
-('write', '3 items, 9 letters', 'json.py::dumps')
->>> observer.close()
 >>> merged([(0.0, 2.0), (1.0, 3.0), (5.0, 6.0)])
 [(0.0, 3.0), (5.0, 6.0)]
+>>> sent = [Event("all-reduce", 1.0, 2.0, "bucket 1 of 2", ""), Event("all-reduce", 1.5, 4.0, "bucket 2 of 2", "")]
+>>> overlap([*sent, Event("wait", 3.0, 4.5, "", "")])  # backward computed until 3.0
+'2 buckets spent 3000.0 ms on the way, 2000.0 ms of it while backward still ran; it waited 1500.0 ms'
 
-Underneath: `torch.profiler.profile` (torch 2.13), which `accelerate.Accelerator.profile` (accelerate 1.15) starts,
-records every operator of one process: thousands of lines a step, and the ranks' files share no clock. Here the names
-that this repository's files give to things are recorded, a few dozen a step: each function of the list in `observe_all`
-is wrapped in one that notes when it began and ended, and what shapes and bytes it saw. What runs is train.py and
-nothing else, started by launch.sh; the wrapped functions get and return the very same objects, so that the losses are
-those of a run that nobody watches. Ranks of one machine share its monotonic clock, so that one axis holds for all.
-Times are the host's: on a GPU they say when work was handed over, not when it was done.
+Underneath: `torch.profiler.profile` (torch 2.13) leaves the reading to you: a file for a viewer.
+  - Here a line for each thing that happened, in order, with its begin and its duration on every rank.
+  - An *update* of the weights ends with `zero_grad`. Several batches may be accumulated into one.
 
-Proof: test_losses_are_those_of_an_unwatched_run, test_two_ranks_tell_what_happens_in_order,
-test_the_picture_holds_what_was_measured and test_observing_ends in tests/test_trace.py.
+Proof: test_two_ranks_tell_what_happens_in_order, test_any_optimizer_is_told_at_the_end_of_its_window in
+tests/trace/test_trace.py.
 """
 
 from __future__ import annotations
@@ -29,12 +21,11 @@ from typing import Any
 
 from nanofinetune.trace.observe import Event
 
-# ---- In the end: tell ------------------------------------------------------------------------------------------------
 Ranks = list[list[Event]]  # the events of each rank
 
 
 def phases(events: list[Event]) -> list[tuple[str, list[Event]]]:
-    """A rank's events -> set-up, update 1, update 2, ..., and what follows the last update."""
+    """A rank's events, in any order -> (name, events) of set-up, update 1, update 2, ..., and what comes afterwards."""
     ordered = sorted(events, key=lambda event: event.begin)
     first = next((i for i, event in enumerate(ordered) if event.what == "collate"), len(ordered))
     found, rest = [("set-up", ordered[:first])], ordered[first:]
@@ -48,7 +39,7 @@ def phases(events: list[Event]) -> list[tuple[str, list[Event]]]:
 
 
 def told(ranks: Ranks) -> Iterator[str]:
-    """The lines of the report: one for each thing that happened, with begin and duration on every rank."""
+    """The lines of the report: one for each thing that happened, with begin and duration on every rank, in ms."""
     split = [dict(phases(events)) for events in ranks]
     zero = split[0]["update 1"][0].begin if "update 1" in split[0] else split[0]["set-up"][0].begin
     times = "   ".join(f"{f'rank {r}: at':>12}{'took':>9}" for r in range(len(ranks)))
@@ -82,14 +73,14 @@ def overlap(events: list[Event]) -> str:
     waits = [event for event in events if event.what == "wait"]
     if not journeys or not waits:
         return ""
-    done = waits[-1].begin  # the last gradient was there
+    done = waits[-1].begin  # the last gradient was ready
     busy = merged([(event.begin, event.end) for event in journeys])
     whole = sum(end - begin for begin, end in busy)
     hidden = sum(max(0.0, min(end, done) - begin) for begin, end in busy)
     waited = sum(event.end - event.begin for event in waits)
     return (
-        f"{len(journeys)} buckets were on their way for {whole * 1e3:.1f} ms, {hidden * 1e3:.1f} ms of it while"
-        f" backward still ran; it waited {waited * 1e3:.1f} ms"
+        f"{len(journeys)} bucket{'s' * (len(journeys) > 1)} spent {whole * 1e3:.1f} ms on the way,"
+        f" {hidden * 1e3:.1f} ms of it while backward still ran; it waited {waited * 1e3:.1f} ms"
     )
 
 

@@ -1,11 +1,10 @@
-"""launch.sh and nanofinetune.launch, compared with torchrun (torch 2.13) and accelerate's launcher (accelerate 1.15).
+"""launch.sh and its job, compared with torchrun (torch 2.13) and accelerate's launcher (accelerate 1.15).
 
 What launch.sh would run is read with torchrun's own parser; the rest are real runs of small scripts over gloo.
 
-Run: python -m pytest tests/test_launch.py
+    python -m pytest tests/launch/test_job.py
 """
 
-import io
 import json
 import os
 import re
@@ -20,23 +19,13 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, run_torchrun
+from launching import LAUNCH, launch_sh
 
-from nanofinetune.ground.errors import UsageError
-from nanofinetune.launch.config import QUESTIONS, configure
+from nanofinetune.launch.config import QUESTIONS
 from nanofinetune.launch.job import first_failure
 
-LAUNCH = ROOT / "launch.sh"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="launch.sh needs bash")
-REAL_GLOO = "from nanofinetune.distributed import init_world, shutdown\nworld = init_world('cpu')\n"
-
-
-def launch_sh(*args: str, env: dict[str, str] | None = None, stdin: str = "", timeout: float = 90):
-    """launch.sh with this Python, none of this shell's launch variables, and no launch.env but what `env` names."""
-    variables = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
-    variables |= {"PYTHON": sys.executable, "NANOFINETUNE_LAUNCH_ENV": "/nonexistent", **(env or {})}
-    return subprocess.run(
-        ["bash", str(LAUNCH), *args], env=variables, input=stdin, text=True, capture_output=True, timeout=timeout
-    )
+REAL_GLOO = "from nanofinetune.ranks.world import init_world, shutdown\nworld = init_world('cpu')\n"
 
 
 @pytest.fixture
@@ -196,71 +185,6 @@ def test_launch_sh_is_clean_by_shellcheck() -> None:
     assert result.stdout == ""
 
 
-# ---- config ----------------------------------------------------------------------------------------------------------
-
-
-def test_config_asks_and_launch_sh_reads(tmp_path: Path) -> None:
-    """Wrong answers are asked again, what is there is not written over unasked, and launch.sh takes it from there."""
-    env = {"NANOFINETUNE_LAUNCH_ENV": str(tmp_path / "launch.env")}
-    answers = ["zero", "2", "2", "1", "a b", "node0", "", "eth0", "tpu", "cpu", "4", "3", "bf16", "1"]
-    result = launch_sh("config", env=env, stdin="\n".join(answers) + "\n")
-    assert (result.returncode, result.stderr) == (0, "")
-    for complaint in ("zero is not a whole number from 1", "2 is not a whole number from 0 to 1", "tpu is not one of"):
-        assert complaint in result.stdout
-    written = (tmp_path / "launch.env").read_text()
-    assert written.splitlines()[1:] == [
-        "NNODES=2", "NODE_RANK=1", "MASTER_ADDR=node0", "GLOO_SOCKET_IFNAME=eth0", "NANOFINETUNE_DEVICE=cpu",
-        "NPROC_PER_NODE=4", "OMP_NUM_THREADS=3", "NANOFINETUNE_MIXED_PRECISION=bf16", "MAX_RESTARTS=1",
-    ]  # fmt: skip
-    printed = launch_sh("--print", env=env).stdout
-    for word in ("--nnodes=2", "--node-rank=1", "--master-addr=node0", "--nproc-per-node=4", "--precision bf16"):
-        assert word in printed
-
-
-@pytest.mark.parametrize(
-    ("answers", "said"),
-    [
-        ("", "is as it was"),
-        ("no", "is as it was"),
-        ("yes 1", "the answers ended before the questions did; nothing was written"),
-        ("yes" + " default" * 6, "wrote"),
-    ],
-)
-def test_config_never_writes_over_a_file_unasked(answers: str, said: str, tmp_path, monkeypatch, capsys) -> None:
-    settings = tmp_path / "launch.env"
-    settings.write_text("NNODES=2\n")
-    monkeypatch.setattr("sys.stdin", io.StringIO(answers.replace(" ", "\n").replace("default", "") + "\n"))
-    try:
-        configure(settings)
-    except UsageError as error:
-        print(error)
-    assert said in capsys.readouterr().out
-    lines = [line for line in settings.read_text().splitlines() if not line.startswith("#")]
-    assert lines == ([] if said == "wrote" else ["NNODES=2"])
-
-
-def test_accelerate_config_fields_are_asked_or_left_out() -> None:
-    """Every field of accelerate's configuration file has its question here, or is named as left out."""
-    import dataclasses
-
-    reason = "accelerate is an optional extra: its configuration is the oracle"
-    config_args = pytest.importorskip("accelerate.commands.config.config_args", reason=reason)
-    asked = {
-        "num_machines": "NNODES", "machine_rank": "NODE_RANK", "main_process_ip": "MASTER_ADDR",
-        "main_process_port": "MASTER_PORT", "use_cpu": "NANOFINETUNE_DEVICE", "num_processes": "NPROC_PER_NODE",
-        "mixed_precision": "NANOFINETUNE_MIXED_PRECISION",
-    }  # fmt: skip
-    left_out = {
-        "compute_environment", "distributed_type", "debug", "gpu_ids", "rdzv_backend", "same_network",
-        "main_training_function", "enable_cpu_affinity", "fp8_config", "deepspeed_config", "fsdp_config",
-        "parallelism_config", "megatron_lm_config", "mpirun_config", "downcast_bf16", "tpu_name", "tpu_zone",
-        "tpu_use_cluster", "tpu_use_sudo", "command_file", "commands", "tpu_vm", "tpu_env", "dynamo_config",
-    }  # fmt: skip
-    fields = {field.name for field in dataclasses.fields(config_args.ClusterConfig)}
-    assert fields == asked.keys() | left_out
-    assert set(asked.values()) <= {question.name for question in QUESTIONS}
-
-
 # ---- what failed first -----------------------------------------------------------------------------------------------
 
 
@@ -348,7 +272,7 @@ def test_the_module_itself_starts_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_usage_error_is_one_line_and_exit_2(tmp_path: Path) -> None:
-    text = "from nanofinetune.errors import UsageError\nraise UsageError('--lr is -1: it must be above 0')\n"
+    text = "from nanofinetune.ground.errors import UsageError\nraise UsageError('--lr is -1: it must be above 0')\n"
     result = launch_sh("-n", "2", env=_script(tmp_path, text))
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "script.py: --lr is -1: it must be above 0\n"
@@ -367,7 +291,7 @@ def test_usage_error_is_not_started_again_where_torchrun_repeats_it(raised, code
     """Nor is another end that would only come again."""
     starts = tmp_path / "starts"
     text = (
-        "import os, time\nfrom nanofinetune.errors import Halt, UsageError\n"
+        "import os, time\nfrom nanofinetune.ground.errors import Halt, UsageError\n"
         f"with open({str(starts)!r}, 'a') as file: file.write(os.environ['RANK'])\n"
         "if os.environ['RANK'] == '0': time.sleep(60)\n"  # it is ended, and does not meet the mistake itself
         f"raise {raised}\n"

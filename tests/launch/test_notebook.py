@@ -2,7 +2,7 @@
 
 The ranks are real gloo ranks that a fork of the kernel starts; each run has a time limit: what may go wrong here hangs.
 
-Run: python -m pytest tests/test_notebook.py            (-m slow for the hang of accelerate's own launcher)
+    python -m pytest tests/launch/test_notebook.py            (-m slow for the hang of accelerate's own launcher)
 """
 
 import inspect
@@ -19,8 +19,8 @@ import pytest
 import torch
 from helpers import ROOT
 
-from nanofinetune import launch
-from nanofinetune.launch.notebook import notebook_launcher
+from nanofinetune.launch.job import free_port
+from nanofinetune.launch.notebook import CUDA_IN_USE, notebook_launcher
 
 pytestmark = pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="a notebook's ranks are forks of its kernel"
@@ -156,7 +156,7 @@ def _misbehave(how: str) -> None:
         ("unpicklable", RuntimeError, "1 and 2"),
         ("killed", RuntimeError, "rank 1 of 2 failed first:\n\nit ended with exit code -9 and no exception"),
         ("exit", SystemExit, "3"),
-        ("cuda", RuntimeError, launch.CUDA_IN_USE),
+        ("cuda", RuntimeError, CUDA_IN_USE),
     ],
 )
 def test_first_failure_is_raised_and_the_others_end(how: str, kind: type[BaseException], message: str) -> None:
@@ -261,7 +261,7 @@ def test_mixed_precision_reaches_the_ranks_where_accelerate_loses_it(tmp_path: P
     """Accelerate drops the bf16 that was asked for, and each of two ranks believes to be alone (1 process)."""
     pytest.importorskip("accelerate", reason="accelerate is an optional extra: it is what this shows")
     for world, said in ((2, "Launching training on 2 CUDAs."), (1, "Launching training on CPU.")):  # on a CPU, both
-        port = launch.free_port()
+        port = free_port()
         ours = _python(PRECISION.format(library="nanofinetune", world=world, port=port), tmp_path, 90)
         assert sorted(ours.splitlines()) == [f"{rank} of {world}: {world} bf16" for rank in range(world)]
         theirs = _python(PRECISION.format(library="accelerate", world=world, port=port), tmp_path, 90)

@@ -1,8 +1,8 @@
-"""The trace: it tells what really happened, in order, and changes nothing.
+"""The trace reports what really happened, in order, and changes nothing.
 
-Real ranks over gloo with a tiny model; the reference is the same train.py that nobody watches.
+Real ranks over gloo with a tiny model; the reference is the same train.py without a trace.
 
-    python -m pytest tests/test_trace.py
+    python -m pytest tests/trace/test_trace.py
 """
 
 import json
@@ -16,8 +16,12 @@ import pytest
 import torch
 from conftest import ROOT, tiny_bert
 
-from nanofinetune import trace
 from nanofinetune.accelerator import Accelerator
+from nanofinetune.ground.cli import run_main
+from nanofinetune.trace.__main__ import main, title_of
+from nanofinetune.trace.observe import Event, Observer, observe_all
+from nanofinetune.trace.picture import COLOURS, LEFT, RIGHT, WIDTH, picture
+from nanofinetune.trace.told import phases
 from nanofinetune.wrappers import AcceleratedOptimizer
 
 UPDATES = 3
@@ -44,7 +48,7 @@ def traced(job, tmp_path_factory):
     done = run([sys.executable, "-m", "nanofinetune.trace", *map(str, options)], folder)
     assert done.returncode == 0, done.stderr
     saved = json.loads((folder / "trace.json").read_text())
-    return folder, done.stdout, [[trace.Event(**event) for event in rank] for rank in saved["ranks"]]
+    return folder, done.stdout, [[Event(**event) for event in rank] for rank in saved["ranks"]]
 
 
 def test_losses_are_those_of_an_unwatched_run(job, traced, tmp_path):
@@ -61,12 +65,12 @@ def test_losses_are_those_of_an_unwatched_run(job, traced, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_ranks_tell_what_happens_in_order(traced, rank):
     events = traced[2][rank]
-    names = [name for name, _ in trace.phases(events)]
+    names = [name for name, _ in phases(events)]
     assert names == ["set-up", *(f"update {k + 1}" for k in range(UPDATES)), "afterwards"]
-    phases = dict(trace.phases(events))
-    assert [e.text for e in phases["set-up"] if e.what == "world"] == [f"rank {rank} of 2, gloo, cpu, 1 thread"]
+    by_name = dict(phases(events))
+    assert [e.text for e in by_name["set-up"] if e.what == "world"] == [f"rank {rank} of 2, gloo, cpu, 1 thread"]
     for k in range(UPDATES):
-        update = phases[f"update {k + 1}"]
+        update = by_name[f"update {k + 1}"]
         first = {what: min(e.begin for e in update if e.what == what) for what in {e.what for e in update}}
         order = ["collate", "to device", "forward", "backward", "gradient", "all-reduce", "wait", "clip", "optimizer"]
         order += ["schedule", "zero_grad"]
@@ -79,15 +83,15 @@ def test_two_ranks_tell_what_happens_in_order(traced, rank):
         (sent,) = [e for e in update if e.what == "all-reduce"]  # all of a tiny model is one bucket
         size = sum(p.numel() for p in tiny_bert().parameters())
         assert sent.text == f"bucket 1 of 1, ({size},) float32, {4 * size:,} bytes"
-        assert max(e.end for e in gradients) <= sent.end, "a bucket leaves when its last gradient is there"
+        assert max(e.end for e in gradients) <= sent.end, "a bucket is sent when its last gradient is ready"
         backward = next(e for e in update if e.what == "backward")
         wait = next(e for e in update if e.what == "wait")
         assert backward.begin <= wait.begin and sent.end <= wait.end + 0.05 and wait.end <= backward.end
         rate = next(e for e in update if e.what == "schedule")
         assert rate.text == f"lr is {1e-3 * (UPDATES - k - 1) / UPDATES:.3g} after {k + 1} of {UPDATES} updates"
-    rows = [int(e.text.split()[0]) for e in phases["afterwards"] if e.what == "count"]
+    rows = [int(e.text.split()[0]) for e in by_name["afterwards"] if e.what == "count"]
     assert sum(rows) in range(24), "this rank's validation rows"
-    assert [e.text for e in phases["afterwards"] if e.what == "reduce"] == [
+    assert [e.text for e in by_name["afterwards"] if e.what == "reduce"] == [
         f"({UPDATES}, 2) float32, {8 * UPDATES} bytes",  # the losses
         "(3, 130) int64, 3,120 bytes",  # the counts of evaluation: the last all-reduce
     ]
@@ -100,11 +104,14 @@ def test_the_two_ranks_validate_every_row_once(traced):
 
 def test_the_report_names_places_that_exist(traced):
     report = traced[1]
-    places = re.findall(r"(\w+)\.py::([\w.]+)$", report.partition("where that is:")[2], re.MULTILINE)
+    places = re.findall(r"([\w/]+\.py)::([\w.]+)$", report.partition("where that is:")[2], re.MULTILINE)
     assert len(places) > 15
-    for module, symbol in places:
-        if (path := ROOT / "nanofinetune" / f"{module}.py").is_file():  # not transformers' model
-            assert re.search(rf"(def|class) {symbol.rpartition('.')[2]}\b", path.read_text()), (module, symbol)
+    theirs = {file for file, _ in places if not (ROOT / "nanofinetune" / file).is_file()}
+    assert theirs == {"modeling_bert.py"}, "the model is transformers'; all else is ours"
+    for file, symbol in places:
+        if file not in theirs:
+            text = (ROOT / "nanofinetune" / file).read_text()
+            assert re.search(rf"(def|class) {symbol.rpartition('.')[2]}\b", text), (file, symbol)
     for k in range(UPDATES):
         assert f"\nupdate {k + 1}\n" in report
     assert "while backward still ran" in report and "bucket 1 of 1" in report
@@ -114,21 +121,21 @@ def test_the_picture_holds_what_was_measured(traced):
     folder, _, ranks = traced
     svg = (folder / "trace.svg").read_text()
     root = ElementTree.fromstring(svg)
-    assert svg == trace.picture(ranks, trace.title_of(ranks))
+    assert svg == picture(ranks, title_of(ranks))
     space = {"": "http://www.w3.org/2000/svg"}
     bars = [bar for bar in root.findall("rect", space) if bar.find("title", space) is not None]
     hints = [bar.find("title", space).text or "" for bar in bars]  # type: ignore[union-attr]
     for what in ("forward", "backward", "all-reduce", "wait", "optimizer"):
         assert sum(hint.startswith(f"{what} ") for hint in hints) == 2, what
     # One axis: where a bar stands is when its rank did it.
-    begins = [dict(trace.phases(events))[f"update {UPDATES}"] for events in ranks]
+    begins = [dict(phases(events))[f"update {UPDATES}"] for events in ranks]
     forwards = [next(e.begin for e in events if e.what == "forward") for events in begins]
     lefts = [float(bar.get("x", 0)) for bar, hint in zip(bars, hints, strict=True) if hint.startswith("forward")]
-    shown = [e for events in begins for e in events if e.what in trace.COLOURS or e.bucket is not None]
+    shown = [e for events in begins for e in events if e.what in COLOURS or e.bucket is not None]
     first, last = min(e.begin for e in shown), max(e.end for e in shown)
-    scale = (trace.WIDTH - trace.LEFT - trace.RIGHT) / (last - first)
-    assert lefts == [float(f"{trace.LEFT + (begin - first) * scale:.1f}") for begin in forwards]
-    assert all(float(bar.get("x", 0)) + float(bar.get("width", 0)) <= trace.WIDTH for bar in bars)
+    scale = (WIDTH - LEFT - RIGHT) / (last - first)
+    assert lefts == [float(f"{LEFT + (begin - first) * scale:.1f}") for begin in forwards]
+    assert all(float(bar.get("x", 0)) + float(bar.get("width", 0)) <= WIDTH for bar in bars)
 
 
 @pytest.fixture
@@ -142,7 +149,7 @@ def run_here(tmp_path, monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["trace", *arguments])
         code: str | int | None
         try:
-            code = trace.run("nanofinetune.trace", trace.main)
+            code = run_main("nanofinetune.trace", main)
         except SystemExit as ended:  # as train.py did
             code = ended.code
         return code, *capfd.readouterr()
@@ -159,8 +166,8 @@ def test_one_process_has_no_buckets(job, run_here, tmp_path):
 
 def test_observing_ends():
     before = AcceleratedOptimizer.step
-    observer = trace.Observer()
-    trace.observe_all(observer)
+    observer = Observer()
+    observe_all(observer)
     assert AcceleratedOptimizer.step is not before
     observer.close()
     assert AcceleratedOptimizer.step is before
@@ -170,8 +177,8 @@ def test_observing_ends():
 def test_any_optimizer_is_told_at_the_end_of_its_window(kind):
     """By its own name, once for each update, so that updates are told apart."""
     ours = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    observer = trace.Observer()
-    trace.observe_all(observer)
+    observer = Observer()
+    observe_all(observer)
     try:
         optimizer = ours.prepare(kind([torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))], lr=0.5))
         for _ in range(4):
@@ -185,7 +192,7 @@ def test_any_optimizer_is_told_at_the_end_of_its_window(kind):
     assert [event.text for event in told] == [f"{kind.__name__}, lr 0.5: 2 tensors, 5 numbers, 20 bytes"] * 2
     assert told[0].place.endswith(f"py::{kind.__name__}.step")
     observer.note("collate", 0.0, 0.0, "a batch, before all of it", kind.step)
-    assert [name for name, _ in trace.phases(observer.events)] == ["set-up", "update 1", "update 2", "afterwards"]
+    assert [name for name, _ in phases(observer.events)] == ["set-up", "update 1", "update 2", "afterwards"]
 
 
 @pytest.mark.parametrize(
