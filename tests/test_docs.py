@@ -1,7 +1,8 @@
 """What the prose says is true: links into lines, names, commands, options, numbers, generated tables, the picture.
 
-The prose is README.md, CONTRIBUTING.md, SECURITY.md and docs/*.md; the references are the code, and the libraries that it
-names.
+The prose is README.md, CONTRIBUTING.md, SECURITY.md and docs/*.md. It is compared with the code, and with the libraries
+that it names.
+
 
     python -m pytest tests/test_docs.py
 """
@@ -441,7 +442,7 @@ def test_every_question_has_its_place_in_readme_and_its_proof():
         heading, _, answer = part.partition("\n")
         assert f"](#{slug(heading)})" in questions.partition("\n## ")[0], heading
         assert re.search(r"\]\(\.\./[\w/]+\.py#L\d+", answer), f"{heading}: no line to read"
-        assert re.search(r"`test_\w+`|tests/test_\w+\.py#L", answer), f"{heading}: no test"
+        assert re.search(r"`test_\w+`|tests/[\w/]+\.py#L", answer), f"{heading}: no test"
 
 
 def test_a_checkpoint_holds_the_files_that_are_told(tmp_path):
