@@ -3,7 +3,6 @@
 The prose is README.md, CONTRIBUTING.md, SECURITY.md and docs/*.md. It is compared with the code, and with the libraries
 that it names.
 
-
     python -m pytest tests/test_docs.py
 """
 
