@@ -1,4 +1,4 @@
-"""Save the state of a run so that no kill, full disk or flipped bit loses it: whole or not at all, checked when read.
+"""Save a run's state so that no kill, full disk or flipped bit loses it: complete or not at all, and checked when read.
 
 >>> import tempfile
 >>> folder = Path(tempfile.mkdtemp())
@@ -6,28 +6,22 @@
 ...     save(folder / f"update-{update}", {"model": {"w": torch.ones(2)}, "schedule": {"last_epoch": update}}, keep=2)
 >>> sorted(file.name for file in (folder / "update-20").iterdir())
 ['manifest.json', 'model.safetensors', 'schedule.json']
->>> _ = (folder / "update-20" / "schedule.json").write_text("{}")  # someone touches the newest one
+>>> _ = (folder / "update-20" / "schedule.json").write_text("{}")  # someone edits the newest one
 >>> newest(folder)
 (PosixPath('.../update-10'), ['update-20: schedule.json has 2 bytes, and its manifest says 18'])
 >>> load(folder / "update-10")["schedule"]
 {'last_epoch': 10}
 
-Underneath: `accelerate.Accelerator.save_state` (accelerate 1.15) has `accelerate.checkpointing.save_accelerator_state`
-write model.safetensors, optimizer.bin, scheduler.bin, random_states_0.pkl ... straight into the folder, one after the
-other: no temporary folder, no sync, nothing that says "complete"; with a limit the oldest folder is deleted *before*
-the new one is begun, so that a kill with `total_limit=1` leaves nothing. `accelerate.Accelerator.load_state` takes the
-highest number, complete or not, and unpickles objects registered for checkpointing. Kept: one folder a save, a name
-with a number, weights that any safetensors reader takes. Different on purpose:
-  - The order is: write all files into a hidden folder beside it, sync each, write the manifest of sizes and hashes
-    last, sync, rename, sync, and only then let older ones go. A kill between any two of these leaves older ones whole.
-  - A folder counts only if its manifest does, file by file. `newest` passes over the others and says why.
-  - No pickle, in either direction: tensors are in safetensors, all else is JSON, what is neither is refused at save.
+Underneath: `accelerate.checkpointing.save_accelerator_state` (accelerate 1.15) writes one file after another into the
+folder itself; `accelerate.Accelerator.load_state` takes the highest number, and unpickles registered objects.
+  - Kept: one folder a save, numbered, with weights that any safetensors reader takes.
+  - Here files are written into a hidden folder beside it and synced, a manifest of sizes and hashes last; then one
+    rename makes it visible. Only then older ones are deleted.
+  - A folder that its manifest does not confirm is passed over, with the reason.
+  - No pickle: tensors are safetensors, the rest is JSON.
 
-Proof: test_a_kill_at_every_file_operation_loses_nothing, test_full_disk_keeps_what_was_there, test_damage_is_found,
-test_accelerate_loads_a_flipped_bit_and_stops_at_a_partial_folder, test_accelerate_deletes_the_last_checkpoint_first,
-test_malicious_pickle_is_refused_where_accelerate_runs_it, test_trees_match_torch_save, test_the_order_of_a_save,
-test_loaded_state_continues_bit_for_bit, test_a_broken_off_epoch_goes_on_where_accelerate_reads_rows_twice,
-test_a_random_state_that_does_not_fit_raises_where_accelerate_says_nothing in tests/test_checkpoint.py.
+Proof: test_a_kill_at_every_file_operation_loses_nothing, test_malicious_pickle_is_refused_where_accelerate_runs_it in
+tests/run/test_checkpoint.py.
 """
 
 from __future__ import annotations
@@ -48,18 +42,18 @@ import torch
 
 from nanofinetune.step.order import mix
 
-FORMAT = 1  # of the folder; a reader refuses any other
+FORMAT = 1  # of the folder; a reader accepts no other
 MANIFEST = "manifest.json"
-SAVING, LEAVING = ".saving-", ".leaving-"  # folders under way, to or from their names; what a kill left of them may go
+SAVING, LEAVING = ".saving-", ".leaving-"  # prefixes of folders that are being written, or deleted
 
 
 # ---- State as tensors and JSON ---------------------------------------------------------------------------------------
 
 
 def pack(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A state dict -> (JSON, {path: copy on the CPU}): the copies stay as they are while training goes on.
+    """A state dict -> (JSON, {path: copy on the CPU}); the copies do not change while training goes on.
 
-    Takes dicts, lists, tuples, tensors, numbers, text, None. Tensors that are one (tied weights) are stored once.
+    Takes dicts, lists, tuples, tensors, numbers, text, None. Tied weights, which share one memory, are stored once.
     Raises TypeError, naming the place, for anything else.
 
     >>> pack({"betas": (0.9, 0.999), "state": {0: {"exp_avg": torch.zeros(1)}}})[0]
@@ -96,7 +90,7 @@ def pack(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def unpack(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The inverse of `pack`. Tensors that were one are one again."""
+    """The inverse of `pack`. Tensors that shared one memory share it again."""
     if isinstance(tree, list):
         return [unpack(item, tensors) for item in tree]
     if not isinstance(tree, dict):
@@ -114,10 +108,10 @@ def unpack(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def save(folder: Path, parts: Mapping[str, Any], keep: int | None = None) -> None:
-    """Write one checkpoint, each part a file, then let go of all but the newest `keep` in the same parent folder.
+    """Write one checkpoint, each part a file, then delete all but the newest `keep` in the same parent folder.
 
-    A part is what `pack` takes; one without a tensor becomes NAME.json, others NAME.safetensors with the rest in the
-    header. Raises OSError where the disk does not take it; then everything is as it was before.
+    A part is what `pack` takes. Without a tensor it becomes NAME.json, else NAME.safetensors with the rest in the
+    header. Raises OSError if the disk does not take it; then everything is as it was before.
     """
     write(folder, {name: pack(part) for name, part in parts.items()}, keep)
 
@@ -139,30 +133,30 @@ def write(folder: Path, packed: Mapping[str, tuple[Any, dict[str, torch.Tensor]]
         manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
         _sync(manifest)
         _sync(partial)
-        if folder.exists():  # a damaged one: a run that resumed before it comes by here again
+        if folder.exists():  # a damaged one: a run that resumed at an older one has arrived here again
             os.rename(folder, folder.parent / (LEAVING + folder.name))
-        os.rename(partial, folder)  # now it is there, whole
+        os.rename(partial, folder)  # now it exists, and is complete
         _sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _sweep(folder.parent)
-    # underneath: Accelerate deletes the oldest before it writes: with total_limit=1 a kill in between leaves none
+    # underneath: Accelerate deletes the oldest before it writes; with total_limit=1 a kill in between leaves none
     if keep is not None:
         prefix = folder.name.rstrip("0123456789")
-        there = [path for path in numbered(folder.parent) if path.name.rstrip("0123456789") == prefix]  # no one else's
+        there = [path for path in numbered(folder.parent) if path.name.rstrip("0123456789") == prefix]
         sound = [path for path in there if path == folder or not check(path, hashes=False)]
         for path in there[there.index(folder) :]:
             if path not in sound[:keep]:  # it is older, and one too many or damaged
                 leaving = folder.parent / (LEAVING + path.name)
-                os.rename(path, leaving)  # at once: a kill while files go must not leave half a checkpoint
+                os.rename(path, leaving)  # first: a kill while files are deleted must not leave half a checkpoint
                 shutil.rmtree(leaving)
 
 
 class Saver:
-    """Write checkpoints from a thread, one at a time: the training waits only while its state is copied.
+    """Writes checkpoints in a thread, one at a time: the training waits only while its state is copied.
 
-    A write that fails (a full disk) does not end the training: `report` gets the line, older checkpoints stay.
+    A write that fails (a full disk) does not end the training: `report` is called with a line, older checkpoints stay.
     """
 
     def __init__(self, report: Any = print) -> None:
@@ -171,14 +165,14 @@ class Saver:
         self._report = report
 
     def save(self, folder: Path, parts: Mapping[str, Any], keep: int | None = None) -> None:
-        """Copy the state, once the write before is done, and return while it is written."""
+        """Wait until the previous write is done, copy the state, and return while the copy is written."""
         self.wait()
         packed = {name: pack(part) for name, part in parts.items()}
         self._pending = self._pool.submit(write, folder, packed, keep)
         self._pending.add_done_callback(lambda done: self._say(folder, done.exception()))
 
     def wait(self, raising: bool = False) -> bool:
-        """Return when nothing is being written any more -> whether the last write succeeded; `raising` raises."""
+        """Wait until nothing is being written -> whether the last write succeeded. `raising`: raise its failure."""
         pending, self._pending = self._pending, None
         failure = None if pending is None else pending.exception()
         if failure is not None and raising:
@@ -195,7 +189,7 @@ class Saver:
 
 
 def number_of(folder: Path) -> int:
-    """The number that a folder's name ends in; -1 where it ends in none."""
+    """The number that a folder's name ends in; -1 if there is none."""
     found = re.search(r"\d+$", folder.name)
     return int(found[0]) if found else -1
 
@@ -209,9 +203,9 @@ def numbered(parent: Path) -> list[Path]:
 
 
 def newest(parent: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole (None: there is none), and why each newer one is passed over."""
+    """The newest complete checkpoint (None: there is none), and why each newer one is passed over."""
     passed_over: list[str] = []
-    for path in numbered(parent):  # underneath: Accelerate takes the highest number, whole or not
+    for path in numbered(parent):  # underneath: Accelerate takes the highest number, complete or not
         reason = check(path)
         if not reason:
             return path, passed_over
@@ -220,7 +214,7 @@ def newest(parent: Path) -> tuple[Path | None, list[str]]:
 
 
 def check(folder: Path, *, hashes: bool = True) -> str:
-    """What is wrong with a checkpoint, "" if nothing is. Reads every byte of it unless `hashes` is False."""
+    """What is wrong with a checkpoint, "" if nothing is. Reads every byte of it, unless `hashes` is False."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
@@ -244,9 +238,9 @@ def check(folder: Path, *, hashes: bool = True) -> str:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """{part: its state} of a checkpoint, checked first. Raises ValueError, with the reason, if it is not whole."""
+    """{part: its state} of a checkpoint that is checked first. Raises ValueError, with the reason, if it is damaged."""
     if reason := check(folder):
-        raise ValueError(f"{folder} is not a whole checkpoint: {reason}")
+        raise ValueError(f"{folder} is not a complete checkpoint: {reason}")
     parts: dict[str, Any] = {}
     for name in json.loads((folder / MANIFEST).read_bytes())["files"]:
         try:
@@ -257,7 +251,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def read_part(folder: Path, name: str) -> Any:
-    """One part of a checkpoint that was checked before; KeyError if it has no such part."""
+    """One part of a checkpoint that is known to be complete; KeyError if it has no such part."""
     for suffix in (".json", ".safetensors"):
         if (folder / (name + suffix)).is_file():
             return _read(folder / (name + suffix))
@@ -273,7 +267,7 @@ def _write(file: Path, tree: Any, tensors: dict[str, torch.Tensor]) -> None:
 
     try:
         save_file(tensors, file, metadata={"tree": json.dumps(tree)})
-    except SafetensorError as error:  # it hides the system's error in its text
+    except SafetensorError as error:  # the system's error is only in its text
         number = re.search(r"os error (\d+)", str(error))
         raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
 
@@ -300,12 +294,12 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(states: Sequence[Mapping[str, Any]], rank: int) -> None:
-    """Put the generators where they were on this rank. Raises where one does not take its state.
+    """Set this rank's generators to their saved states. Raises if one does not accept its state.
 
-    A rank that was not there gets generators of its own, which follow from rank 0's.
+    A rank that did not exist at the save gets generators of its own, derived from rank 0's.
     """
     state = states[rank if rank < len(states) else 0]
-    # underneath: Accelerate does this in a `try` that logs at level INFO: a failure passes for a restored state.
+    # underneath: Accelerate does this in a `try` that logs at level INFO: a failure looks like a restored state
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -322,7 +316,7 @@ def set_random_state(states: Sequence[Mapping[str, Any]], rank: int) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Return when the file, or the folder's list of names, is on the disk and not only in the kernel's memory."""
+    """Wait until the file, or the folder's list of names, is on the disk and not only in the kernel's memory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -336,7 +330,7 @@ def _sha256(file: Path) -> str:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what a kill has left half-written or half-deleted."""
+    """Delete what a kill has left half-written or half-deleted."""
     for path in parent.iterdir():
         if path.name.startswith((SAVING, LEAVING)):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,20 +1,19 @@
-"""How far a run is: what it shows, what it writes, where in the data it stands, and from where it may go on.
+"""Where a run begins: at its newest complete checkpoint, and only if it is the same run.
 
 >>> batch_plan(8, 1, processes=2, start=Start())  # rows of a step of all ranks, and batches accumulated
 (16, 1)
 >>> start = Start(folder=Path("update-40"), run={"batch_size": 8, "accumulate": 1, "world": 2, "fits": 8})
->>> batch_plan(8, 1, processes=1, start=start)  # one rank goes on for two: as many rows an update as before
+>>> batch_plan(8, 1, processes=1, start=start)  # two ranks' run goes on with one: as many rows an update as before
 (8, 2)
 
-Underneath: in the course's loop this is `tqdm` and a `print`. To go on after an end, Accelerate's users call
-`accelerate.Accelerator.load_state` (accelerate 1.15), read the epoch and the batch out of the folder's name, and skip
-that many batches with `accelerate.skip_first_batches`. The order may be another one by then, and on another number of
-ranks as many batches hold other rows. Here the place is (epoch, rows of it that all ranks together have used), which
-means the same for every number of ranks, and is saved with the model.
+Underneath: `accelerate.Accelerator.load_state` (accelerate 1.15) loads a folder; the rest is the script's. Scripts read
+epoch and batch from the folder's name, and call `accelerate.skip_first_batches`.
+  - The order of the rows may have changed by then, and on another number of ranks as many batches are other rows.
+  - Here the arguments, the data's hash and the model must be those that the run began with; else an error names the
+    difference.
+  - The number of ranks may change: an update keeps its number of rows.
 
-Proof: test_resume_matches_the_uninterrupted_run, test_ranks_may_change_between_runs,
-test_resume_refuses_another_run in tests/test_resume.py; test_accelerate_resumes_in_another_order in
-tests/test_checkpoint.py.
+Proof: test_resume_matches_the_uninterrupted_run, test_resume_refuses_another_run in tests/run/test_resume.py.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from nanofinetune.ground.errors import UsageError
 from nanofinetune.run import checkpoint
 from nanofinetune.run.log import locked, occupied
 
-# A run goes on as the same run: these must be what they were. (The batch may differ if an update has as many rows.)
+# A resumed run is the same run, so these arguments must be what they were. (Batches may differ: see `batch_plan`.)
 IDENTITY = (
     "model", "data", "text_columns", "label_column", "epochs", "max_steps", "group_by_length", "lr", "weight_decay",
     "warmup_steps", "clip_norm", "precision", "fast_dropout", "seed", "uneven",
@@ -38,7 +37,7 @@ IDENTITY = (
 
 @dataclass(frozen=True)
 class Start:
-    """From where a run goes on: a checkpoint and what `run_of` said of its run; or from nothing."""
+    """Where a run begins: at a checkpoint, with what `run_of` said of its run; or, without one, at the first update."""
 
     folder: Path | None = None
     run: Mapping[str, Any] = field(default_factory=dict)
@@ -46,29 +45,34 @@ class Start:
 
     @property
     def rows_per_step(self) -> int | None:
-        """Rows of a step of all ranks when the run began: what --group-by-length makes its groups of."""
+        """Rows of a step of all ranks when the run began: --group-by-length keeps groups of that size."""
         return self.run["batch_size"] * self.run["world"] if self.run else None
 
 
 def run_of(arguments: Mapping[str, Any], processes: int, found: Mapping[str, Any], start: Start) -> dict[str, Any]:
-    """What makes a run this run, to be saved with it. `found`: what its names stand for, as the user would call it.
+    """What a run must have in common with the one that it resumes, to be saved with it.
 
-    Raises UsageError where the run to resume had found something else under the same names.
+    Args:
+        arguments: of the command line.
+        found: what stands behind them, under the names that a user would understand: {"the model": ..., ...}.
+        start: where the run begins.
+
+    Raises UsageError if the run to resume found something else under the same arguments.
     """
     for name, was in start.run.get("found", {}).items():
         if found[name] != was:
-            raise UsageError(f"--resume: {name} is {found[name]}, and was {was}; a run goes on with what it began with")
+            raise UsageError(f"--resume: {name} is {found[name]}, and the run began with {was}; use the same")
     if start.run:
         return dict(start.run)
     run = {name: arguments[name] for name in (*IDENTITY, "batch_size", "accumulate")}
-    # fits: rows a batch of a process for which there has been memory
+    # fits: the rows of a process's batch that fitted into memory
     return run | {"world": processes, "fits": run["batch_size"], "found": dict(found)}
 
 
 def batch_plan(batch_size: int, accumulate: int, processes: int, start: Start) -> tuple[int, int]:
-    """(rows of a step of all ranks, batches accumulated) -> with as many rows an update as the run began with.
+    """(rows of a step of all ranks, batches accumulated), so that an update has as many rows as when the run began.
 
-    Raises UsageError where the ranks cannot share these rows equally.
+    `batch_size`, in rows, is per process. Raises UsageError if these processes cannot share the rows equally.
     """
     if not start.run:
         return batch_size * processes, accumulate
@@ -86,10 +90,10 @@ def batch_plan(batch_size: int, accumulate: int, processes: int, start: Start) -
 
 
 def find_start(args: Any, restarted: bool = False) -> Start:
-    """What --output and --resume ask for: the place to begin, once all is known to be there and writable.
+    """What --output and --resume ask for: the place to begin, once everything is known to exist and to be writable.
 
-    `restarted`: the launcher has started these ranks again, so that what --output holds is theirs.
-    Raises UsageError, before any long work, where something would be written over, or is not the same run.
+    `restarted`: the launcher has started these ranks again, so what --output holds is their own.
+    Raises UsageError, before any long work, if something would be overwritten or the run is another one.
     """
     restarted = restarted and args.output is not None
     output = None if args.output is None else Path(args.output).expanduser()
@@ -100,7 +104,7 @@ def find_start(args: Any, restarted: bool = False) -> Start:
     folder: Path | None = None
     passed_over: list[str] = []
     named = args.resume not in (None, "auto")
-    if output is not None and (restarted or not named):  # what a restarted run has saved is newer than what it was told
+    if output is not None and (restarted or not named):  # a restarted run has saved newer ones than it was told of
         folder, passed_over = checkpoint.newest(output / "checkpoints")
     named = named and folder is None
     if named:
@@ -112,7 +116,7 @@ def find_start(args: Any, restarted: bool = False) -> Start:
     for name in IDENTITY:
         if run[name] != getattr(args, name):
             flag, was = "--" + name.replace("_", "-"), "not given" if run[name] is None else run[name]
-            raise UsageError(f"{flag} {getattr(args, name)}: the run to resume had {was}; a run goes on as it was")
+            raise UsageError(f"{flag} {getattr(args, name)}: the run to resume began with {was}; use the same")
     if output is not None and named:
         there = checkpoint.numbered(output / "checkpoints")
         later = [path for path in there if checkpoint.number_of(path) > checkpoint.number_of(folder)]
@@ -130,7 +134,7 @@ def _skipped(reason: str) -> str:
 
 
 def _named(resume: str) -> tuple[Path, list[str]]:
-    """The checkpoint that --resume names: its own folder, or the newest in a run's."""
+    """The checkpoint that --resume names, or the newest of the run that it names -> it, and what is passed over."""
     path = Path(resume).expanduser()
     if (path / checkpoint.MANIFEST).exists():
         if reason := checkpoint.check(path):
@@ -141,7 +145,7 @@ def _named(resume: str) -> tuple[Path, list[str]]:
         found, passed_over = checkpoint.newest(inside)
         if found is None:
             why = f" ({'; '.join(passed_over)})" if passed_over else ""
-            raise UsageError(f"--resume {resume}: there is no whole checkpoint{why}; name a folder that holds one")
+            raise UsageError(f"--resume {resume}: there is no complete checkpoint{why}; name a folder that holds one")
         folder = found
     try:
         checkpoint.read_part(folder, "custom")["run"]
@@ -151,7 +155,7 @@ def _named(resume: str) -> tuple[Path, list[str]]:
 
 
 def _claim(name: str, output: Path, goes_on: bool) -> None:
-    """Make sure, before any long work, that the folder can be written and holds nothing that would be written over."""
+    """Make sure, before any long work, that the folder can be written and holds nothing that would be overwritten."""
     if not name:
         raise UsageError("--output is empty: name a folder")
     try:
@@ -172,6 +176,6 @@ def _claim(name: str, output: Path, goes_on: bool) -> None:
                 if not locked(file):
                     raise UsageError(occupied(name))
         existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-        tempfile.TemporaryFile(dir=existing).close()  # the folder is made when there is something to put into it
+        tempfile.TemporaryFile(dir=existing).close()  # the folder is made later, with its first file
     except OSError as error:
         raise UsageError(f"--output {name}: it cannot be written ({error.strerror}); name another folder") from error
