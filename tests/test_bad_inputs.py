@@ -126,6 +126,11 @@ def yard(tmp_path_factory, tiny_tokenizer_dir) -> Path:
     (copy("broken-config") / "config.json").write_text('{"model_type": "bert", ')
     (copy("broken-weights") / "model.safetensors").write_bytes(b"\x00" * 64)
     (copy("unknown-kind") / "config.json").write_text('{"model_type": "nosuchmodel"}')
+    code = {"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"}
+    for model_type in ("nosuchmodel", "vit"):  # one that needs the code for its config, one for the model alone
+        hostile = copy(f"code-{model_type}")
+        (hostile / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": code}))
+        (hostile / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n")
     gpt2 = GPT2Config(vocab_size=32, n_positions=64, n_embd=8, n_layer=1, n_head=1)
     GPT2ForSequenceClassification(gpt2).save_pretrained(folder / "models" / "no-padding")
     words = models.WordLevel({word: i for i, word in enumerate(["[UNK]", *WORDS])}, unk_token="[UNK]")
@@ -227,6 +232,8 @@ MODELS = {
     "{models/broken-config}": r"model \S+broken-config: .* could (not )?be loaded",
     "{models/broken-weights}": r"model \S+broken-weights: the model could not be loaded",
     "{models/unknown-kind}": r"model \S+unknown-kind: .* could (not )?be loaded .*nosuchmodel",
+    "{models/code-nosuchmodel}": r"model \S+code-nosuchmodel: .*code of its own, which is never run here; choose",
+    "{models/code-vit}": r"model \S+code-vit: .*code of its own, which is never run here; choose",
     "{models/no-padding}": r"model \S+no-padding: its tokenizer has no padding token.*; choose a BERT-like",
     "{models/few-layers}": r"model \S+few-layers: 16 encoder weights are missing .* bert.encoder.layer.1",
     "{models/no-room}": r"model \S+no-room: it takes 3 tokens at most, of which 3 are special: no room",
@@ -292,6 +299,8 @@ PREDICT = {
     "{good.csv} {lines.txt}": r"model \S+good.csv: this is a file; name the folder of a saved model",
     "{models/broken-weights} {lines.txt}": r"model \S+broken-weights: the model could not be loaded",
     "{models/never-tuned} {lines.txt}": r"never-tuned: never fine-tuned .*classifier.*; fine-tune it with train.py",
+    "{models/code-nosuchmodel} {lines.txt}": r"model \S+code-nosuchmodel: .*code of its own, which is never run here",
+    "{models/code-vit} {lines.txt}": r"model \S+code-vit: .*code of its own, which is never run here",
     "{models/many-labels} {lines.txt}": r"many-labels: .*multi_label_classification",
     "{model} {nowhere.txt}": r"nowhere.txt: there is no such file",
     "{model} {models}": r"models: there is no such file",
@@ -343,11 +352,13 @@ def test_every_bad_input_to_predict_gives_one_line_and_exit_2(command, yard, mon
     assert state_of(yard) == before
 
 
-def start(*argv: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(
+    *argv: str, timeout: float = 120, stdin: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """A real process in the repository's root; a variable that is given as "" is taken out of the environment."""
     variables = {name: value for name, value in {**os.environ, **environment}.items() if value}
     return subprocess.run(
-        [sys.executable, *argv], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout
+        [sys.executable, *argv], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout, input=stdin
     )
 
 
@@ -362,6 +373,32 @@ def test_a_real_predict_process_says_nothing_else(yard):
     done = start("-m", "nanofinetune.predict", str(yard / "models" / "never-tuned"), str(yard / "lines.txt"))
     assert (done.returncode, done.stdout) == (2, "")
     assert_one_line(done.stderr, "nanofinetune.predict", "never fine-tuned")
+
+
+@pytest.mark.parametrize("model_type", ["nosuchmodel", "vit"])
+@pytest.mark.parametrize("program", ["train.py", "nanofinetune.predict"])
+def test_a_yes_on_stdin_runs_no_code_of_the_model_folder(program, model_type, yard):
+    """transformers asks on stdin whether to run it, and predict's texts are there: their first line was the answer."""
+    before = state_of(yard)
+    folder = str(yard / "models" / f"code-{model_type}")
+    words = with_the_rest(yard, ["--model", folder]) if program == "train.py" else [folder]
+    done = start(*(["train.py"] if program == "train.py" else ["-m", program]), *words, stdin="y\nthe cat\n")
+    assert done.returncode == 2
+    assert_one_line(done.stderr, program, "code of its own, which is never run here")
+    assert state_of(yard) == before
+
+
+def test_the_code_of_a_data_folder_is_never_run(yard, tmp_path, train, monkeypatch, capfd):
+    """`datasets` once ran a script named like its folder; 5.2 does not, and only files of data are given to it."""
+    folder = tmp_path / "reviews"
+    folder.mkdir()
+    for name in ("train.csv", "validation.csv"):
+        (folder / name).write_text(GOOD)
+    for name in ("reviews.py", "train.py", "__init__.py", "dataset_infos.json", "train.pkl"):
+        (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.setattr(sys, "argv", ["train.py", *with_the_rest(yard, ["--data", str(folder), "--dry-run"])])
+    assert run_main("train.py", train.main) == 0
+    assert not (tmp_path / "ran").exists() and "20 train" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["--model nobody/no-such-model", "--data nobody/nothing"])
