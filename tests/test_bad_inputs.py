@@ -68,6 +68,8 @@ DATA: dict[str, str | bytes] = {
     "quotes.csv": lines(lambda i: f"{chr(34) * (i == 3)}the cat {i},{i % 2}", "text,label"),
     "fields.csv": lines(lambda i: f"the cat {i},{i % 2}" + ",and more" * (i == 3), "text,label"),
     "latin1.csv": GOOD.replace("cat 3", "caf\u00e9 3").encode("latin-1"),
+    "terminal.csv": lines(lambda i: f"the cat {i},a dog", "te\x1b[2Jxt\x9b31m,lab\u202eel\x07"),
+    "terminal-\x1b[2J.csv": "",
     "broken.jsonl": lines(lambda i: '{"text": "the cat", "label": ' + ("" if i == 3 else "1}")),
     "broken.parquet": b"PAR1 and nothing more",
     "folder/none/README.md": "no data",
@@ -277,6 +279,8 @@ FILES = {
     "{quotes.csv}": r"--data \S+quotes.csv: it could not be read \(.*unbalanced quotes\?",
     "{fields.csv}": r"--data \S+fields.csv: it could not be read \(.*line 5, saw 3",
     "{latin1.csv}": r"--data \S+latin1.csv: it could not be read \(byte 0xe9 is not UTF-8: convert the file",
+    "{terminal.csv}": r"which column is the label\?.* te\\x1b\[2Jxt\\x9b31m, lab\\u202eel\\x07",
+    "{terminal-\x1b[2J.csv}": r"--data \S+terminal-\\x1b\[2J.csv: the file is empty; write",
     "{broken.jsonl}": r"--data \S+broken.jsonl: it could not be read \(",
     "{broken.parquet}": r"--data \S+broken.parquet: it could not be read \(",
     "{folder/outside}": r"--label-column label: the validation split has the label 2, .* 2 classes",
@@ -326,6 +330,7 @@ def with_the_rest(yard: Path, argv: list[str]) -> list[str]:
 def assert_one_line(stderr: str, name: str, pattern: str) -> None:
     assert stderr.endswith("\n") and stderr.count("\n") == 1, stderr
     assert stderr.startswith(f"{name}: ") and re.search(pattern, stderr), stderr
+    assert stderr[:-1].isprintable(), "a terminal obeys what it is sent"
     assert len(stderr) < 600, f"{len(stderr)} characters are not a line"
 
 
@@ -418,6 +423,23 @@ def test_the_good_inputs_of_these_tests_are_good(yard, train, monkeypatch, capfd
     assert run_main("train.py", train.main) == 0
     assert json.loads(capfd.readouterr().out.splitlines()[-1])["steps"] == 2
     assert state_of(yard) == before
+
+
+def test_the_plan_sends_nothing_to_the_terminal_but_text(yard, train, tmp_path, monkeypatch, capfd):
+    """Names of files, columns and classes are a stranger's: none moves the cursor, clears the screen or ends a line."""
+    import datasets
+
+    features = datasets.Features(
+        {"te\x1b[2Jxt": datasets.Value("string"), "label": datasets.ClassLabel(names=["go\nod", "b\x1b[31mad"])}
+    )
+    table = {"te\x1b[2Jxt": [f"the cat {i}" for i in range(20)], "label": [i % 2 for i in range(20)]}
+    file = tmp_path / "re\x1b]0;views\x07.parquet"
+    datasets.Dataset.from_dict(table, features).to_parquet(file)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", str(yard / "model"), "--data", str(file), "--dry-run"])
+    assert run_main("train.py", train.main) == 0
+    out = capfd.readouterr().out
+    assert all(line.isprintable() for line in out.split("\n"))
+    assert r"go\nod, b\x1b[31mad" in out and r"re\x1b]0;views\x07.parquet is one file" in out
 
 
 def test_texts_beyond_the_models_limit_are_cut_and_the_plan_says_so(yard, train, tmp_path, monkeypatch, capfd):
