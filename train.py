@@ -43,7 +43,7 @@ from nanofinetune.data.cache import load_tokens
 from nanofinetune.data.load import Data
 from nanofinetune.data.pretrained import import_library, length_limit, load_model, load_tokenizer, resolve_default
 from nanofinetune.ground.cli import Parser, number, run_main, steps_or_ratio
-from nanofinetune.ground.errors import Halt, UsageError, first_line
+from nanofinetune.ground.errors import Halt, UsageError, first_line, shown
 from nanofinetune.ground.precision import PRECISIONS
 from nanofinetune.ground.process import peak_rss_mb, seconds_since_start
 from nanofinetune.ground.xla import end_step, fixed_lengths, state_on_host
@@ -168,7 +168,7 @@ def load(args: argparse.Namespace, accelerator: Accelerator, start: Start) -> Jo
         data, stores = load_tokens(args.data, args.text_columns, args.label_column, args.seed, tokenizer, limit)
         notes = [note for note in (model_note, data.note, start.note) if note]
         for note in notes:
-            accelerator.print(f"note: {note}", flush=True)
+            accelerator.print(f"note: {shown(note)}", flush=True)
         torch.manual_seed(args.seed)  # the classification head is new, and random
         model, made_anew = load_model(model_name, data.label_names)
         if args.fast_dropout and device.type != "cpu":
@@ -309,7 +309,7 @@ def print_plan(
         "precision": ("fp32" if accelerator.mixed_precision == "no" else f"{accelerator.mixed_precision} (autocast)")
         + dropout,
     }
-    print("\n".join(f"{name:<10} {text}" for name, text in lines.items()), flush=True)
+    print("\n".join(f"{name:<10} {shown(text)}" for name, text in lines.items()), flush=True)
 
 
 # --- the folder that --output names -----------------------------------------------------------------------------------
