@@ -2,14 +2,14 @@
 
     python bench/captured.py --device cuda --precision bf16
 
-At 8 rows a large GPU computes an eager BERT step faster than Python can ask for it: the kernels are launched one
-by one. A graph launches all of them at once, and in return everything has a fixed address and shape. So batches are
-padded to the next of a few lengths (LengthGroupedBatchSampler puts rows of similar length together, so it is little),
-inputs are copied into tensors that stay, and gradients are zeroed and added to in place, inside the graph, so that all
-graphs share them. AdamW's step stays outside: fused it is a handful of kernels. A batch with fewer rows runs eagerly.
+With 8 rows a large GPU finishes an eager BERT step before Python has launched all its kernels one by one. A graph
+launches them all at once; in return every tensor has a fixed address and shape. So batches are padded to the next of a
+few lengths (little, since LengthGroupedBatchSampler puts rows of similar length together), inputs are copied into
+tensors that stay, and gradients are zeroed and added to in place, inside the graph, so that all graphs share them.
+AdamW's step stays outside: fused it is a handful of kernels. A batch with fewer rows runs eagerly.
 
-Unmeasured: no GPU was at hand. What a CPU can show is shown by tests/test_captured.py: buckets, bookkeeping, and, with
-a graph that runs its function again in place of replaying kernels, the losses of an eager run bit for bit.
+Never measured: no GPU was at hand. tests/bench/test_captured.py shows what a CPU can: buckets, bookkeeping, and, with a
+graph that runs its function again in place of replaying kernels, the losses of an eager run bit for bit.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class CapturedStep:
     """Forward and backward of one batch, captured once for each shape.
 
     Call it with a batch on the device -> the loss, a scalar that the next call with this shape overwrites. Afterwards
-    the gradients are in `.grad`; step the optimizer, and do not zero them. A batch of other than `rows` rows runs
-    eagerly, as does everything after the number of shapes has reached `most_shapes`: each graph keeps its memory.
+    the gradients are in `.grad`; step the optimizer, and do not zero them. A batch that has not `rows` rows runs
+    eagerly, and so does a new shape once there are `most_shapes`: each graph keeps its memory.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class CapturedStep:
         self.model, self.rows, self.capture, self.most_shapes = model, rows, capture, most_shapes
         self.dtype = PRECISIONS[precision]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.gradients = [torch.zeros_like(p) for p in self.parameters]  # every graph adds into these: addresses stay
+        self.gradients = [torch.zeros_like(p) for p in self.parameters]  # all graphs add into these, at their addresses
         for p, gradient in zip(self.parameters, self.gradients, strict=True):
             p.grad = gradient
         self.graphs: dict[tuple[int, ...], tuple[dict[str, Tensor], Tensor, Replay]] = {}
@@ -130,7 +130,7 @@ def batches(job: Job, device: torch.device, lengths: tuple[int, ...] | None = No
 def buckets(lengths: list[int], limit: int, most: int = 8) -> tuple[int, ...]:
     """At most so many lengths to pad to, multiples of 8, which tensor cores like, with equally many rows in each.
 
-    The last one is that of the longest row; device.fixed_lengths' powers of two where rows are few.
+    The last one is that of the longest row. Without rows, the powers of two of ground/xla.py::fixed_lengths.
 
     >>> buckets([5, 6, 7, 20, 21, 40], limit=512, most=3)
     (8, 24, 40)

@@ -6,10 +6,11 @@
 
 Both sides are the loops that bench/throughput.py times: transformers' collator and schedule, torch's AdamW and
 Accelerate on one side, this package on the other, in one process, with the same initial weights, rows and dropout
-seeds. After each part of a step what it made is compared: batch, loss, gradient, learning rate, weight. Parts are
-compared in the order in which they are computed, so the first that differs names the piece that is wrong. With
-`--adamw loop` or `foreach` everything has to be equal bit for bit; AdamW's fused kernel rounds otherwise than torch's
-default loop, so there the tolerance is 1e-6 of the largest number of that part, times the steps that went before.
+seeds. After each part of a step its result is compared: batch, loss, gradient, learning rate, weight. The first part
+that differs names the piece that is wrong.
+
+With `--adamw loop` or `foreach` everything has to be equal bit for bit. AdamW's fused kernel rounds differently from
+torch's default loop; there the tolerance is 1e-6 of the largest number of that part, times the number of steps so far.
 
 The last line of stdout is one JSON object. The exit code is 1 where the sides differ.
 """
@@ -40,14 +41,14 @@ from nanofinetune.step.optim import AdamW
 from nanofinetune.step.order import mix
 from nanofinetune.step.schedule import get_scheduler
 
-# What a part of a step is made by, for the one who looks for the mistake.
+# Where to look for the mistake: what makes each part of a step, and its file in nanofinetune/.
 MADE_BY = {
-    "weight at the start": "load_model (nanofinetune/pretrained.py)",
-    "batch": "TokenStore (nanofinetune/data.py), the collator (nanofinetune/collate.py) or the loader (loader.py)",
-    "loss": "the forward pass: dropout's seed, autocast (nanofinetune/accelerator.py)",
-    "gradient": "Accelerator.backward (nanofinetune/accelerator.py), or zero_grad before it",
-    "learning rate": "the schedule (nanofinetune/schedule.py) or who ticks it (AcceleratedScheduler)",
-    "weight": "AdamW (nanofinetune/optim.py)",
+    "weight at the start": "load_model (data/pretrained.py)",
+    "batch": "TokenStore (data/tokens.py), the collator (step/collate.py) or the loader (ranks/loader.py)",
+    "loss": "the forward pass: dropout's seed (run/run.py), autocast (wrappers.py)",
+    "gradient": "Accelerator.backward (accelerator.py), or zero_grad before it (wrappers.py)",
+    "learning rate": "the schedule (step/schedule.py) or what steps it (AcceleratedScheduler, wrappers.py)",
+    "weight": "AdamW (step/optim.py)",
 }
 Part = tuple[str, Mapping[str, Tensor]]  # a key of MADE_BY, and the tensors by name
 
@@ -102,7 +103,7 @@ OUR_FORMS: dict[str, dict[str, bool]] = {**FORMS, "loop": {"foreach": False, "fu
 
 
 def parts(accelerator: Any, model: Any, optimizer: Any, loader: Any, schedule: Any) -> Iterator[Part]:
-    """The loop itself, one text for both sides: whatever differs is in what it was given."""
+    """The loop itself, the same code for both sides: they differ only in what is passed in."""
     yield "weight at the start", dict(model.named_parameters())
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     model.train()
@@ -135,11 +136,11 @@ def first_difference(library: Iterator[Part], ours: Iterator[Part], steps: int, 
         step = (i + PARTS_A_STEP - 1) // PARTS_A_STEP
         allowed = 0.0 if part in ("weight at the start", "batch", "learning rate") else tolerance * max(0, step - 1)
         if part == "weight":
-            allowed = tolerance * step  # the update itself may round otherwise, from the first one on
+            allowed = tolerance * step  # the update itself may round differently, from the first one on
         if list(theirs) != list(own) and set(theirs) != set(own):
             odd = sorted(set(theirs) ^ set(own))
             return Difference(step, part, odd[0], f"only {'the library has' if odd[0] in theirs else 'we have'} it")
-        if allowed:  # of the largest number of all: a key's bias has a gradient of nothing but rounding
+        if allowed:  # of the largest number of all: the gradient of a key's bias is nothing but rounding errors
             allowed *= max(float(tensor.abs().max()) for tensor in theirs.values())
         for name in theirs:
             if how := differ(theirs[name], own[name], allowed):

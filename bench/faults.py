@@ -6,9 +6,9 @@
 
 Ours is train.py with --save-every; theirs is `theirs` below: Accelerate's own example for checkpoints (save_state into
 step_N, load the newest folder, `skip_first_batches`), with a seedable sampler. Both train a tiny BERT with dropout on
-random pairs. A rank is a process forked from a server that has done the imports; a kill is SIGKILL to all of a run's
-ranks at a random moment, two of seven during a save. "Same weights": the resumed run's final weights equal the
-uninterrupted run's bit for bit.
+random pairs. Each rank (process of a run) is forked from a server that has done the imports. A kill is SIGKILL to all
+of a run's ranks at a random moment, two times in seven during a save. "Same weights": the resumed run's final weights
+equal the uninterrupted run's bit for bit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LIMIT = 60.0  # seconds that a run may take
 
 
 def patience(fault: str) -> int:
-    """Seconds that ranks wait for each other: few where one is known not to come."""
+    """Seconds that ranks wait for each other: few in a fault where one of them never arrives."""
     return 5 if fault in ("stop", "skip", "first") else 60
 
 
@@ -249,7 +249,7 @@ def saving(side: str, out: Path, before: int) -> bool:
 
 
 def whole_checkpoint(side: str, folder: Path) -> bool:
-    """Whether all of a checkpoint is there; of theirs, which says nothing of itself: whether each file can be read."""
+    """Whether a checkpoint is complete. Theirs has no list of its files, so: whether each of them can be read."""
     import torch
     from safetensors.torch import load_file
 
@@ -299,7 +299,8 @@ def kills(side: str, work: Path, number: int, dice: random.Random) -> dict[str, 
             time.sleep(dice.uniform(0, 0.005))
         alive = run.ranks[0].exitcode is None
         run.kill()
-        # Of ours a folder under way is left; theirs cannot be told from a whole one, so each that was aimed at counts.
+        # Ours leaves a folder with a name of its own. A half-written one of theirs looks like any other, so there every
+        # kill that was meant to come during a save counts.
         left = any(path.name.startswith(".") for path in (out / "checkpoints").glob(".*ing-*"))
         found["inside a save"] += left if side == "nanofinetune" else inside and alive
         kept = had[-2:] if side == "nanofinetune" else had  # --keep 2
@@ -314,7 +315,7 @@ def kills(side: str, work: Path, number: int, dice: random.Random) -> dict[str, 
 
 
 def interrupted(side: str, work: Path, name: str) -> Path:
-    """A run that was killed after three checkpoints, the newest of which is whole."""
+    """A run that was killed after three checkpoints, the newest of which is complete."""
     out = work / f"{side}-{name}"
     run = Run(side, work, out, 1)
     while len(checkpoints(side, out)) < (2 if side == "nanofinetune" else 4) or _latest(side, out) < 4 * SAVE_EVERY:

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Everything that bench/ measures on a CUDA device, in one command. Unmeasured so far: no GPU was at hand.
+# Everything that bench/ measures on a CUDA device, in one command. Never run so far: no GPU was at hand.
 #
 #   bench/gpu.sh                       the packaged checkpoint and stdlib-pairs
-#   bench/gpu.sh --data ./mrpc         any of --model and --data, for all of its commands
+#   bench/gpu.sh --data ./mrpc         --model and --data go to all of its commands
 #   bench/gpu.sh --print               what it would run, and nothing else
 #
 # Both sides get TF32 in fp32 (torch's own switch in the environment) and bf16 through autocast; torch's best settings

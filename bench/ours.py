@@ -2,8 +2,9 @@
 
     python bench/ours.py TRACE.json --model PATH --data PATH_OR_NAME --max-steps 40      the rest is train.py's
 
-bench/throughput.py runs it beside bench/peer.py. Nothing of train.py is replaced; three of its names are followed: the
-log that gets every loss, the collator that makes every batch, and `evaluate`. Rank 0 writes what it saw.
+bench/throughput.py runs it beside bench/peer.py. Three things are watched and none is changed: the run's log, which
+gets every loss (nanofinetune/run/log.py); the collator, which makes every batch; and train.py's `evaluate`. Rank 0
+writes the file.
 """
 
 from __future__ import annotations
@@ -18,24 +19,25 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
+from nanofinetune.run import run as loop
 
 
 def main() -> int:
     path = Path(sys.argv.pop(1))
     losses: list[Any] = []
-    tokens: list[int] = []  # of this rank's batches, the padding left out; evaluation's follow training's
+    tokens: list[int] = []  # of each of this rank's batches, without padding; evaluation's come after training's
     times: list[float] = []
     evaluations: list[float] = []
     scores: dict[str, Any] = {}
 
-    class Log(train.Log):
+    class Log(loop.Log):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             times.append(time.time())
 
         def add(self, loss: Any, rows: int) -> None:
             super().add(loss, rows)
-            losses.append(loss.item())  # as the course's loop has it
+            losses.append(loss.item())  # each one, as the course's loop does
             times.append(time.time())
 
     class Collator(train.DataCollatorWithPadding):
@@ -53,8 +55,9 @@ def main() -> int:
         scores.update(found)
         return found
 
-    train.Log, train.DataCollatorWithPadding, train.evaluate = Log, Collator, timed_evaluate  # type: ignore[misc]
-    code = train.run("train.py", train.main)
+    loop.Log = Log  # type: ignore[misc]
+    train.DataCollatorWithPadding, train.evaluate = Collator, timed_evaluate  # type: ignore[misc]
+    code = train.run_main("train.py", train.main)
     if code == 0 and os.environ.get("RANK", "0") == "0":
         trace = {"losses": losses, "tokens": tokens[: len(losses)], "times": times, "evaluation": sum(evaluations)}
         path.write_text(json.dumps(trace | {name: scores.get(name) for name in ("accuracy", "f1")}))

@@ -1,14 +1,15 @@
-"""The peer: the course's training job as the course writes it, with Accelerate, torch, transformers and datasets.
+"""The libraries' side of every comparison: the course's job as the course writes it, with Accelerate.
 
     python bench/peer.py --model PATH --data PATH_OR_NAME --seed 1
 
 The same job as train.py's, in the course's lines: `map`, `remove_columns`, `set_format("torch")`,
 DataCollatorWithPadding, torch.optim.AdamW, get_scheduler("linear"), Accelerator.prepare, a loop, `gather_for_metrics`.
-What is measured against nanofinetune is measured against this file. The metric is what evaluate's GLUE script calls
-(numpy's mean, scikit-learn's f1_score), since the script itself can only be had from the Hub. The last line of stdout
-is one JSON object. What is not the course's is an option: `--same-work` takes train.py's batches and dropout seeds in
-place of a shuffle of its own, `--fused` AdamW's fastest kernel in place of the default one, and `--trace` says where
-the times go that bench/throughput.py compares.
+The metric is what evaluate's GLUE script calls (numpy's mean, scikit-learn's f1_score); the script itself is on the
+Hub only. The last line of stdout is one JSON object.
+
+Whatever the course does not do is an option: `--same-work` takes train.py's batches and dropout seeds instead of a
+shuffle of its own, `--fused` AdamW's fastest kernel instead of the default one, and `--trace FILE` gets the losses and
+times that bench/throughput.py compares.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def prepare_data(data: str, tokenizer: Any) -> DatasetDict:
     if data == "stdlib-pairs":
         from datasets import Dataset
 
-        from nanofinetune import stdlib_pairs
+        from nanofinetune.data import stdlib_pairs
 
         raw = DatasetDict({key: Dataset.from_list(rows) for key, rows in stdlib_pairs.load().items()})
     else:
@@ -148,7 +149,8 @@ def main() -> None:
     if accelerator.is_main_process:
         print(json.dumps(result))
     if accelerator.num_processes > 1:
-        del outputs, loss  # with the model: torch's DDP that outlives its group aborts the interpreter now and then
+        # With the model: a DDP of torch's that outlives its process group now and then aborts the interpreter.
+        del outputs, loss
         model, optimizer, lr_scheduler = accelerator.free_memory(model, optimizer, lr_scheduler)
         accelerator.end_training()
 

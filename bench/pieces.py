@@ -6,13 +6,14 @@
 
 Both sides first have to give equal results; otherwise nothing is timed, the difference is named and the exit code is 1.
 Then they take turns, library and ours, `--repeats` times after one turn that does not count. A turn's ratio is the
-library's time over ours (for memory: ours over the library's); shown are the median of the ratios, and the lowest and
-the highest. Targets are printed and not enforced. The last line of stdout is one JSON object with every single turn.
-Where it can be counted what a piece has to move or to compute at least, the line ends with our rate, and its share of
-what this machine was measured to do at its best in the same run: copying memory, or multiplying matrices.
+library's time over ours (for memory: ours over the library's). Shown are the median, the lowest and the highest ratio.
+Targets are printed and not enforced. The last line of stdout is one JSON object with every single turn.
 
-What concerns the whole process (malloc's settings, Accelerate's shared state) has a process for each side; both are
-alive all the time, and one computes while the other waits for its turn.
+Some pieces have to move so many bytes, or to compute so many operations, at least. Their lines end with our rate, and
+with its share of the most that this machine reached in the same run, copying memory or multiplying matrices.
+
+What changes a whole process (malloc's settings, Accelerate's shared state) has a process for each side. Both stay alive;
+one computes while the other waits for its turn.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ from nanofinetune.cpu.dropout import use_exact_dropout
 from nanofinetune.cpu.embedding import use_row_gradients
 from nanofinetune.cpu.lean import use_lean_encoder
 from nanofinetune.cpu.memory import keep_freed_memory
+from nanofinetune.data.cache import load_tokens
 from nanofinetune.data.load import load_data
 from nanofinetune.data.pretrained import length_limit, load_model, load_tokenizer, packaged_model
-from nanofinetune.data.tokens import TokenStore, load_tokens, tokenize
+from nanofinetune.data.tokens import TokenStore, tokenize
 from nanofinetune.ground.cli import Parser, number, run_main
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ground.process import peak_rss_mb
@@ -73,7 +75,7 @@ GATE_STEPS = 5  # whose losses both sides must agree on
 
 @dataclass(frozen=True)
 class Job:
-    """The model and the data, by name: what a process has to be told to build its side."""
+    """The model and the data, by name: all that a process needs to know to build its side."""
 
     model: str
     data: str
@@ -103,7 +105,7 @@ class Job:
         return tokenize(load_data(self.data), tokenizer, length_limit(self.model, tokenizer))
 
     def check(self) -> None:
-        """Raise UsageError now for what would end a worker process later."""
+        """Raise UsageError now for what would fail in a worker process later."""
         length_limit(self.model, self.tokenizer())
         names = load_data(self.data).label_names
         if names is None or len(names) != 2:
@@ -126,7 +128,7 @@ def collate(job: Job, repeats: int) -> Iterator[Row]:
     our_loader = DataLoader(our_data, batch_sampler=batches, collate_fn=ours)
     need_equal_batches(library_loader, our_loader)
     turns = clock(lambda: list(library_loader), len(batches)), clock(lambda: list(our_loader), len(batches))
-    # Tokens are read as int32, written as int64, and every padded cell is written once before.
+    # Tokens are read as int32 and written as int64, and every padded cell is written once before.
     made = list(our_loader)
     moved = sum(t.nbytes for batch in made for t in batch.values()) + sum(
         4 * int(batch["attention_mask"].sum()) * (len(batch) - 1) for batch in made
@@ -146,9 +148,9 @@ def collate(job: Job, repeats: int) -> Iterator[Row]:
 def adamw(job: Job, repeats: int) -> Iterator[Row]:
     """One update of all the model's parameters.
 
-    How long torch's loop takes depends on what the process freed before: its temporary tensors may be twice as costly
-    where malloc has to ask the kernel for them. So the updates by themselves, with fixed gradients, are compared where
-    malloc keeps freed memory for both sides, and an update in training where each side has what it has there.
+    How long torch's loop takes depends on what the process has freed before: where malloc has to ask the kernel for
+    its temporary tensors, they may cost twice as much. So updates with fixed gradients are compared in a process whose
+    malloc keeps freed memory, for both sides; and the updates of a training with the malloc that each side has there.
     """
     keep_freed_memory()
     parameters = list(job.classifier().parameters())
@@ -186,7 +188,7 @@ def adamw(job: Job, repeats: int) -> Iterator[Row]:
 
 
 def update_in_training(job: Job, side: str) -> Callable[[], float]:
-    """A turn trains, and gives the milliseconds that an update took of it."""
+    """A turn trains -> the milliseconds that each update took, the rest of the step left out."""
     if side == "ours":
         keep_freed_memory()  # as train.py does
     model = job.classifier().train()
@@ -212,7 +214,7 @@ def step(job: Job, repeats: int) -> Iterator[Row]:
         library, ours = (stack.enter_context(Worker(side, job)) for side in (library_step, our_step))
         need_equal_losses("step", library(GATE_STEPS, True)[1], ours(GATE_STEPS, True)[1])
         turns = (lambda: library(STEPS, False)[0]), (lambda: ours(STEPS, False)[0])
-        # Steps of other batches than the ones counted: the operations of a token are what matters, and its number here.
+        # Counted on other batches than the timed ones: their number of tokens is about the same.
         data = job.our_data()["train"]
         rows = list(islice(BatchSampler(shuffled(len(data)), BATCH, drop_last=False), STEPS))
         collator = DataCollatorWithPadding(job.tokenizer())
@@ -299,7 +301,7 @@ def library_step(job: Job) -> Callable[[int, bool], Turn]:
 
 
 def on_a_cpu(model: Any) -> None:
-    """What train.py makes of a model there: the same numbers but for rounding, sooner."""
+    """What train.py does to a model on a CPU: the same numbers up to rounding, faster."""
     use_row_gradients(model)
     use_exact_dropout(model)
     use_lean_encoder(model)
@@ -401,8 +403,8 @@ def ddp(job: Job, repeats: int) -> Iterator[Row]:
 
     For time both wrappers, around two models, live in the same two processes and take turns there. Memory is a
     process's peak, so there every turn is two new processes with one wrapper; the larger of the two peaks counts.
-    That peak holds what was freed and what malloc has kept. So it is measured again with a malloc (glibc's) that
-    returns every large block when it is freed, which leaves what really is in use.
+    That peak includes freed memory that malloc has kept. So it is measured again with a malloc (glibc's) that returns
+    every large block when it is freed: what is left was really in use.
     """
     with ranks(job, ("library", "naive", "ours")) as both:
         expected = both("library", GATE_STEPS)
@@ -436,7 +438,7 @@ RankTurn = tuple[float, list[float], float]  # milliseconds a step, the losses, 
 
 
 def ddp_rank(job: Job, rank: int, meeting: str, wrappers: Sequence[str]) -> Callable[[str, int], RankTurn]:
-    """One rank, which is told the wrapper and the number of steps."""
+    """One rank (process of a job); a turn is told the wrapper and the number of steps."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     wrap = {"library": nn.parallel.DistributedDataParallel, "ours": DistributedDataParallel, "naive": NaiveDDP}
@@ -494,7 +496,7 @@ def gather_rank(rank: int, meeting: str) -> Callable[[str], tuple[float, list[in
     def turn(side: str) -> tuple[float, list[int]]:
         found, spent = [], 0.0
         for batch in loaders[side]:
-            dist.barrier()  # so that nobody waits for the other one's loader
+            dist.barrier()  # so that no rank waits for the other one's loader
             began = time.perf_counter()
             predictions, _ = accelerators[side].gather_for_metrics((batch, batch))
             spent += time.perf_counter() - began
@@ -636,7 +638,7 @@ def brief(column: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what was measured, and what each turn of the library and of ours gave."""
+    """One line of the table: what was measured, and each turn of the library and of ours."""
 
     piece: str
     what: str
@@ -718,14 +720,14 @@ def each(collator: Callable[[Any], Any], batches: list[Any]) -> Callable[[], flo
 def interleave(
     library: Callable[[], float], ours: Callable[[], float], repeats: int, warm_up: bool = True
 ) -> list[tuple[float, float]]:
-    """Turn about, so that whatever slows the machine down for a while slows both."""
+    """Let them take turns, so that whatever slows the machine down for a while slows both."""
     if warm_up:
         library(), ours()
     return [(library(), ours()) for _ in range(repeats)]
 
 
 class Worker:
-    """A side in a process of its own, which computes only while it is asked for a turn."""
+    """A side in its own process, which computes only when it is asked for a turn."""
 
     def __init__(self, side: Callable[..., Callable[..., Any]], *args: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -806,7 +808,7 @@ def forever(loader: Any) -> Iterator[Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on beside this repository."""
+    """What the numbers depend on, beside this repository's code."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     found = {

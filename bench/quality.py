@@ -1,9 +1,9 @@
-"""Does it reach the same accuracy? train.py and the peer over several seeds, each run in a fresh process.
+"""Does it reach the same accuracy? train.py and bench/peer.py over several seeds, each run in a fresh process.
 
     python bench/quality.py --data PATH/glue/mrpc --seeds 1 2 3 --folder runs/quality --json bench/records/NAME.json
 
-Each run's last line is kept in the folder, and a run that is there already is not repeated: what was stopped goes on.
-Two runs go side by side, ours and the peer's of one seed, each on its share of the cores; nothing here is a timing.
+Each run's last line is kept in the folder, and a run that is there already is not repeated: after an interruption, the
+same command goes on. For each seed both sides run at the same time, each on its share of the cores; nothing is timed.
 Prints a table, and one JSON object as the last line.
 """
 
@@ -25,7 +25,7 @@ SCRIPTS = {"nanofinetune": ROOT / "train.py", "library": ROOT / "bench" / "peer.
 
 
 def run_seed(folder: Path, model: str, data: str, seed: int, sides: list[str]) -> dict[str, dict[str, Any]]:
-    """The sides with one seed, at the same time -> side -> its result."""
+    """Run the sides with one seed, at the same time -> {side: its result}."""
     threads = max(1, (os.cpu_count() or 2) // len(SCRIPTS))
     running = {}
     for side in sides:
@@ -44,7 +44,7 @@ def run_seed(folder: Path, model: str, data: str, seed: int, sides: list[str]) -
 
 
 def summarise(runs: dict[int, dict[str, dict[str, Any]]], data: str) -> dict[str, Any]:
-    """Seed -> side -> result, to the record: scores of each seed, mean and standard deviation of each side."""
+    """{seed: {side: result}} -> the record: scores of each seed, mean and standard deviation of each side."""
     from pieces import machine
 
     record: dict[str, Any] = {

@@ -56,7 +56,7 @@ def pieces(folder: Path) -> str:
         " A ratio of times above 1 is ours ahead; one of memory is ours over the library's, so less is ours ahead.",
         machine_line(path, record["machine"], folder),
         "",
-        "| piece | what | library | ours | ratio | aim |",
+        "| piece | what | library | ours | ratio | target |",
         "|---|---|---|---|---|---|",
     ]
     lines += [f"| {row['piece']} | {row['what']} | {measured(row)} | {row['target']} |" for row in record["rows"]]
@@ -75,7 +75,7 @@ def speed(folder: Path) -> str:
         f" Settings, losses and costs: {link(report, folder)}.",
         machine_line(path, record["machine"], folder),
         "",
-        "| what | library | ours | ratio | aim | reached |",
+        "| what | library | ours | ratio | target | reached |",
         "|---|---|---|---|---|---|",
     ]
     for found in record["setups"].values():

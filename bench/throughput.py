@@ -6,10 +6,11 @@
 
 Before a setup of equal work is timed, both sides run a few steps with the same initial weights, batches and dropout
 seeds, and their losses have to agree; otherwise nothing is timed, the difference is named and the exit code is 1. Then
-they take turns. A pair's ratio is Accelerate's time over ours, so that above 1 is ours ahead; of memory and of the time
-to the first step it is ours over Accelerate's, so that below 1 is. Shown are the median of the ratios, and the lowest
-and the highest. One run of both sides gives all figures of a setup: time per 1,000 tokens that are no padding,
-evaluation, time from the command to the end of the first step, and the peak memory of the process tree.
+they take turns. A pair's ratio is Accelerate's time over ours: above 1 we are faster. For memory and for the time to
+the first step it is ours over Accelerate's: below 1 is better. Shown are the median, the lowest and the highest ratio.
+
+Each run gives all figures of its setup: time per 1,000 tokens (padding does not count), evaluation, time from the
+command to the end of the first step, and the peak memory of the process and its children.
 
 The last line of stdout is one JSON object. `--record NAME` writes bench/records/DATE_DEVICE_NAME.json, .md and .png;
 setups that are in today's record already and not measured again stay in it, each with its own pairs.
@@ -63,7 +64,7 @@ class Setup:
     same_work: bool = True
     library: tuple[str, ...] = ()  # options of bench/peer.py
     ours: tuple[str, ...] = ()  # options of train.py
-    targets: tuple[tuple[str, str], ...] = ()  # measure -> aim
+    targets: tuple[tuple[str, str], ...] = ()  # (measure, target)
     length: int = 0  # tokens of every row of made-up data; 0: the data as they are
     size: str = ""  # of a model with random weights; "": the model as it is
 
@@ -184,7 +185,7 @@ def figures(trace: dict[str, Any], began: float, peak: float) -> dict[str, Any]:
 
 
 def watch(process: subprocess.Popen[Any], interval: float = 0.05) -> float:
-    """Wait for a process -> the most MiB that it and all its descendants held: the sum of each one's peak so far."""
+    """Wait for a process -> the sum of the peaks of it and its descendants, in MiB, where that was highest."""
     most = 0.0
     while process.poll() is None:
         most = max(most, sum(peak_rss_mb(pid) for pid in tree(process.pid)))
@@ -258,8 +259,8 @@ def need_equal_work(setup: Setup, library: dict[str, Any], ours: dict[str, Any])
 
 def compare(setup: Setup, place: Place, pairs: int, take: Measure = measure) -> dict[str, Any]:
     """Gate, then so many pairs in strict turns -> the setup's part of the record."""
-    # The gate's runs are also what fills the caches of both sides. Where the work differs on purpose, weights and
-    # batches are still made equal for them.
+    # The gate's runs also fill the caches of both sides. For them weights and batches are equal even where the work
+    # of the setup differs on purpose.
     gate = replace(setup, same_work=True, library=(), ours=())
     first = {side: take(side, gate, place, GATE_STEPS) for side in SIDES}
     need_equal_work(gate, first["library"], first["ours"])
@@ -300,7 +301,7 @@ def rows(setup: Setup, taken: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
-HEADER = f"{'what':<66} {'library':>12} {'ours':>12}  {'ratio (lowest to highest)':<26} aim"
+HEADER = f"{'what':<66} {'library':>12} {'ours':>12}  {'ratio (lowest to highest)':<26} target"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -323,7 +324,7 @@ def markdown(record: dict[str, Any], picture: str) -> str:
         "Each pair is a run of either side in fresh processes, in turns. A ratio above 1 is ours ahead; of memory and"
         " of the time to the first step it is ours over the library's, and below 1 is ours ahead.",
         "",
-        "| what | library | ours | ratio | aim | reached | pairs |",
+        "| what | library | ours | ratio | target | reached | pairs |",
         "|---|---|---|---|---|---|---|",
     ]
     for found in record["setups"].values():
@@ -403,7 +404,7 @@ def merged(base: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def short(name: str, packaged: str | None) -> str:
-    """A model or data set for a record, which names no place on a disk."""
+    """The name of a model or data set for a record, without its place on a disk."""
     if name == packaged:
         return "the packaged checkpoint"
     return "/".join(Path(name).parts[-2:]).lstrip("/") if Path(name).exists() else name

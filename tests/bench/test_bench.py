@@ -1,7 +1,7 @@
 """bench/pieces.py: its arithmetic, its table, its gate, and its whole command line on a tiny model. Never a time.
 
-    python -m pytest tests/test_bench.py              the arithmetic and the gate
-    python -m pytest tests/test_bench.py -m slow      the command line, with all processes of the pieces
+    python -m pytest tests/bench/test_bench.py              the arithmetic and the gate
+    python -m pytest tests/bench/test_bench.py -m slow      the command line, with all processes of the pieces
 
 The gate is shown to refuse: each piece is given a deliberate difference, a padding value or a learning rate, and must
 name it before it takes the first time. References: the pieces' own, transformers 5.23 and torch 2.13.
@@ -217,14 +217,14 @@ def command(*args):
 )
 def test_usage_errors_are_one_line_and_exit_2(args, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pieces.py", *args])
-    assert pieces.run("pieces.py", pieces.main) == 2
+    assert pieces.run_main("pieces.py", pieces.main) == 2
     assert capsys.readouterr() == ("", f"{message}\n")
 
 
 def test_without_the_packaged_checkpoint_every_piece_is_skipped_with_the_reason(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pieces.py"])
     monkeypatch.setattr(pieces, "packaged_model", lambda: None)
-    assert pieces.run("pieces.py", pieces.main) == 0
+    assert pieces.run_main("pieces.py", pieces.main) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert record["rows"] == [] and record["skipped"].keys() == pieces.PIECES.keys()
     assert all("pip install 'nanofinetune[offline]'" in reason for reason in record["skipped"].values())
@@ -236,7 +236,7 @@ def test_a_difference_ends_the_command_with_1(tiny_job, tmp_path):
     script = tmp_path / "differs.py"
     script.write_text(
         f"import runpy, sys\nsys.path[:0] = [{str(ROOT / 'bench')!r}, {str(ROOT)!r}]\n"
-        "import nanofinetune.optim as optim, torch\n"
+        "import nanofinetune.step.optim as optim, torch\n"
         "optim.AdamW = lambda parameters, lr, **options: torch.optim.AdamW(parameters, lr=2 * lr, **options)\n"
         f"runpy.run_path({str(ROOT / 'bench' / 'pieces.py')!r}, run_name='__main__')\n"
     )

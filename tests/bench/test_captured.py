@@ -1,6 +1,6 @@
 """bench/captured.py and bench/gpu.sh as far as a CPU shows them: buckets, bookkeeping, the losses of an eager run.
 
-    python -m pytest tests/test_captured.py
+    python -m pytest tests/bench/test_captured.py
 
 In place of a CUDA graph stands one that runs its function again, on the tensors that it was captured with: what was not
 copied into them, or not zeroed, shows in the losses. References: an eager loop with torch 2.13.
@@ -141,7 +141,7 @@ def test_without_cuda_the_command_says_so(monkeypatch, capsys):
         pytest.skip("this machine has a CUDA device")
     for device, message in (("cuda", "torch sees no CUDA device here"), ("cpu", "only CUDA has graphs; choose cuda")):
         monkeypatch.setattr(sys, "argv", ["captured.py", "--device", device])
-        assert captured.run("captured.py", captured.main) == 2
+        assert captured.run_main("captured.py", captured.main) == 2
         assert message in capsys.readouterr().err
 
 

@@ -1,6 +1,6 @@
 """bench/compare.py: both sides step through one run and agree; a one-line mistake in any piece is located.
 
-    python -m pytest tests/test_compare.py
+    python -m pytest tests/bench/test_compare.py
 
 Each mistake is put into one piece of this package, and the report must name the first step and tensor that it touches
 and no other piece. The oracle is the loop with transformers 5.23, accelerate 1.15 and torch 2.13.
@@ -193,7 +193,7 @@ def test_more_steps_than_an_epoch_are_refused(job):
 def test_the_command_ends_with_a_json_line_and_1_where_they_differ(job, monkeypatch, capsys):
     words = ["compare.py", "--model", job.model, "--data", job.data, "--steps", "2", "--adamw", "loop"]
     monkeypatch.setattr(sys, "argv", words)
-    assert compare.run("compare.py", compare.main) == 0
+    assert compare.run_main("compare.py", compare.main) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "2 steps: batches, losses, gradients, rates and weights agree, bit for bit"
     assert json.loads(lines[-1]) == {"steps": 2, "tolerance": 0.0, "difference": None}

@@ -1,7 +1,7 @@
 """bench/throughput.py: its gate, its arithmetic, its record and report; and, slowly, the real command. Never a time.
 
-    python -m pytest tests/test_throughput.py            with made-up runs in place of processes
-    python -m pytest tests/test_throughput.py -m slow    the two real programs on a tiny model
+    python -m pytest tests/bench/test_throughput.py            with made-up runs in place of processes
+    python -m pytest tests/bench/test_throughput.py -m slow    the two real programs on a tiny model
 
 The gate is shown to refuse: a difference in the initial weights, and one in AdamW, end the command before any pair.
 References: accelerate 1.15 and transformers 5.23, through bench/peer.py.
@@ -174,7 +174,7 @@ def test_train_py_takes_the_options_of_every_setup():
 )
 def test_usage_errors_are_one_line_and_exit_2(args, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["throughput.py", *args])
-    assert throughput.run("throughput.py", throughput.main) == 2
+    assert throughput.run_main("throughput.py", throughput.main) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"throughput.py: {message}") and err.count("\n") == 1
 
@@ -268,15 +268,16 @@ def test_the_command_measures_equal_and_best_work_on_one_and_two_processes(tiny_
             "train.AdamW = AdamW",
             2,
         ),
-        ("train.manual_seed = lambda seed, device: torch.manual_seed(seed + 1)", 1),
-        ("train.mix = lambda *parts: 7", 1),
+        ("loop.manual_seed = lambda seed, device: torch.manual_seed(seed + 1)", 1),
+        ("loop.mix = lambda *parts: 7", 1),
     ],
 )
 def test_the_command_refuses_an_injected_difference(change, step, tiny_folder, tmp_path):
     """bench/ours.py with one line changed: the learning rate, the dropout seed, and the key of that seed."""
     changed = tmp_path / "changed.py"
     changed.write_text(
-        f"import runpy, sys\nsys.path[:0] = [{str(ROOT)!r}]\nimport torch, train\n{change}\n"
+        f"import runpy, sys\nsys.path[:0] = [{str(ROOT)!r}]\nimport torch, train\n"
+        f"from nanofinetune.run import run as loop\n{change}\n"
         f"runpy.run_path({str(ROOT / 'bench' / 'ours.py')!r}, run_name='__main__')\n"
     )
     main = tmp_path / "main.py"
