@@ -62,7 +62,7 @@ from nanofinetune.step.order import (
     SeedableRandomSampler,
     SortedBatchSampler,
 )
-from nanofinetune.step.schedule import linear_factor
+from nanofinetune.step.schedule import SCHEDULES
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] | None:
@@ -86,7 +86,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     if args.warmup_steps > updates:
         raise UsageError(f"--warmup-steps {args.warmup_steps}: the run has only {updates} updates; choose fewer")
     optimizer = AdamW(decay_groups(model, args.weight_decay), lr=args.lr)
-    scheduler = get_scheduler("linear", optimizer, args.warmup_steps, updates)
+    scheduler = get_scheduler(args.schedule, optimizer, args.warmup_steps, updates)
 
     identity = run_of(vars(args), accelerator.num_processes, job.found(optimizer), start)
     plan = Plan(args, rows, rows_per_step, accumulate, updates, start, identity, new_loader)
@@ -173,7 +173,7 @@ def load(args: argparse.Namespace, accelerator: Accelerator, start: Start) -> Jo
         model, made_anew = load_model(model_name, data.label_names)
         if args.fast_dropout and device.type != "cpu":
             raise UsageError(f"--fast-dropout: only on a CPU, and the device is {device}; leave it out")
-        if device.type == "cpu":  # the same numbers but for rounding, sooner; --fast-dropout has masks of its own
+        if device.type == "cpu":  # the same numbers but for rounding, faster; --fast-dropout has masks of its own
             use_row_gradients(model)  # an optimizer that writes into `.grad.data` would need it left out
             (use_fast_dropout if args.fast_dropout else use_exact_dropout)(model)
             use_lean_encoder(model)
@@ -285,7 +285,7 @@ def print_plan(
     optimizer: torch.optim.Optimizer = scheduler.optimizer
     processes, updates = accelerator.num_processes, scheduler.num_training_steps
     batches, accumulate = math.ceil(len(train_store) / rows_per_step), accelerator.gradient_accumulation_steps
-    last_lr = args.lr * linear_factor(updates - 1, scheduler.num_warmup_steps, updates)
+    last_lr = args.lr * scheduler.factor(updates - 1)
     splits = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
     names = data.label_names
     label = "a number" if names is None else f"{len(names)} classes: {', '.join(names[:6])}"
@@ -357,6 +357,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", metavar="RATE", type=number(float, 0, above=True), default=5e-5, help="at its peak (default 5e-5)")
     add("--weight-decay", metavar="RATE", type=number(float, 0), default=0.0, help="not on biases, LayerNorm (0)")
     add("--warmup-steps", metavar="N", type=steps_or_ratio, default=0, help="updates, or a ratio below 1 (default 0)")
+    add("--schedule", choices=tuple(SCHEDULES), default="linear",
+        help="how the rate goes on after its warm-up (default linear)")
     add("--clip-norm", metavar="NORM", type=number(float, 0, above=True), help="largest gradient norm (default: any)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", metavar="KIND", default="auto", help="auto, cpu, cuda, cuda:N, mps, tpu or xla (default auto)")
@@ -377,6 +379,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--timeout", metavar="SECONDS", type=number(float, 1), default=TIMEOUT.total_seconds(),
         help=f"how long processes wait for each other (default {TIMEOUT.total_seconds():g})")
     args = parser.parse_args(argv)
+    if args.schedule == "constant" and args.warmup_steps:
+        raise UsageError(f"--warmup-steps {args.warmup_steps}: constant has none; choose --schedule constant_with_warmup")
     for flag, value in (("--save-every", args.save_every), ("--resume", "auto" if args.resume == "auto" else None)):
         if value is not None and args.output is None:
             raise UsageError(f"{flag} {value} needs --output: name the folder that holds the checkpoints")
