@@ -376,8 +376,9 @@ class Accelerator:
 
         Rank 0 writes. `keep`, from 1 on, lets older folders beside it go, those named as it is but for the number at
         the end; with `background` this returns as soon as the state is copied, and a failure to write is a line on
-        stderr. Raises ValueError for a folder of a whole checkpoint that is there already, OSError where it could not
-        be written, TypeError for a state that a checkpoint does not take (on the other ranks, RuntimeError).
+        stderr. An older checkpoint in `output_dir` is replaced in one step (with automatic naming, ValueError).
+        Raises FileExistsError if anything else is in that folder, OSError if it cannot be written, TypeError for a
+        state that a checkpoint does not take; on the other ranks, RuntimeError.
         """
         refuse(safe_serialization=None if safe_serialization else False, **save_model_func_kwargs)
         project = self.project_configuration
@@ -386,7 +387,10 @@ class Accelerator:
             keep = project.total_limit if keep is None else keep
         if output_dir is None:
             raise ValueError("save_state: name an output_dir, or choose automatic_checkpoint_naming")
-        state.save(Path(output_dir), self._prepared.stateful(self.scaler), self.world, self._saver, keep, background)
+        state.save(
+            Path(output_dir), self._prepared.stateful(self.scaler), self.world, self._saver, keep, background,
+            replace=not project.automatic_checkpoint_naming,
+        )  # fmt: skip
         project.iteration += 1
         return str(Path(output_dir))
 
@@ -396,10 +400,10 @@ class Accelerator:
     ) -> None:  # fmt: skip
         """Put all that was prepared or registered where `save_state` found it. A collective; all ranks read the folder.
 
-        Without `input_dir`: the newest whole one of those that automatic naming made; what is passed over is printed,
+        Without `input_dir`: the newest complete one that automatic naming made; what is passed over is printed,
         with the reason. The number of ranks may be another one. A loader begins the epoch in which it was: skip what
         was read of it with `skip_first_batches`.
-        Raises (on all ranks) ValueError where the folder is not a whole checkpoint, or holds other objects.
+        Raises (on all ranks) ValueError where the folder is not a complete checkpoint, or holds other objects.
         """
         refuse(load_kwargs=load_kwargs, **load_model_func_kwargs)
         project = self.project_configuration
@@ -407,8 +411,8 @@ class Accelerator:
         if folder is None:
             folder = state.newest(Path(project.project_dir or ".", "checkpoints"), self.world)
         state.load(folder, self._prepared.stateful(self.scaler), self.world)
-        if project.automatic_checkpoint_naming and (number := checkpoint.number_of(folder)) >= 0:
-            project.iteration = number + 1  # underneath: Accelerate begins at 0 again, over what is there
+        if project.automatic_checkpoint_naming and checkpoint.series_of(folder) == state.SERIES:
+            project.iteration = checkpoint.number_of(folder) + 1  # underneath: Accelerate begins at 0 again
 
     def save_model(
         self, model: nn.Module, save_directory: str | os.PathLike[str], max_shard_size: int | str = "10GB",
