@@ -385,7 +385,8 @@ class Accelerator:
     ) -> str:  # fmt: skip
         """Save all that was prepared or registered, and the random states, into a folder -> its path. A collective.
 
-        `keep`: how many such folders stay. `background`: return as soon as the state is copied. See run/state.py.
+        `keep`: how many such folders stay. `background`: return as soon as the state is copied. An older checkpoint is
+        replaced in one step; anything else in the folder stays, and raises FileExistsError. See run/state.py.
         """
         refuse(safe_serialization=None if safe_serialization else False, **save_model_func_kwargs)
         project = self.project_configuration
@@ -395,7 +396,8 @@ class Accelerator:
         if output_dir is None:
             raise ValueError("save_state: name an output_dir, or choose automatic_checkpoint_naming")
         saving.call_hooks(self, "save_hooks", os.fspath(output_dir))
-        state.save(Path(output_dir), self._prepared.stateful(self.scaler), self.world, self._saver, keep, background)
+        replace, things = not project.automatic_checkpoint_naming, self._prepared.stateful(self.scaler)
+        state.save(Path(output_dir), things, self.world, self._saver, keep, background, replace=replace)
         project.iteration += 1
         return str(Path(output_dir))
 
@@ -414,8 +416,8 @@ class Accelerator:
         folder = state.newest(named, self.world) if input_dir is None else Path(input_dir)
         saving.call_hooks(self, "load_hooks", str(folder))
         state.load(folder, self._prepared.stateful(self.scaler), self.world)
-        if project.automatic_checkpoint_naming and (number := checkpoint.number_of(folder)) >= 0:
-            project.iteration = number + 1  # underneath: Accelerate begins at 0 again, over what is there
+        if project.automatic_checkpoint_naming and checkpoint.series_of(folder) == state.SERIES:
+            project.iteration = checkpoint.number_of(folder) + 1  # underneath: Accelerate begins at 0 again
 
     # ---- between ranks -----------------------------------------------------------------------------------------------
 

@@ -15,9 +15,8 @@
 Underneath: `accelerate.checkpointing.save_accelerator_state` (accelerate 1.15) writes one file after another into the
 folder itself; `accelerate.Accelerator.load_state` takes the highest number, and unpickles registered objects.
   - Kept: one folder a save, numbered, with weights that any safetensors reader takes.
-  - Here files are written into a hidden folder beside it and synced, a manifest of sizes and hashes last; then one
-    rename makes it visible. Only then older ones are deleted.
-  - A folder that its manifest does not confirm is passed over, with the reason.
+  - Here a folder appears complete or not at all: folders.py. Only then older ones are deleted.
+  - A folder whose files are not what its manifest says is passed over, with the reason.
   - No pickle: tensors are safetensors, the rest is JSON.
 
 Proof: test_a_kill_at_every_file_operation_loses_nothing, test_malicious_pickle_is_refused_where_accelerate_runs_it in
@@ -26,12 +25,10 @@ tests/run/test_checkpoint.py.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -40,12 +37,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanofinetune.run.folders import check, delete, new_folder, read_manifest, restore
 from nanofinetune.step.order import mix
-
-FORMAT = 1  # of the folder; a reader accepts no other
-MANIFEST = "manifest.json"
-SAVING, LEAVING = ".saving-", ".leaving-"  # prefixes of folders that are being written, or deleted
-
 
 # ---- State as tensors and JSON ---------------------------------------------------------------------------------------
 
@@ -118,39 +111,24 @@ def save(folder: Path, parts: Mapping[str, Any], keep: int | None = None) -> Non
 
 def write(folder: Path, packed: Mapping[str, tuple[Any, dict[str, torch.Tensor]]], keep: int | None = None) -> None:
     """`save` for parts that are packed already."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder.parent)
-    partial = folder.parent / (SAVING + folder.name)
-    partial.mkdir()
-    try:
-        files: dict[str, dict[str, Any]] = {}
-        for name, (tree, tensors) in packed.items():
-            file = partial / (f"{name}.safetensors" if tensors else f"{name}.json")
-            _write(file, tree, tensors)
-            _sync(file)
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        manifest = partial / MANIFEST
-        manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-        _sync(manifest)
-        _sync(partial)
-        if folder.exists():  # a damaged one: a run that resumed at an older one has arrived here again
-            os.rename(folder, folder.parent / (LEAVING + folder.name))
-        os.rename(partial, folder)  # now it exists, and is complete
-        _sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sweep(folder.parent)
+    files = {f"{name}.safetensors" if part[1] else f"{name}.json": part for name, part in packed.items()}
+    with new_folder(folder, files) as draft:
+        for name, (tree, tensors) in files.items():
+            _write(draft / name, tree, tensors)
     # underneath: Accelerate deletes the oldest before it writes; with total_limit=1 a kill in between leaves none
     if keep is not None:
-        prefix = folder.name.rstrip("0123456789")
-        there = [path for path in numbered(folder.parent) if path.name.rstrip("0123456789") == prefix]
-        sound = [path for path in there if path == folder or not check(path, hashes=False)]
-        for path in there[there.index(folder) :]:
-            if path not in sound[:keep]:  # it is older, and one too many or damaged
-                leaving = folder.parent / (LEAVING + path.name)
-                os.rename(path, leaving)  # first: a kill while files are deleted must not leave half a checkpoint
-                shutil.rmtree(leaving)
+        _delete_older(folder, keep)
+
+
+def _delete_older(folder: Path, keep: int) -> None:
+    """Of the folders named like this one, with lower numbers, leave the newest `keep` - 1 that are complete."""
+    left = keep - 1
+    for path in numbered(folder.parent, series_of(folder)):
+        if number_of(path) < number_of(folder):
+            if left > 0 and not check(path, hashes=False):
+                left -= 1
+            else:
+                delete(path)  # it checks that it is ours
 
 
 class Saver:
@@ -188,24 +166,30 @@ class Saver:
 # ---- Load ------------------------------------------------------------------------------------------------------------
 
 
+def series_of(folder: Path) -> str:
+    """A folder's name without the number that it ends in: "update-" of update-00000010."""
+    return re.sub("[0-9]+$", "", folder.name)
+
+
 def number_of(folder: Path) -> int:
     """The number that a folder's name ends in; -1 if there is none."""
-    found = re.search(r"\d+$", folder.name)
+    found = re.search("[0-9]+$", folder.name)
     return int(found[0]) if found else -1
 
 
-def numbered(parent: Path) -> list[Path]:
-    """The folders in `parent` whose names end in a number, the highest first."""
+def numbered(parent: Path, series: str) -> list[Path]:
+    """The folders in `parent` whose names are the series' and a number, the highest first."""
     if not parent.is_dir():
         return []
-    found = [path for path in parent.iterdir() if number_of(path) >= 0 and path.name[0] != "." and path.is_dir()]
-    return sorted(found, key=number_of, reverse=True)
+    with os.scandir(parent) as entries:
+        names = [entry.name for entry in entries if re.fullmatch(re.escape(series) + "[0-9]+", entry.name)]
+    return sorted((parent / name for name in names if os.path.isdir(parent / name)), key=number_of, reverse=True)
 
 
-def newest(parent: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint (None: there is none), and why each newer one is passed over."""
+def newest(parent: Path, series: str = "update-") -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint of a series (None: there is none), and why each newer one is passed over."""
     passed_over: list[str] = []
-    for path in numbered(parent):  # underneath: Accelerate takes the highest number, complete or not
+    for path in numbered(parent, series):  # underneath: Accelerate takes the highest number, complete or not
         reason = check(path)
         if not reason:
             return path, passed_over
@@ -213,36 +197,13 @@ def newest(parent: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def check(folder: Path, *, hashes: bool = True) -> str:
-    """What is wrong with a checkpoint, "" if nothing is. Reads every byte of it, unless `hashes` is False."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, and this version reads {FORMAT}"
-        expected: dict[str, Any] = manifest["files"]
-        for name in sorted({MANIFEST, *expected} ^ {file.name for file in folder.iterdir()}):
-            return f"{name} is missing" if name in expected else f"{name} does not belong to it"
-        for name, facts in expected.items():
-            size = (folder / name).stat().st_size
-            if size != facts["bytes"]:
-                return f"{name} has {size} bytes, and its manifest says {facts['bytes']}"
-            if hashes and _sha256(folder / name) != facts["sha256"]:
-                return f"{name} has been changed: its hash is not the manifest's"
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}: its save was interrupted, or something else made it"
-    except OSError as error:
-        return f"it cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"its {MANIFEST} is damaged"
-    return ""
-
-
 def load(folder: Path) -> dict[str, Any]:
     """{part: its state} of a checkpoint that is checked first. Raises ValueError, with the reason, if it is damaged."""
+    restore(folder)
     if reason := check(folder):
         raise ValueError(f"{folder} is not a complete checkpoint: {reason}")
     parts: dict[str, Any] = {}
-    for name in json.loads((folder / MANIFEST).read_bytes())["files"]:
+    for name in read_manifest(folder):
         try:
             parts[Path(name).stem] = _read(folder / name)
         except Exception as error:  # safetensors has its own, json others
@@ -310,27 +271,3 @@ def set_random_state(states: Sequence[Mapping[str, Any]], rank: int) -> None:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
-
-
-# ---- Files -----------------------------------------------------------------------------------------------------------
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file, or the folder's list of names, is on the disk and not only in the kernel's memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _sweep(parent: Path) -> None:
-    """Delete what a kill has left half-written or half-deleted."""
-    for path in parent.iterdir():
-        if path.name.startswith((SAVING, LEAVING)):
-            shutil.rmtree(path, ignore_errors=True)

@@ -26,6 +26,7 @@ from typing import Any
 
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.run import checkpoint
+from nanofinetune.run.folders import MANIFEST
 from nanofinetune.run.log import locked, occupied
 
 # A resumed run is the same run, so these arguments must be what they were. (Batches may differ: see `batch_plan`.)
@@ -118,7 +119,7 @@ def find_start(args: Any, restarted: bool = False) -> Start:
             flag, was = "--" + name.replace("_", "-"), "not given" if run[name] is None else run[name]
             raise UsageError(f"{flag} {getattr(args, name)}: the run to resume began with {was}; use the same")
     if output is not None and named:
-        there = checkpoint.numbered(output / "checkpoints")
+        there = checkpoint.numbered(output / "checkpoints", "update-")
         later = [path for path in there if checkpoint.number_of(path) > checkpoint.number_of(folder)]
         if later and not all(checkpoint.check(path) for path in later):
             raise UsageError(
@@ -136,7 +137,7 @@ def _skipped(reason: str) -> str:
 def _named(resume: str) -> tuple[Path, list[str]]:
     """The checkpoint that --resume names, or the newest of the run that it names -> it, and what is passed over."""
     path = Path(resume).expanduser()
-    if (path / checkpoint.MANIFEST).exists():
+    if (path / MANIFEST).exists():
         if reason := checkpoint.check(path):
             raise UsageError(f"--resume {resume}: {reason}; name another one, or its parent folder for the newest")
         folder, passed_over = path, list[str]()

@@ -17,6 +17,7 @@ Proof: test_save_state_and_load_state_on_ranks, test_a_failure_to_save_reaches_a
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from nanofinetune.ranks import collectives
 from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.world import World
 from nanofinetune.run import checkpoint
+from nanofinetune.run.folders import refusal
 
 METHODS = ("state_dict", "load_state_dict")  # what an object needs to be saved
+SERIES = "checkpoint_"  # what automatic naming calls a folder, before its number
 
 
 class Prepared:
@@ -58,10 +61,12 @@ class Prepared:
 
 
 def save(
-    folder: Path, things: dict[str, Any], world: World, saver: checkpoint.Saver, keep: int | None, background: bool
-) -> None:
+    folder: Path, things: dict[str, Any], world: World, saver: checkpoint.Saver, keep: int | None, background: bool,
+    replace: bool = True,
+) -> None:  # fmt: skip
     """Write the state of `things`, and every rank's random state, into the folder. A collective; rank 0 writes.
 
+    An older checkpoint of ours is replaced, unless `replace` is False.
     Raises on rank 0 what `Accelerator.save_state` lists, and on the others RuntimeError with rank 0's reason.
     """
     random_states = collectives.gather_object([checkpoint.random_state()], world)
@@ -72,8 +77,11 @@ def save(
         try:
             parts = {name: thing.state_dict() for name, thing in things.items()}
             parts["random_states"] = random_states
-            if folder.exists() and not checkpoint.check(folder):
-                raise ValueError(f"{folder} is there already: name another folder, or remove it")
+            if reason := refusal(folder):
+                raise FileExistsError(reason)
+            if not replace and os.path.lexists(folder):
+                # underneath: Accelerate numbers from 0 again after a restart, and refuses as well
+                raise ValueError(f"{folder} exists already: call load_state first, or name another project_dir")
             saver.save(folder, parts, keep)
             if not background:
                 saver.wait(raising=True)
@@ -90,7 +98,7 @@ def newest(parent: Path, world: World) -> Path:
     """The newest complete checkpoint in `parent`, as rank 0 sees it; prints why each newer one is passed over."""
     found: list[Path | None] = [None]
     if world.rank == 0:
-        found[0], passed_over = checkpoint.newest(parent)
+        found[0], passed_over = checkpoint.newest(parent, SERIES)
         for line in passed_over:
             print(f"passed over: {line}", file=sys.stderr)
     folder = collectives.broadcast_object_list(found, world)[0]

@@ -49,7 +49,7 @@ def loop(
     max_exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
     *,
-    lr: float | Tensor,
+    lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
@@ -59,7 +59,7 @@ def loop(
     """One parameter after another, one equation per line: about ten passes over memory for each. In place.
 
     Shapes: the i-th parameter, its gradient and its moments are alike; `steps` are scalars. `max_exp_avg_sqs` is empty
-    without `amsgrad`. Bit for bit torch.optim.adam._single_tensor_adam.
+    without `amsgrad`. `lr` may be a scalar tensor. Bit for bit torch.optim.adam._single_tensor_adam.
     """
     beta1, beta2 = betas
     for i, (p, g, m, v, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):

@@ -20,7 +20,7 @@ from both_libraries import Ours, training
 from conftest import ROOT, tiny_bert
 from torch import nn
 
-from nanofinetune.run import checkpoint
+from nanofinetune.run import checkpoint, folders
 
 
 @pytest.fixture
@@ -286,6 +286,15 @@ DAMAGE = {
 }  # fmt: skip
 
 
+UNKNOWN = {  # what tells such a folder from one of ours, which would be replaced
+    "no manifest": r"\w+\.\w+ in it is not ours",
+    "half a manifest": r"its manifest\.json is damaged",
+    "a list for a manifest": r"its manifest\.json is damaged",
+    "another format": r"its format is 2",
+    "a foreign file": r"extra\.pkl in it is not ours",
+}
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_found(kind, tmp_path):
     name, damage, reason = DAMAGE[kind]
@@ -297,9 +306,18 @@ def test_damage_is_found(kind, tmp_path):
     assert len(passed_over) == 1 and re.match(f"update-10: {reason}", passed_over[0])
     with pytest.raises(ValueError, match=f"update-10 is not a complete checkpoint: {reason}"):
         checkpoint.load(tmp_path / "update-10")
-    checkpoint.save(tmp_path / "update-10", parts(10), keep=2)  # the run comes by there again
-    assert checkpoint.newest(tmp_path) == (tmp_path / "update-10", [])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["update-10", "update-9"]
+    content = {file.name: file.read_bytes() for file in (tmp_path / "update-10").iterdir()}
+    try:
+        checkpoint.save(tmp_path / "update-10", parts(10), keep=2)  # a run that resumed before it arrives there again
+        assert checkpoint.newest(tmp_path) == (tmp_path / "update-10", [])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["update-10", "update-9"]
+        assert kind not in UNKNOWN
+    except FileExistsError as error:  # anybody may have made such a folder: it stays as it is
+        assert re.search(
+            f"update-10 exists and is no checkpoint of ours \\({UNKNOWN[kind]}.*\\): name another", str(error)
+        )
+        assert {file.name: file.read_bytes() for file in (tmp_path / "update-10").iterdir()} == content
+        assert checkpoint.newest(tmp_path)[0] == tmp_path / "update-9"
 
 
 def test_a_damaged_one_does_not_count_among_those_kept(tmp_path):
@@ -396,7 +414,7 @@ def test_malicious_pickle_is_refused_where_accelerate_runs_it(accelerate, tmp_pa
             for swapped in ("custom.json", "model.safetensors"):  # and a forged manifest, which agrees
                 file = folder / swapped
                 file.write_bytes(code)
-                manifest["files"][swapped] = {"bytes": len(code), "sha256": checkpoint._sha256(file)}
+                manifest["files"][swapped] = {"bytes": len(code), "sha256": folders.sha256(file)}
             (folder / "manifest.json").write_text(json.dumps(manifest))
             with pytest.raises(ValueError):
                 accelerator.load_state(folder)
@@ -413,18 +431,18 @@ def test_malicious_pickle_is_refused_where_accelerate_runs_it(accelerate, tmp_pa
 def test_the_order_of_a_save(tmp_path, monkeypatch):
     """Files, their syncs, the manifest, the folder, the rename, its folder; only then older ones go."""
     calls: list[str] = []
-    sync, rename, rmtree = checkpoint._sync, os.rename, checkpoint.shutil.rmtree
 
     def noting(word, function):
         def noted(*paths, **options):
-            calls.append(" ".join([word, *(path.name for path in paths)]))
+            calls.append(re.sub("-[0-9a-f]{8}(?= |$)", "-*", " ".join([word, *(path.name for path in paths)])))
             return function(*paths, **options)
 
         return noted
 
-    monkeypatch.setattr(checkpoint, "_sync", noting("sync", sync))
-    monkeypatch.setattr(os, "rename", noting("rename", rename))
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", noting("remove", rmtree))
+    monkeypatch.setattr(folders, "_sync", noting("sync", folders._sync))
+    for name in ("rename", "replace", "rmdir"):
+        monkeypatch.setattr(os, name, noting(name, getattr(os, name)))
+    monkeypatch.setattr(Path, "unlink", noting("unlink", Path.unlink))
     checkpoint.save(tmp_path / "update-1", parts(1), keep=1)
     calls.clear()
     checkpoint.save(tmp_path / "update-2", parts(2), keep=1)
@@ -433,12 +451,17 @@ def test_the_order_of_a_save(tmp_path, monkeypatch):
         == textwrap.dedent(f"""\
         sync model.safetensors
         sync scheduler.json
-        sync manifest.json
-        sync .saving-update-2
-        rename .saving-update-2 update-2
+        sync manifest.json.new
+        replace manifest.json.new manifest.json
+        sync .saving-update-2-*
+        rename .saving-update-2-* update-2
         sync {tmp_path.name}
-        rename update-1 .leaving-update-1
-        remove .leaving-update-1""").splitlines()
+        rename update-1 .leaving-update-1-*
+        unlink model.safetensors
+        unlink scheduler.json
+        unlink manifest.json.new
+        unlink manifest.json
+        rmdir .leaving-update-1-*""").splitlines()
     )
 
 
