@@ -15,8 +15,7 @@
 1.0
 1.0
 
-A *window* is the micro-batches that are accumulated into one *update* of the weights. A *step* of N ranks is the N
-batches that they work on at the same time, one each.
+A *window*: the micro-batches accumulated into one *update*. A *step* of N ranks: the N batches that they do at once.
 
     Accelerate's name                                  where the work is done
     prepare                                            here, wrappers.py, ranks/loader.py, ranks/ddp.py
@@ -56,8 +55,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from nanofinetune import dropin
-from nanofinetune.dropin import processes, saving, tracking
+from nanofinetune.dropin import ATTRIBUTES, METHODS, processes, saving, tracking
 from nanofinetune.dropin.state import type_of
 from nanofinetune.ground.precision import PRECISIONS, checked_precision
 from nanofinetune.ranks import collectives
@@ -444,9 +442,9 @@ class Accelerator:
 
         def __getattr__(self, name: str) -> Any:
             """The rest of Accelerate's names: functions of dropin/, whose first argument is the Accelerator."""
-            if room := dropin.METHODS.get(name) or dropin.ATTRIBUTES.get(name):
+            if room := METHODS.get(name) or ATTRIBUTES.get(name):
                 function = getattr(importlib.import_module(f"nanofinetune.dropin.{room}"), name)
-                return partial(function, self) if name in dropin.METHODS else function(self)
+                return partial(function, self) if name in METHODS else function(self)
             if name in ABSENT:
                 raise AttributeError(f"Accelerator.{name} is not supported here: {ABSENT[name]}")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
