@@ -17,7 +17,9 @@ import torch
 from conftest import ROOT, load_script, save_tiny_model, tiny_bert
 from helpers import run_ranks, run_torchrun
 
+from nanofinetune.data import job
 from nanofinetune.ranks import loader
+from nanofinetune.run import run as loop
 from nanofinetune.step.collate import DataCollatorWithPadding
 
 RESULT_KEYS = {
@@ -75,7 +77,8 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, tiny_mod
 def test_every_batch_ends_its_step(run, tiny_model, pairs, monkeypatch):
     """XLA records until a step ends: 5 updates, and 23 rows to evaluate in batches of 8."""
     ended: list[torch.device] = []
-    monkeypatch.setattr(train, "end_step", ended.append)
+    monkeypatch.setattr(train, "end_step", ended.append)  # evaluation's
+    monkeypatch.setattr(loop, "end_step", ended.append)
     result_of(run("--model", tiny_model, "--data", pairs, "--max-steps", 5, "--eval-batch-size", 8))
     assert ended == [torch.device("cpu")] * (5 + 3)
 
@@ -190,7 +193,7 @@ def test_grouped_batches_in_low_precision_have_few_lengths(precision, run, tiny_
             made.append(batch["attention_mask"])
             return batch
 
-    monkeypatch.setattr(train, "DataCollatorWithPadding", Noted)
+    monkeypatch.setattr(job, "DataCollatorWithPadding", Noted)
     options = "--max-steps", 8, "--group-by-length", "--precision", precision
     found = result_of(run("--model", tiny_model, "--data", pairs, *options))["padding"]
     epoch = made[:8]  # evaluation follows

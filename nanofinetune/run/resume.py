@@ -18,6 +18,7 @@ Proof: test_resume_matches_the_uninterrupted_run, test_resume_refuses_another_ru
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from nanofinetune.ground.errors import UsageError
+from nanofinetune.ranks.collectives import agree, broadcast_object_list
 from nanofinetune.run import checkpoint
 from nanofinetune.run.folders import MANIFEST
 from nanofinetune.run.log import locked, occupied
@@ -88,6 +90,17 @@ def batch_plan(batch_size: int, accumulate: int, processes: int, start: Start) -
         f"--resume: the run has {before} rows an update, and {processes} process(es) x --batch-size {batch_size} x"
         f" --accumulate {accumulate} are {batch_size * processes * accumulate}: choose values that give {before}"
     )
+
+
+def common_start(args: Any, accelerator: Any) -> Start:
+    """What --output and --resume ask for: rank 0 looks what is there, and tells the others."""
+    if args.output is None and args.resume is None:
+        return Start()
+    # A node counts its own restarts: another one's ranks may know of none.
+    restarted = bool(agree([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"], accelerator.world)[0])
+    with accelerator.main_process_first():
+        found = [find_start(args, restarted) if accelerator.is_main_process else None]
+    return broadcast_object_list(found, accelerator.world)[0]
 
 
 def find_start(args: Any, restarted: bool = False) -> Start:

@@ -28,9 +28,8 @@ import math
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,37 +42,10 @@ from nanofinetune.ranks.collectives import agree
 from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.loader import skip_first_batches
 from nanofinetune.run.log import Log
-from nanofinetune.run.resume import Start
+from nanofinetune.run.plan import Plan
 from nanofinetune.run.signals import StopSignals
 from nanofinetune.run.watch import Watch, noted
 from nanofinetune.step.order import mix
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is to do, known before its first step.
-
-    A *step* is the batches, one a rank, that all ranks work on at the same time. A *window* is the batches that a rank
-    accumulates into one *update* of the weights. A *row* is one training example.
-    """
-
-    args: Any  # train.py's command line, of which a run reads output, save_every, keep, on_nan and seed
-    rows: int  # of the training split
-    rows_per_step: int  # of all ranks together
-    accumulate: int  # batches of a window
-    updates: int  # of the whole run
-    start: Start  # the checkpoint to resume from, if any
-    identity: Mapping[str, Any]  # what a run must have in common with the one that it resumes: `run_of`
-    new_loader: Callable[[int], Any]  # rows of a step -> an unprepared loader of the same rows in the same order
-
-    @property
-    def rows_per_update(self) -> int:
-        return self.rows_per_step * self.accumulate
-
-    @property
-    def epochs(self) -> int:
-        """How many epochs are begun; --max-steps may leave the last one early."""
-        return math.ceil(self.updates / math.ceil(self.rows / self.rows_per_update))
 
 
 class _OutOfMemory(Exception):
