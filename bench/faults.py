@@ -78,7 +78,7 @@ def ours(work: Path, out: Path, world: int, resume: bool, fault: str) -> None:
         def fail(*_: Any) -> None:
             raise RuntimeError("no such data")
 
-        resume_module.find_start = fail
+        resume_module.find_start = fail  # type: ignore[assignment]
     sys.argv = ["train.py", "--model", str(work / "model"), "--data", str(work / "data"), "--epochs", str(EPOCHS)]
     sys.argv += [
         "--batch-size",

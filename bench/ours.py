@@ -57,7 +57,7 @@ def main() -> int:
         return found
 
     loop.Log, job.DataCollatorWithPadding = Log, Collator  # type: ignore[misc]
-    train.evaluate = timed_evaluate  # type: ignore[assignment]
+    train.evaluate = timed_evaluate
     code = train.run_main("train.py", train.main)
     if code == 0 and os.environ.get("RANK", "0") == "0":
         trace = {"losses": losses, "tokens": tokens[: len(losses)], "times": times, "evaluation": sum(evaluations)}

@@ -27,9 +27,9 @@ FLOORS = {
     1: "ground/cli ground/xla ground/process ground/precision step/collate step/optim step/schedule step/metrics"
     " step/order ranks/shard ranks/naive_ddp ranks/ddp data/tasks cpu/memory",
     2: "ground/device ranks/environment cpu/dropout cpu/embedding data/stdlib_pairs data/pretrained data/columns",
-    3: "ranks/world cpu/lean data/load",
-    4: "ranks/collectives data/tokens run/folders run/signals run/watch",
-    5: "ranks/loader settings run/state run/log run/checkpoint data/cache launch/job launch/config"
+    3: "ranks/world cpu/lean data/load run/folders",
+    4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch",
+    5: "ranks/loader settings run/state run/log data/cache launch/job launch/config"
     " dropin/processes dropin/logs dropin/local_sgd dropin/tracking dropin/uneven",
     6: "wrappers run/resume data/job dropin/saving dropin/profiling dropin/state launch/notebook",
     7: "accelerator run/plan run/result predict exercise launch/__main__ dropin/attributes dropin/operations",
@@ -122,7 +122,7 @@ def test_tests_mirror_the_package():
 
 
 # Test files that are about several modules of a room at once.
-OTHER_TESTS = {("ranks", "equal_ranks"), ("ranks", "nodes"), ("ground", "xla_calls")}
+OTHER_TESTS = {("ranks", "equal_ranks"), ("ranks", "nodes"), ("ground", "xla_calls"), ("step", "step_properties")}
 
 
 def loaded_by(statement: str) -> list[str]:

@@ -9,7 +9,7 @@ and `torch.utils.data.DataLoader`.
   - One rank of a node tokenizes, the others read its cache.
   - Batches are those of all ranks together; their order follows from (seed, epoch), whatever the size of a batch.
 
-Proof: test_the_plan_says_what_will_happen, test_grouping_pads_less in tests/test_train.py.
+Proof: test_the_plan_says_what_will_happen, test_grouping_by_length_pads_less in tests/test_train.py.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Underneath: `transformers.Trainer` (transformers 5.23) logs a few of these lines
   - Here each number that a setting may have got wrong is on the screen first: rows an update, updates, learning rates,
     padding, the precision in force.
 
-Proof: test_the_plan_says_what_will_happen, test_dry_run_stops_before_the_first_step in tests/test_train.py.
+Proof: test_the_plan_says_what_will_happen, test_every_option_runs in tests/test_train.py.
 """
 
 from __future__ import annotations

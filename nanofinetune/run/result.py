@@ -12,7 +12,8 @@ Underneath: the course ends with `metric.compute()` on the screen; `transformers
 writes a model folder.
   - Files get their names when they are complete.
 
-Proof: test_the_last_line_is_the_result, test_output_holds_what_a_pipeline_loads in tests/test_train.py.
+Proof: test_the_last_line_is_the_result, test_the_output_folder_loads_in_the_transformers_pipeline in
+tests/test_train.py.
 """
 
 from __future__ import annotations
