@@ -1,6 +1,6 @@
 """What a run is going to do, known and shown before its first step.
 
->>> padding_fraction(np.array([3, 1, 2, 2]), [[0, 1], [2, 3]])  # 8 of 10 positions hold tokens
+>>> round(padding_fraction(np.array([3, 1, 2, 2]), [[0, 1], [2, 3]]), 6)  # 8 of 10 positions hold tokens
 0.2
 
 Underneath: `transformers.Trainer` (transformers 5.23) logs a few of these lines at level INFO when training begins.
