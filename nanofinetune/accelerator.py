@@ -262,6 +262,7 @@ class Accelerator:
             model.to(self.device)
         if self.use_distributed and not evaluation_mode and any(p.requires_grad for p in model.parameters()):
             model = DistributedDataParallel(model, on_send=self.world.calls.begin, **self.ddp_handler.arguments())
+            self.ddp_handler.register_comm_hook(model)
         self._prepared.models.append(model)
         return model
 

@@ -26,8 +26,7 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
-import torch
-
+from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.environment import START
 from nanofinetune.ranks.world import TIMEOUT, World, init_world, shutdown
 
@@ -64,7 +63,7 @@ class DistributedDataParallelKwargs:
     """For `Accelerator(kwargs_handlers=[...])` (source: accelerate.utils.DistributedDataParallelKwargs).
 
     Kept at their defaults: dim, check_reduction, comm_wrapper, comm_state_option, static_graph. Gradients are views
-    into buckets whatever gradient_as_bucket_view is: False is Accelerate's default, and the values are the same.
+    into buckets even where gradient_as_bucket_view is False, Accelerate's default; one that is kept stays as it is.
     """
 
     dim: int = 0
@@ -86,16 +85,22 @@ class DistributedDataParallelKwargs:
                 raise NotImplementedError(
                     f"DistributedDataParallelKwargs({name}={value!r}) is not supported: leave it out"
                 )
-        dtypes: dict[Any, torch.dtype | None] = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-        if self.comm_hook not in dtypes:
+        if self.comm_hook not in ("no", "fp16", "bf16"):
             raise NotImplementedError(f"comm_hook={self.comm_hook!r} is not supported: choose no, fp16 or bf16")
         return {
             "broadcast_buffers": self.broadcast_buffers,
             # underneath: Accelerate hands on what differs from the defaults, so 25 leaves torch its small first bucket
             "bucket_cap_mb": None if self.bucket_cap_mb == 25 else self.bucket_cap_mb,
             "find_unused_parameters": self.find_unused_parameters,
-            "comm_dtype": dtypes[self.comm_hook],
         }
+
+    def register_comm_hook(self, model: DistributedDataParallel) -> None:
+        """Let gradients travel as `comm_hook` says (source: accelerate's method of this name)."""
+        if self.comm_hook != "no":
+            from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+            hooks: dict[str, Any] = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
+            model.register_comm_hook(None, hooks[self.comm_hook])
 
 
 @dataclass
