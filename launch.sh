@@ -118,7 +118,7 @@ if [[ -n ${SLURM_STEP_ID-} ]] && ((${SLURM_NTASKS:-1} > 1)); then
             MASTER_ADDR=$(scontrol show hostnames "$nodes")
             MASTER_ADDR=${MASTER_ADDR%%$'\n'*}
         elif [[ -z ${MASTER_ADDR-} ]]; then # a container without SLURM's programs
-            first_host='import sys; from nanofinetune.ranks.environment import first_host; print(first_host(sys.argv[1]))'
+            first_host='import sys; from nanofinetune.ground.environment import first_host; print(first_host(sys.argv[1]))'
             MASTER_ADDR=$("$python" -c "$first_host" "$nodes")
         fi
     fi

@@ -26,8 +26,10 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
+import torch
+
+from nanofinetune.ground.environment import START
 from nanofinetune.ranks.ddp import DistributedDataParallel
-from nanofinetune.ranks.environment import START
 from nanofinetune.ranks.world import TIMEOUT, World, init_world, shutdown
 
 

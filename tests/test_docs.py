@@ -338,7 +338,7 @@ def test_every_number_in_the_prose_is_accounted_for(name, facts):
 
 
 def test_numbers_in_words_are_true_too():
-    from nanofinetune.ranks.environment import read_environment
+    from nanofinetune.ground.environment import read_environment
     from nanofinetune.ranks.world import TIMEOUT
     from nanofinetune.step.optim import FORMS
 

@@ -26,7 +26,7 @@ FLOORS = {
     0: "ground/errors",
     1: "ground/cli ground/xla ground/process ground/precision step/collate step/optim step/schedule step/metrics"
     " step/order ranks/shard ranks/naive_ddp ranks/ddp data/tasks cpu/memory",
-    2: "ground/device ranks/environment cpu/dropout cpu/embedding data/stdlib_pairs data/pretrained data/columns",
+    2: "ground/device ground/environment cpu/dropout cpu/embedding data/stdlib_pairs data/pretrained data/columns",
     3: "ranks/world cpu/lean data/load run/folders",
     4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch",
     5: "ranks/loader settings run/state run/log data/cache launch/job launch/config"

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nanofinetune.ranks.environment import read_environment
+from nanofinetune.ground.environment import read_environment
 
 
 def get_logger(name: str, log_level: str | None = None) -> MultiProcessAdapter:

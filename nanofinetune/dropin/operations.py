@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from nanofinetune.ground.environment import read_environment
 from nanofinetune.ranks import collectives
 from nanofinetune.ranks.ddp import DistributedDataParallel
-from nanofinetune.ranks.environment import read_environment
 from nanofinetune.ranks.world import World, init_world
 from nanofinetune.settings import refuse
 from nanofinetune.wrappers import MixedPrecisionForward

@@ -29,7 +29,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanofinetune.ground.errors import first_line
 from nanofinetune.run.folders import check, delete, new_folder, read_manifest, restore
 from nanofinetune.step.order import mix
 
@@ -186,11 +187,16 @@ def numbered(parent: Path, series: str) -> list[Path]:
     return sorted((parent / name for name in names if os.path.isdir(parent / name)), key=number_of, reverse=True)
 
 
-def newest(parent: Path, series: str = "update-") -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint of a series (None: there is none), and why each newer one is passed over."""
+def newest(
+    parent: Path, series: str = "update-", misfit: Callable[[Path], str] = lambda folder: ""
+) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint of a series (None: there is none), and why each newer one is passed over.
+
+    `misfit` says why a complete one is not to be taken, "" if it is.
+    """
     passed_over: list[str] = []
     for path in numbered(parent, series):  # underneath: Accelerate takes the highest number, complete or not
-        reason = check(path)
+        reason = check(path) or misfit(path)
         if not reason:
             return path, passed_over
         passed_over.append(f"{path.name}: {reason}")
@@ -204,15 +210,15 @@ def load(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is not a complete checkpoint: {reason}")
     parts: dict[str, Any] = {}
     for name in read_manifest(folder):
-        try:
-            parts[Path(name).stem] = _read(folder / name)
-        except Exception as error:  # safetensors has its own, json others
-            raise ValueError(f"{folder} is not a checkpoint: {name} is not what its name says ({error})") from error
+        parts[Path(name).stem] = _read(folder / name)
     return parts
 
 
 def read_part(folder: Path, name: str) -> Any:
-    """One part of a checkpoint that is known to be complete; KeyError if it has no such part."""
+    """One part of a checkpoint that is known to be complete.
+
+    Raises KeyError if it has no such part, ValueError if that is not what `pack` writes.
+    """
     for suffix in (".json", ".safetensors"):
         if (folder / (name + suffix)).is_file():
             return _read(folder / (name + suffix))
@@ -234,13 +240,17 @@ def _write(file: Path, tree: Any, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _read(file: Path) -> Any:
-    if file.suffix == ".json":
-        return unpack(json.loads(file.read_text()), {})
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt") as opened:  # neither format can carry code
-        tree = json.loads(opened.metadata()["tree"])
-        return unpack(tree, {name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
+    try:
+        if file.suffix == ".json":
+            return unpack(json.loads(file.read_text()), {})
+        with safe_open(file, framework="pt") as opened:  # neither format can carry code
+            tree = json.loads(opened.metadata()["tree"])
+            return unpack(tree, {name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
+    except Exception as error:  # safetensors has its own, json others; and deep brackets are a RecursionError
+        why = f"{file.name} is not what its name says ({first_line(error)})"
+        raise ValueError(f"{file.parent} is not a checkpoint: {why}") from error
 
 
 # ---- Random numbers --------------------------------------------------------------------------------------------------

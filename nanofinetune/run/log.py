@@ -29,9 +29,8 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import torch
 from tqdm import tqdm
@@ -40,6 +39,8 @@ from nanofinetune.ground.errors import Halt, UsageError
 from nanofinetune.ranks.collectives import gather_object
 
 LOG_EVERY = 50  # updates, after which the ranks add up their losses and metrics.jsonl grows
+LONGEST = 2**16  # bytes that a line of somebody else's is read by; ours have about a hundred
+BEGINNING = b'{"step": '  # of each of our lines
 
 
 class Log:
@@ -72,13 +73,13 @@ class Log:
         self.file = None
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a+")
+            self.file = self.path.open("a")
             if not locked(self.file):
                 raise UsageError(occupied(str(self.path.parent)))
-            self.file.seek(0)
-            lines = self.file.readlines() if self.update else []
-            kept = takewhile(lambda line: line.endswith("\n") and json.loads(line)["step"] <= self.update, lines)
-            self.file.truncate(sum(len(line.encode()) for line in kept))  # needs no room, on a full disk too
+            with self.path.open("r+b") as content:
+                if strangers := cut_back(content, self.update):
+                    why = f"{strangers} line(s) in it are not of this run's making: they stay"
+                    self.accelerator.print(f"note: {self.path}: {why}", file=sys.stderr, flush=True)
         hidden = None if self.accelerator.is_main_process else True  # None: tqdm draws on a terminal only
         self.progress = tqdm(
             total=self.updates, initial=self.update, unit="update", disable=hidden, file=sys.stderr, dynamic_ncols=True
@@ -200,6 +201,43 @@ class Log:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+def cut_back(file: BinaryIO, update: int) -> int:
+    """Delete our lines of updates after `update`, in place -> how many lines are not ours: these stay.
+
+    It needs no room on the disk, and little memory, however long a line is.
+    """
+    strangers = written = 0
+    begins = True  # whether the next piece is the beginning of a line
+    last = b"\n"
+    while piece := file.readline(LONGEST):
+        step = _step_of(piece) if begins else None
+        strangers += begins and step is None
+        begins = piece.endswith(b"\n")
+        if step is None or step <= update:
+            here, last = file.tell(), piece
+            if written + len(piece) < here:  # something before it is gone
+                file.seek(written)
+                file.write(piece)  # over lines of ours, or over itself
+                file.seek(here)
+            written += len(piece)
+    file.truncate(written)  # ours: what is cut off has been moved forward, or was one of our lines
+    if not last.endswith(b"\n"):
+        file.seek(written)
+        file.write(b"\n")  # our next line begins a line
+    return strangers
+
+
+def _step_of(line: bytes) -> float | None:
+    """The update that a line of ours is about; infinity for one that a kill has torn; None if it is not ours."""
+    if not line.endswith(b"\n") and len(line) < LONGEST and (BEGINNING.startswith(line) or line.startswith(BEGINNING)):
+        return math.inf
+    try:
+        step = json.loads(line)["step"] if line.startswith(BEGINNING) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if type(step) is int else None
 
 
 def locked(file: IO[str]) -> bool:

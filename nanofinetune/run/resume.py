@@ -19,16 +19,17 @@ Proof: test_resume_matches_the_uninterrupted_run, test_resume_refuses_another_ru
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.errors import UsageError, first_line
 from nanofinetune.ranks.collectives import agree, broadcast_object_list
 from nanofinetune.run import checkpoint
-from nanofinetune.run.folders import MANIFEST
+from nanofinetune.run.folders import MANIFEST, shown
 from nanofinetune.run.log import locked, occupied
 
 # A resumed run is the same run, so these arguments must be what they were. (Batches may differ: see `batch_plan`.)
@@ -110,7 +111,7 @@ def find_start(args: Any, restarted: bool = False) -> Start:
     Raises UsageError, before any long work, if something would be overwritten or the run is another one.
     """
     restarted = restarted and args.output is not None
-    output = None if args.output is None else Path(args.output).expanduser()
+    output = None if args.output is None else _path("--output", args.output)
     if output is not None:
         _claim(args.output, output, goes_on=restarted or args.resume is not None)
     if args.resume is None and not restarted:
@@ -119,7 +120,7 @@ def find_start(args: Any, restarted: bool = False) -> Start:
     passed_over: list[str] = []
     named = args.resume not in (None, "auto")
     if output is not None and (restarted or not named):  # a restarted run has saved newer ones than it was told of
-        folder, passed_over = checkpoint.newest(output / "checkpoints")
+        folder, passed_over = checkpoint.newest(output / "checkpoints", misfit=misfit)
     named = named and folder is None
     if named:
         folder, passed_over = _named(args.resume)
@@ -143,27 +144,54 @@ def find_start(args: Any, restarted: bool = False) -> Start:
     return Start(folder, run, "; ".join([*map(_skipped, passed_over), resumed]))
 
 
+def misfit(folder: Path) -> str:
+    """Why a complete checkpoint is not one that a run of train.py has saved under this name, "" if it is."""
+    try:
+        update = checkpoint.read_part(folder, "custom")["update"]
+        checkpoint.read_part(folder, "custom")["run"]
+    except (KeyError, TypeError, ValueError):
+        return "train.py did not make it"
+    if checkpoint.number_of(folder) not in (-1, update):
+        return f"it has been renamed: it was saved after update {update}"
+    return ""
+
+
+# ---- What --output and --resume name ---------------------------------------------------------------------------------
+
+
 def _skipped(reason: str) -> str:
     return f"passed over {reason}"
 
 
+def _path(flag: str, name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise UsageError(f"{flag} {name}: {first_line(error)}") from error
+
+
 def _named(resume: str) -> tuple[Path, list[str]]:
     """The checkpoint that --resume names, or the newest of the run that it names -> it, and what is passed over."""
-    path = Path(resume).expanduser()
-    if (path / MANIFEST).exists():
-        if reason := checkpoint.check(path):
-            raise UsageError(f"--resume {resume}: {reason}; name another one, or its parent folder for the newest")
-        folder, passed_over = path, list[str]()
-    else:
-        inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        found, passed_over = checkpoint.newest(inside)
-        if found is None:
-            why = f" ({'; '.join(passed_over)})" if passed_over else ""
-            raise UsageError(f"--resume {resume}: there is no complete checkpoint{why}; name a folder that holds one")
-        folder = found
+    path = _path("--resume", resume)
+    try:
+        if os.path.lexists(path / MANIFEST):
+            if reason := checkpoint.check(path):
+                raise UsageError(f"--resume {resume}: {reason}; name another one, or its parent folder for the newest")
+            folder, passed_over = path, list[str]()
+        else:
+            inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+            found, passed_over = checkpoint.newest(inside)
+            if found is None:
+                why = f" ({'; '.join(passed_over)})" if passed_over else ""
+                raise UsageError(
+                    f"--resume {resume}: there is no complete checkpoint{why}; name a folder that holds one"
+                )
+            folder = found
+    except OSError as error:
+        raise UsageError(f"--resume {resume}: it cannot be read ({error.strerror}); name another folder") from error
     try:
         checkpoint.read_part(folder, "custom")["run"]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise UsageError(f"--resume {resume}: train.py did not make this checkpoint; name one that it made") from None
     return folder, passed_over
 
@@ -173,9 +201,7 @@ def _claim(name: str, output: Path, goes_on: bool) -> None:
     if not name:
         raise UsageError("--output is empty: name a folder")
     try:
-        there = [
-            child for child in ("model", "metrics.jsonl", "result.json", "checkpoints") if (output / child).exists()
-        ]
+        there = [child for child in ("model", "metrics.jsonl", "result.json", "checkpoints") if _exists(output / child)]
         if "result.json" in there and goes_on:
             raise UsageError(
                 f"--output {name}: this run is complete, there is nothing to resume; its result.json says how it ended"
@@ -185,11 +211,42 @@ def _claim(name: str, output: Path, goes_on: bool) -> None:
                 f"--output {name}: it already holds {', '.join(there)} of an earlier run; name another folder"
                 + (", or go on with --resume auto" if "checkpoints" in there and "result.json" not in there else "")
             )
-        if "metrics.jsonl" in there:
-            with (output / "metrics.jsonl").open("a") as file:
-                if not locked(file):
-                    raise UsageError(occupied(name))
-        existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-        tempfile.TemporaryFile(dir=existing).close()  # the folder is made later, with its first file
+        if there == ["model"]:  # a run writes metrics.jsonl before it
+            raise UsageError(f"--output {name}: it holds a model, and no run that made it; name another folder")
+        existing = _existing(name, output)
+        tempfile.TemporaryFile(dir=existing).close()  # without a name; the folder itself is made later
     except OSError as error:
         raise UsageError(f"--output {name}: it cannot be written ({error.strerror}); name another folder") from error
+    for child in there:
+        try:
+            _claim_child(name, output / child)
+        except OSError as error:
+            why = f"its {child} cannot be read and written ({error.strerror})"
+            raise UsageError(f"--output {name}: {why}; name another folder") from error
+
+
+def _claim_child(name: str, child: Path) -> None:
+    """Make sure of one of the things that an earlier start of this run has left."""
+    if child.name == "metrics.jsonl":
+        if not stat.S_ISREG(child.stat().st_mode):  # opening a FIFO would wait for a reader
+            raise UsageError(f"--output {name}: its metrics.jsonl is not a plain file; name another folder")
+        with child.open("a") as file:
+            if not locked(file):
+                raise UsageError(occupied(name))
+    else:
+        os.listdir(child)
+        tempfile.TemporaryFile(dir=child).close()  # without a name
+
+
+def _exists(path: Path) -> bool:
+    return os.path.lexists(path)  # a link to nothing is something too
+
+
+def _existing(name: str, output: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    for folder in (output, *output.absolute().parents):
+        if folder.exists():
+            return folder
+        if folder.is_symlink():
+            raise UsageError(f"--output {name}: {shown(str(folder))} is a link to nothing; name another folder")
+    return output

@@ -42,20 +42,10 @@ FUSED_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.fl
 
 
 def loop(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    amsgrad: bool,
-    maximize: bool,
-) -> None:
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor], steps: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float,
+    weight_decay: float, amsgrad: bool, maximize: bool,
+) -> None:  # fmt: skip
     """One parameter after another, one equation per line: about ten passes over memory for each. In place.
 
     Shapes: the i-th parameter, its gradient and its moments are alike; `steps` are scalars. `max_exp_avg_sqs` is empty
@@ -79,20 +69,10 @@ def loop(
 
 
 def foreach(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    amsgrad: bool,
-    maximize: bool,
-) -> None:
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor], steps: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float,
+    weight_decay: float, amsgrad: bool, maximize: bool,
+) -> None:  # fmt: skip
     """The loop turned inside out: each equation once, for the whole list; a few kernel launches instead of thousands.
 
     Same arguments as `loop`, all on one device and of one dtype. Needs memory for one more copy of the parameters.
@@ -118,22 +98,11 @@ def foreach(
 
 
 def fused(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    amsgrad: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor], steps: list[Tensor], *, lr: float | Tensor, betas: tuple[float, float], eps: float,
+    weight_decay: float, amsgrad: bool, maximize: bool, grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """All equations in one kernel: each number is read and written once. That is fast because AdamW waits for memory.
 
     Same arguments as `foreach`, and two scalars that torch.amp.GradScaler sets: the gradients are divided by
