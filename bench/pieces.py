@@ -12,8 +12,8 @@ Targets are printed and not enforced. The last line of stdout is one JSON object
 Some pieces have to move so many bytes, or to compute so many operations, at least. Their lines end with our rate, and
 with its share of the most that this machine reached in the same run, copying memory or multiplying matrices.
 
-What changes a whole process (malloc's settings, Accelerate's shared state) has a process for each side. Both stay alive;
-one computes while the other waits for its turn.
+What changes a whole process (malloc's settings, Accelerate's shared state) has a process for each side. Both stay
+alive; one computes while the other waits for its turn.
 """
 
 from __future__ import annotations
