@@ -28,12 +28,16 @@ launch.sh config                                                        ask, and
 Each setting comes from the command line, else the environment, else launch.env beside this file:
   NPROC_PER_NODE                as -n                    OMP_NUM_THREADS     threads a process (default: cores / N)
   NNODES, NODE_RANK             nodes, this one's number MASTER_ADDR, MASTER_PORT  node 0 (default port 29500)
-  GLOO_SOCKET_IFNAME            network interface        MAX_RESTARTS        as --max-restarts
+  GLOO_SOCKET_IFNAME            network interface, below MAX_RESTARTS        as --max-restarts
   NANOFINETUNE_MIXED_PRECISION  as --precision           NANOFINETUNE_DEVICE as --device
 
 Several nodes: run it once on each, with NNODES, NODE_RANK and MASTER_ADDR. SLURM: `srun --ntasks-per-node=1 launch.sh`,
 or one task for each process. Kubeflow's variables are read too. The interpreter is $PYTHON, else that of the active
 environment, else .venv/bin/python beside this file, else python.
+
+Who can connect: on one node nobody else, all listen on the loopback. On several nodes, node 0 listens at MASTER_ADDR's
+address (it says so), and every rank at that of GLOO_SOCKET_IFNAME, else of the machine's name. There is no password:
+use a network in which you trust everyone.
 END
 }
 
@@ -177,9 +181,9 @@ else
     fi
     command=("${start[@]}" run)
     if ((nodes == 1)); then
-        # underneath: --standalone takes a free port. The address: torchrun asks for this machine's name, and not every
-        # machine can look up its own.
-        command+=(--standalone --local-addr=127.0.0.1)
+        # underneath: torchrun's --standalone listens at all addresses of this machine, two ports that ask for no
+        # password. nanofinetune/launch/rendezvous.py listens at 127.0.0.1 instead.
+        command+=(--standalone)
     else
         [[ -n ${MASTER_ADDR-} ]] || fail "NNODES=$nodes: set MASTER_ADDR to the name or address of node 0, on all nodes"
         [[ -n ${NODE_RANK-} ]] || fail "NNODES=$nodes: set NODE_RANK to this node's number, from 0 to $((nodes - 1))"

@@ -25,7 +25,7 @@ ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 FLOORS = {
     0: "ground/errors",
     1: "ground/cli ground/xla ground/process ground/precision step/collate step/optim step/schedule step/metrics"
-    " step/order ranks/shard ranks/naive_ddp ranks/ddp data/tasks cpu/memory",
+    " step/order ranks/shard ranks/naive_ddp ranks/ddp data/tasks cpu/memory launch/rendezvous",
     2: "ground/device ground/environment cpu/dropout cpu/embedding data/stdlib_pairs data/pretrained data/columns",
     3: "ranks/world cpu/lean data/load run/folders",
     4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch",

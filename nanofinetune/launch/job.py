@@ -35,7 +35,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanofinetune.ground.errors import Halt, UsageError
+from nanofinetune.ground.errors import Halt, UsageError, first_line
 from nanofinetune.ground.process import end_with_parent
 
 # The exit codes of a process that torchrun has ended because another one failed: at once, or after saving its state.
@@ -53,7 +53,18 @@ def launch(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from nanofinetune.launch.rendezvous import BACKEND, check_interfaces, interfaces
+
     args = torchrun.parse_args(argv)
+    one_node, node = args.nnodes in ("1", "1:1"), args.node_rank
+    if one_node or args.rdzv_backend == "static":
+        address, port = ("127.0.0.1", 0) if one_node else (args.master_addr, args.master_port or 29500)
+        args.standalone, args.rdzv_backend, args.rdzv_endpoint = False, BACKEND, f"{address}:{port}"
+        args.rdzv_conf = f"rank={0 if one_node else node}"
+        args.node_rank = 0  # torchrun warns of any other one, with a backend that it does not know
+    check_interfaces(os.environ)
+    if one_node:
+        os.environ.update(interfaces(os.environ))
     if "SLURM_JOB_ID" in os.environ:
         # underneath: torchrun passes the signals of this list on to its ranks. Any other one ends it, SLURM's warning
         # before the time limit (--signal=USR1) among them.
@@ -74,9 +85,9 @@ def launch(argv: list[str]) -> int:
     except ChildFailedError as error:
         rank, code, text = first_failure(error.failures)
         if code != 2:
-            # torchrun knows the failures of its own node only. (Its default for --nnodes is "1:1".)
-            node = "" if args.nnodes.startswith("1:") else f" on node {args.node_rank} of {args.nnodes}"
-            text = f"\nlaunch.sh: rank {rank} failed first{node}:\n{text}"
+            # torchrun knows the failures of its own node only.
+            where = "" if one_node else f" on node {node} of {args.nnodes}"
+            text = f"\nlaunch.sh: rank {rank} failed first{where}:\n{text}"
         print(text.rstrip(), end="\n" if text else "", file=sys.stderr)
         return code
     except SignalException as error:
@@ -86,7 +97,7 @@ def launch(argv: list[str]) -> int:
         print(final_text, end="", file=sys.stderr)
         return int(final_code)
     except DistNetworkError as error:
-        raise UsageError(f"MASTER_PORT {args.master_port}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"MASTER_ADDR {args.rdzv_endpoint}: {first_line(error)}") from error
     finally:
         folder.cleanup()
     return 0

@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -28,7 +29,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from nanofinetune.ground.process import end_with_parent
-from nanofinetune.launch.job import free_port, traceback_of
+from nanofinetune.launch import rendezvous
+from nanofinetune.launch.job import traceback_of
 
 GRACE = 0.5  # seconds after the first failure in which other ranks may still report an earlier one
 CUDA_IN_USE = (
@@ -101,11 +103,14 @@ def notebook_launcher(
     if torch.distributed.is_initialized():
         raise RuntimeError("this process is in a process group: call torch.distributed.destroy_process_group() first")
     # underneath: Accelerate takes port 29500; a second notebook finds it taken.
-    environment |= {"MASTER_ADDR": master_addr, "MASTER_PORT": str(use_port or free_port()), "OMP_NUM_THREADS": "1"}
-    _fork(function, args, size, environment)
+    with rendezvous.listener(master_addr, int(use_port or 0)) as server:
+        environment |= rendezvous.variables(server.getsockname()[1]) | {"OMP_NUM_THREADS": "1"}
+        _fork(function, args, size, environment, server)
 
 
-def _fork(function: Callable[..., Any], args: Sequence[Any], size: int, environment: dict[str, str]) -> None:
+def _fork(
+    function: Callable[..., Any], args: Sequence[Any], size: int, environment: dict[str, str], server: socket.socket
+) -> None:
     """Start the ranks, wait for all of them or for the first failure, and leave none behind."""
     # underneath: spawn and forkserver import the function by its name, and what a cell defines cannot be imported.
     context = multiprocessing.get_context("fork")
@@ -116,13 +121,15 @@ def _fork(function: Callable[..., Any], args: Sequence[Any], size: int, environm
             receiver, sender = context.Pipe(duplex=False)
             place = {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
             place |= {name: str(size) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-            ranks.append(context.Process(target=_rank, args=(sender, environment | place, function, args)))
+            ranks.append(context.Process(target=_rank, args=(sender, server, environment | place, function, args)))
             with warnings.catch_warnings():  # from Python 3.12 on; why the threads do no harm is said in `_rank`
                 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
                 ranks[rank].start()
             sender.close()  # or the next rank would inherit it, and the pipe of a dead rank would not end
             pipes[receiver] = rank
+        store = rendezvous.store_at(server)  # only now: it has a thread; until then ranks wait at the open port
         failed = _first_to_fail(pipes)
+        del store
         if failed is None:
             for process in ranks:
                 process.join()
@@ -144,10 +151,17 @@ def _fork(function: Callable[..., Any], args: Sequence[Any], size: int, environm
         raise error from cause
 
 
-def _rank(sender: Connection, environment: dict[str, str], function: Callable[..., Any], args: Sequence[Any]) -> None:
+def _rank(
+    sender: Connection,
+    server: socket.socket,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: Sequence[Any],
+) -> None:
     """One rank, in the forked process."""
     import torch
 
+    server.close()  # the parent's
     # underneath: a fork does not have the threads that the notebook has used, and its first parallel loop waits for
     # them for ever, as in accelerate.debug_launcher. With one thread there is no parallel loop.
     torch.set_num_threads(1)
