@@ -88,6 +88,7 @@ class Bucket:
     waiting_for: set[int] = field(default_factory=set)
     unused: set[int] = field(default_factory=set)  # had no gradient in this backward
     flat: torch.Tensor | None = None  # (elements,)
+    strides: list[tuple[int, ...]] = field(default_factory=list)  # of the views
     views: dict[int, torch.Tensor] = field(default_factory=dict)  # pieces of `flat`, shaped as the parameters
     work: Any = None  # dist.Work, or the Future of a communication hook
 
@@ -117,10 +118,10 @@ class Bucket:
             self.flat, self.as_views = None, False
         if self.flat is None or (self.flat.dtype, self.flat.device) != (first.dtype, first.device):
             self.flat = first.new_empty(sum(self.sizes))
-        for (i, parameter), piece in zip(self.parameters.items(), self.flat.split(self.sizes), strict=True):
             # empty_like keeps a dense layout (channels_last) and closes gaps, as autograd does for gradients.
-            strides = torch.empty_like(parameter, device="meta").stride()
-            self.views[i] = piece.as_strided(parameter.shape, strides)
+            self.strides = [torch.empty_like(p, device="meta").stride() for p in self.parameters.values()]
+        pieces = zip(self.parameters.items(), self.flat.split(self.sizes), self.strides, strict=True)
+        self.views = {i: piece.as_strided(parameter.shape, stride) for (i, parameter), piece, stride in pieces}
 
     def _is_kept(self, flat: torch.Tensor) -> bool:
         """Whether anything but this bucket and its parameters' `.grad` holds the memory."""
@@ -253,8 +254,8 @@ class DistributedDataParallel(nn.Module, Joinable):
             self._take_charge()
         if self._in_backward:
             self._reset(abandoned=True)  # the last backward raised half-way
-        named = self._named_parameters()
-        if new := [name for name, parameter in named if parameter.requires_grad and id(parameter) not in self._known]:
+        others = [pair for pair in self._named_parameters() if id(pair[1]) not in self._known]
+        if new := [name for name, parameter in others if parameter.requires_grad]:
             raise RuntimeError(
                 f"these were frozen, or not there, when the module was wrapped, so nothing would average them: {new};"
                 " wrap the module again"
