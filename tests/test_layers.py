@@ -122,7 +122,10 @@ def test_tests_mirror_the_package():
 
 
 # Test files that are about several modules of a room at once.
-OTHER_TESTS = {("ranks", "equal_ranks"), ("ranks", "nodes"), ("ground", "xla_calls"), ("step", "step_properties")}
+OTHER_TESTS = {
+    ("ranks", "equal_ranks"), ("ranks", "nodes"), ("ranks", "ddp_edges"), ("ground", "xla_calls"),
+    ("step", "step_properties"), ("run", "start"),
+}  # fmt: skip
 
 
 def loaded_by(statement: str) -> list[str]:
