@@ -232,9 +232,10 @@ def get_scheduler(
     """transformers.get_scheduler for the names in SCHEDULES (or the members of transformers.SchedulerType).
 
     `num_warmup_steps` counts updates, or, between 0 and 1, is a ratio of `num_training_steps` (rounded up).
-    Raises ValueError for any other name, a number that this schedule needs, and whatever would have no effect.
+    Raises ValueError for any other name, for a missing number that this schedule needs, and for an argument that would
+    have no effect.
     """
-    name = getattr(name, "value", name)  # underneath: SchedulerType's members equal their names but hash otherwise
+    name = getattr(name, "value", name)  # underneath: a member of SchedulerType equals its name but has another hash
     if name not in SCHEDULES:
         raise ValueError(
             f"scheduler name is {name!r}: known are {', '.join(SCHEDULES)}; use transformers.get_scheduler for others"
@@ -306,7 +307,7 @@ def _options(name: str, given: dict[str, Any], optimizer: torch.optim.Optimizer)
 
 
 def _refuse_tensors(optimizer: torch.optim.Optimizer) -> None:
-    """Raise where a group's learning rate is a tensor: a number would take its place, and whoever holds it not know."""
+    """Raise if a group's learning rate is a tensor: a number in its place would leave out whoever else holds it."""
     if any(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups):
         raise ValueError("a learning rate of the optimizer is a tensor: a schedule needs Python numbers")
 
