@@ -30,6 +30,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from nanofinetune.ranks.collectives import rebuilt
 from nanofinetune.ranks.shard import PADDING, BatchSamplerShard, IterableDatasetShard, SkipBatchSampler
+from nanofinetune.ranks.world import rank_and_size
 from nanofinetune.step.order import SeedableRandomSampler, mix
 
 T = TypeVar("T")
@@ -260,8 +261,8 @@ class DataLoaderShard(DataLoader):
 def prepare_data_loader(
     dataloader: DataLoader,
     device: torch.device | str | None = None,
-    num_processes: int = 1,
-    process_index: int = 0,
+    num_processes: int | None = None,
+    process_index: int | None = None,
     split_batches: bool = False,
     put_on_device: bool = False,
     rng_types: list[str] | None = None,
@@ -281,7 +282,8 @@ def prepare_data_loader(
 
     Args:
         device, put_on_device: batches go to `device` if `put_on_device`.
-        num_processes, process_index: N and r. Every rank must call with equal loaders.
+        num_processes, process_index: N and r; None: those of the process group, or else of the environment. Every rank
+            must call with equal loaders.
         split_batches: False: `dataloader.batch_size` is one rank's. True: it is that of all ranks together.
         even_batches, uneven: what becomes of a short last step on N > 1 ranks, see `BatchSamplerShard`. With "mask" the
             batch must be a mapping with a tensor "labels". A rank that has no real row gets row 0 with label -100
@@ -297,6 +299,10 @@ def prepare_data_loader(
         raise TypeError(f"dataloader is a {type(dataloader).__name__}: it must be a torch.utils.data.DataLoader")
     if isinstance(dataloader, DataLoaderShard):
         raise ValueError("this DataLoader is prepared already: preparing it again would shard the shard")
+    if num_processes is None or process_index is None:
+        rank, size = rank_and_size()
+        num_processes = size if num_processes is None else num_processes
+        process_index = rank if process_index is None else process_index
     for name, refused in {
         "dispatch_batches=True": dispatch_batches,
         "slice_fn_for_dispatch": slice_fn_for_dispatch is not None,
