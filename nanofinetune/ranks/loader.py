@@ -173,14 +173,18 @@ class DataLoaderShard(DataLoader):
         self.set_epoch(state["epoch"])
 
     def sample_ids(self, first: int, last: int) -> list[int]:
-        """Row numbers in the data set of this rank's batches `first` to `last` - 1 of an epoch; [] for a stream.
+        """Row numbers in the data set of batches `first` to `last` - 1 of the epoch that is running; [] for a stream.
 
-        Batches are counted from 0, from where a loop over this loader begins.
+        This rank's batches, counted from 0, from where the loop began.
         """
         if isinstance(self.dataset, IterableDataset):
             return []
-        drawn = islice(iter(_batch_sampler(self)), max(0, first), last)
-        return [row for batch in drawn for row in batch if row != PADDING]
+        generator = self.synchronized_generator or torch.Generator()
+        state = generator.get_state()  # of a sampler that draws: let it draw the same again, and then go on
+        generator.manual_seed(mix(self.data_seed, self.iteration - 1))
+        batches = list(islice(iter(_batch_sampler(self)), max(0, first), last))
+        generator.set_state(state)
+        return [row for batch in batches for row in batch if row != PADDING]
 
     @property
     def position(self) -> Position:

@@ -585,9 +585,11 @@ def test_positions_are_those_of_the_loops_that_run_the_latest_last():
     assert positions == []
 
 
-def test_sample_ids_are_the_rows_that_the_batches_hold():
-    dataset = Rows(13)
-    dataloader = plain(dataset, batch_size=2, shuffle=True)
+@pytest.mark.parametrize(
+    "settings", [{"shuffle": True}, {"sampler": WeightedRandomSampler([1.0] * 13, 13)}], ids=["shuffled", "weighted"]
+)
+def test_sample_ids_are_the_rows_that_the_batches_hold(settings):
+    dataloader = plain(Rows(13), batch_size=2, **settings)
     for loader in ranks(dataloader, 2, uneven="mask", data_seed=3):
         for _ in range(2):  # epochs of another order
             held, ids = [], []
