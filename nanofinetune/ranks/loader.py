@@ -30,6 +30,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from nanofinetune.ranks.collectives import rebuilt
 from nanofinetune.ranks.shard import PADDING, BatchSamplerShard, IterableDatasetShard, SkipBatchSampler
+from nanofinetune.ranks.world import rank_and_size
 from nanofinetune.step.order import SeedableRandomSampler, mix
 
 T = TypeVar("T")
@@ -164,14 +165,18 @@ class DataLoaderShard(DataLoader):
         self.set_epoch(state["epoch"])
 
     def sample_ids(self, first: int, last: int) -> list[int]:
-        """Row numbers in the data set of this rank's batches `first` to `last` - 1 of an epoch; [] for a stream.
+        """Row numbers in the data set of batches `first` to `last` - 1 of the epoch that is running; [] for a stream.
 
-        Batches are counted from 0, from where a loop over this loader begins.
+        This rank's batches, counted from 0, from where the loop began.
         """
         if isinstance(self.dataset, IterableDataset):
             return []
-        drawn = islice(iter(_batch_sampler(self)), max(0, first), last)
-        return [row for batch in drawn for row in batch if row != PADDING]
+        generator = self.synchronized_generator or torch.Generator()
+        state = generator.get_state()  # of a sampler that draws: let it draw the same again, and then go on
+        generator.manual_seed(mix(self.data_seed, self.iteration - 1))
+        batches = list(islice(iter(_batch_sampler(self)), max(0, first), last))
+        generator.set_state(state)
+        return [row for batch in batches for row in batch if row != PADDING]
 
     @property
     def position(self) -> Position:
@@ -250,9 +255,9 @@ class DataLoaderShard(DataLoader):
 
 
 def prepare_data_loader(
-    dataloader: DataLoader, device: torch.device | str | None = None, num_processes: int = 1, process_index: int = 0,
-    split_batches: bool = False, put_on_device: bool = False, rng_types: list[str] | None = None,
-    dispatch_batches: bool | None = None, even_batches: bool = True,
+    dataloader: DataLoader, device: torch.device | str | None = None, num_processes: int | None = None,
+    process_index: int | None = None, split_batches: bool = False, put_on_device: bool = False,
+    rng_types: list[str] | None = None, dispatch_batches: bool | None = None, even_batches: bool = True,
     slice_fn_for_dispatch: Callable[..., Any] | None = None, use_seedable_sampler: bool = True,
     data_seed: int | None = None, non_blocking: bool = False, use_stateful_dataloader: bool = False,
     torch_device_mesh: Any = None, *, uneven: str = "wrap", positions: list[Position] | None = None,
@@ -261,7 +266,8 @@ def prepare_data_loader(
 
     Args:
         device, put_on_device: batches go to `device` if `put_on_device`.
-        num_processes, process_index: N and r. Every rank must call with equal loaders.
+        num_processes, process_index: N and r; None: those of the process group, or else of the environment. Every rank
+            must call with equal loaders.
         split_batches: False: `dataloader.batch_size` is one rank's. True: it is that of all ranks together.
         even_batches, uneven: what becomes of a short last step on N > 1 ranks, see `BatchSamplerShard`. With "mask" the
             batch must be a mapping with a tensor "labels". A rank that has no real row gets row 0 with label -100
@@ -277,6 +283,10 @@ def prepare_data_loader(
         raise TypeError(f"dataloader is a {type(dataloader).__name__}: it must be a torch.utils.data.DataLoader")
     if isinstance(dataloader, DataLoaderShard):
         raise ValueError("this DataLoader is prepared already: preparing it again would shard the shard")
+    if num_processes is None or process_index is None:
+        rank, size = rank_and_size()
+        num_processes = size if num_processes is None else num_processes
+        process_index = rank if process_index is None else process_index
     for name, refused in {
         "dispatch_batches=True": dispatch_batches,
         "slice_fn_for_dispatch": slice_fn_for_dispatch is not None,

@@ -139,6 +139,17 @@ def shutdown(world: World) -> None:
         atexit.unregister(_let_threads_finish)
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and the number of ranks: as the process group says, or, before there is one, the environment.
+
+    Raises UsageError, as `read_environment`.
+    """
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    launch = read_environment(os.environ)
+    return launch.rank, launch.size
+
+
 def set_seed(seed: int, device_specific: bool = False, deterministic: bool = False) -> None:
     """Seed Python's `random`, numpy and torch on all devices (source: accelerate.utils.set_seed).
 
@@ -146,7 +157,7 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
     """
     # underneath: without device_specific all ranks draw the same dropout masks.
     if device_specific:
-        seed += dist.get_rank() if dist.is_initialized() else read_environment(os.environ).rank
+        seed += rank_and_size()[0]
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -9,6 +9,7 @@ import contextlib
 
 import pytest
 import torch
+from helpers import run_ranks
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -220,6 +221,28 @@ def test_worker_processes_give_the_same_batches():
     assert [(batch["input_ids"].tolist(), loader.valid_rows) for batch in loader] == [
         (rows, valid) for rows, valid in zip(alone, [2, 2, 1], strict=True)
     ]
+
+
+def prepared_by_itself():
+    """On each rank: what both libraries give where nobody says how many ranks there are."""
+    from accelerate import PartialState
+    from accelerate.data_loader import prepare_data_loader as theirs
+
+    torch.distributed.init_process_group("gloo")
+    assert PartialState(cpu=True).num_processes == 2
+    dataloader = plain(torch.arange(11), batch_size=2)
+    ours = lists(prepare(dataloader))
+    ours_of_three = lists(prepare(dataloader, num_processes=3))
+    by_theirs = lists(theirs(dataloader)), lists(theirs(dataloader, num_processes=3))
+    assert (ours, ours_of_three) == by_theirs
+    torch.distributed.destroy_process_group()
+    return ours, lists(prepare(dataloader))  # without a group, under torchrun's variables
+
+
+def test_ranks_share_the_rows_where_nobody_says_how_many_they_are_as_in_accelerate(reference):
+    (zero, zero_before), (one, one_before) = run_ranks(prepared_by_itself, 2)
+    assert (zero, one) == tuple(lists(loader) for loader in ranks(plain(torch.arange(11), batch_size=2), 2))
+    assert (zero_before, one_before) == (zero, one)
 
 
 # ---- order ----------------------------------------------------------------------------------------------------------
@@ -562,9 +585,11 @@ def test_positions_are_those_of_the_loops_that_run_the_latest_last():
     assert positions == []
 
 
-def test_sample_ids_are_the_rows_that_the_batches_hold():
-    dataset = Rows(13)
-    dataloader = plain(dataset, batch_size=2, shuffle=True)
+@pytest.mark.parametrize(
+    "settings", [{"shuffle": True}, {"sampler": WeightedRandomSampler([1.0] * 13, 13)}], ids=["shuffled", "weighted"]
+)
+def test_sample_ids_are_the_rows_that_the_batches_hold(settings):
+    dataloader = plain(Rows(13), batch_size=2, **settings)
     for loader in ranks(dataloader, 2, uneven="mask", data_seed=3):
         for _ in range(2):  # epochs of another order
             held, ids = [], []
