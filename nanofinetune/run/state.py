@@ -22,11 +22,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nanofinetune.ground.errors import first_line
 from nanofinetune.ranks import collectives
 from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.world import World
 from nanofinetune.run import checkpoint
 from nanofinetune.run.folders import refusal
+from nanofinetune.run.schema import misfit
 
 METHODS = ("state_dict", "load_state_dict")  # what an object needs to be saved
 SERIES = "checkpoint_"  # what automatic naming calls a folder, before its number
@@ -117,6 +119,9 @@ def load(folder: Path, things: dict[str, Any], world: World) -> None:
         states = checkpoint.load(folder)
         if odd := sorted({"random_states", *things} ^ set(states)):
             reason = f"{folder} and what was prepared differ in {', '.join(odd)}"
+        for name, thing in () if reason else (*things.items(), ("random_states", None)):
+            if why := misfit(name, thing, states[name]):
+                reason = reason or f"{folder} does not fit: {name}: {why}"
     except (OSError, ValueError) as error:
         reason = str(error)
     for rank, why in enumerate(collectives.gather_object([reason], world)):
@@ -124,5 +129,8 @@ def load(folder: Path, things: dict[str, Any], world: World) -> None:
             raise ValueError(why if rank == world.rank else f"rank {rank} cannot load: {why}")
     random_states = states.pop("random_states")
     for name, thing in things.items():
-        thing.load_state_dict(states[name])
+        try:
+            thing.load_state_dict(states[name])
+        except Exception as error:  # the same on all ranks: they have read the same
+            raise ValueError(f"{folder} does not fit: {name} refuses its state ({first_line(error)})") from error
     checkpoint.set_random_state(random_states, world.rank)

@@ -192,6 +192,7 @@ def test_a_sweep_takes_only_what_a_kill_left_of_ours(tmp_path):
     folders.sweep(tmp_path)
     assert all(path.is_dir() for path in ours)  # this process is writing them
     for descriptor in held:
+        assert descriptor is not None
         os.close(descriptor)
     folders.sweep(tmp_path)
     assert not any(path.exists() for path in ours)
