@@ -403,7 +403,8 @@ class Accelerator:
         Without `input_dir`: the newest complete one that automatic naming made; what is passed over is printed,
         with the reason. The number of ranks may be another one. A loader begins the epoch in which it was: skip what
         was read of it with `skip_first_batches`.
-        Raises (on all ranks) ValueError where the folder is not a complete checkpoint, or holds other objects.
+        What was prepared may be a part of what was saved, such as the model alone. Raises (on all ranks) ValueError if
+        the folder is not a complete checkpoint, lacks one of the objects, or holds a state that does not fit it.
         """
         refuse(load_kwargs=load_kwargs, **load_model_func_kwargs)
         project = self.project_configuration

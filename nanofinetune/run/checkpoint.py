@@ -29,7 +29,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -203,15 +203,19 @@ def newest(
     return None, passed_over
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """{part: its state} of a checkpoint that is checked first. Raises ValueError, with the reason, if it is damaged."""
+def load(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """{part: its state} of a checkpoint that is checked first; of the parts in `names`, or of all.
+
+    Raises ValueError, with the reason, if it is damaged, or does not hold all of these parts.
+    """
     restore(folder)
     if reason := check(folder):
         raise ValueError(f"{folder} is not a complete checkpoint: {reason}")
-    parts: dict[str, Any] = {}
-    for name in read_manifest(folder):
-        parts[Path(name).stem] = _read(folder / name)
-    return parts
+    files = {Path(name).stem: folder / name for name in read_manifest(folder)}
+    names = list(files) if names is None else list(names)
+    if missing := [name for name in names if name not in files]:
+        raise ValueError(f"{folder} holds no {', '.join(missing)}: it holds {', '.join(files)}")
+    return {name: _read(files[name]) for name in names}
 
 
 def read_part(folder: Path, name: str) -> Any:

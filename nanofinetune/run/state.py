@@ -112,14 +112,13 @@ def newest(parent: Path, world: World) -> Path:
 def load(folder: Path, things: dict[str, Any], world: World) -> None:
     """Give `things`, and this rank's random generators, their saved states. A collective; every rank reads the folder.
 
+    The folder may hold more: for an evaluation, the model alone is prepared, and loaded.
     Raises ValueError, on all ranks and before anything is changed, if a rank cannot read it or it does not fit.
     """
     states, reason = {}, ""
     try:
-        states = checkpoint.load(folder)
-        if odd := sorted({"random_states", *things} ^ set(states)):
-            reason = f"{folder} and what was prepared differ in {', '.join(odd)}"
-        for name, thing in () if reason else (*things.items(), ("random_states", None)):
+        states = checkpoint.load(folder, ["random_states", *things])
+        for name, thing in (*things.items(), ("random_states", None)):
             if why := misfit(name, thing, states[name]):
                 reason = reason or f"{folder} does not fit: {name}: {why}"
     except (OSError, ValueError) as error:
