@@ -406,8 +406,8 @@ class Accelerator:
     ) -> None:  # fmt: skip
         """Put all that was prepared or registered where `save_state` found it. A collective; see run/state.py.
 
-        Without `input_dir`: the newest whole one of those that automatic naming made. A loader begins the epoch in
-        which it was: skip what was read of it with `skip_first_batches`.
+        Without `input_dir`: the newest complete one that automatic naming made. A loader begins the epoch in which it
+        was: skip what was read of it with `skip_first_batches`. A part of what was saved may be loaded.
         """
         refuse(load_kwargs=load_kwargs, **load_model_func_kwargs)
         project = self.project_configuration

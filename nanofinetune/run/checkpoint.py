@@ -29,7 +29,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ import torch
 from nanofinetune.ground.errors import first_line
 from nanofinetune.run.folders import check, delete, new_folder, read_manifest, restore
 from nanofinetune.step.order import mix
+
+NEWEST = 10  # checkpoints of which every file is looked at for every save; older ones once, unless files come or go
 
 # ---- State as tensors and JSON ---------------------------------------------------------------------------------------
 
@@ -124,12 +126,29 @@ def write(folder: Path, packed: Mapping[str, tuple[Any, dict[str, torch.Tensor]]
 def _delete_older(folder: Path, keep: int) -> None:
     """Of the folders named like this one, with lower numbers, leave the newest `keep` - 1 that are complete."""
     left = keep - 1
-    for path in numbered(folder.parent, series_of(folder)):
+    for nth, path in enumerate(numbered(folder.parent, series_of(folder))):
         if number_of(path) < number_of(folder):
-            if left > 0 and not check(path, hashes=False):
+            if left > 0 and _is_complete(path, again=nth < NEWEST):
                 left -= 1
             else:
                 delete(path)  # it checks that it is ours
+
+
+_complete: dict[Path, int] = {}  # folders that this process has found complete -> when a file in them last came or went
+
+
+def _is_complete(folder: Path, again: bool) -> bool:
+    """Whether every file is there with its size. `again`: look, even if this process has found it so before."""
+    try:
+        changed = folder.stat().st_mtime_ns
+    except OSError:
+        return False
+    if again or _complete.get(folder) != changed:
+        if check(folder, hashes=False):
+            _complete.pop(folder, None)
+            return False
+        _complete[folder] = changed
+    return True
 
 
 class Saver:
@@ -182,9 +201,10 @@ def numbered(parent: Path, series: str) -> list[Path]:
     """The folders in `parent` whose names are the series' and a number, the highest first."""
     if not parent.is_dir():
         return []
+    form = re.compile(re.escape(series) + "[0-9]+")
     with os.scandir(parent) as entries:
-        names = [entry.name for entry in entries if re.fullmatch(re.escape(series) + "[0-9]+", entry.name)]
-    return sorted((parent / name for name in names if os.path.isdir(parent / name)), key=number_of, reverse=True)
+        names = [entry.name for entry in entries if form.fullmatch(entry.name) and entry.is_dir()]
+    return sorted((parent / name for name in names), key=number_of, reverse=True)
 
 
 def newest(
@@ -203,15 +223,19 @@ def newest(
     return None, passed_over
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """{part: its state} of a checkpoint that is checked first. Raises ValueError, with the reason, if it is damaged."""
+def load(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """{part: its state} of a checkpoint that is checked first; of the parts in `names`, or of all.
+
+    Raises ValueError, with the reason, if it is damaged, or does not hold all of these parts.
+    """
     restore(folder)
     if reason := check(folder):
         raise ValueError(f"{folder} is not a complete checkpoint: {reason}")
-    parts: dict[str, Any] = {}
-    for name in read_manifest(folder):
-        parts[Path(name).stem] = _read(folder / name)
-    return parts
+    files = {Path(name).stem: folder / name for name in read_manifest(folder)}
+    names = list(files) if names is None else list(names)
+    if missing := [name for name in names if name not in files]:
+        raise ValueError(f"{folder} holds no {', '.join(missing)}: it holds {', '.join(files)}")
+    return {name: _read(files[name]) for name in names}
 
 
 def read_part(folder: Path, name: str) -> Any:

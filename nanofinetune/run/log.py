@@ -27,8 +27,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -37,10 +38,23 @@ from tqdm import tqdm
 
 from nanofinetune.ground.errors import Halt, UsageError
 from nanofinetune.ranks.collectives import gather_object
+from nanofinetune.run.schema import finite, whole
 
 LOG_EVERY = 50  # updates, after which the ranks add up their losses and metrics.jsonl grows
 LONGEST = 2**16  # bytes that a line of somebody else's is read by; ours have about a hundred
 BEGINNING = b'{"step": '  # of each of our lines
+# What a resumed run needs of a log, and what each of it can be.
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "run": lambda value: isinstance(value, dict),
+    "update": whole,
+    "examples": whole,  # rows that have been trained on, in all epochs
+    "seconds": partial(finite, low=0),
+    "first_step_seconds": partial(finite, low=0),
+    "epoch": whole,
+    "rows": whole,
+    "losses": lambda value: isinstance(value, (list, tuple)) and len(value) == 2 and all(map(finite, value)),
+    "evaluations": lambda value: isinstance(value, list) and all(isinstance(scores, dict) for scores in value),
+}
 
 
 class Log:
@@ -195,12 +209,32 @@ class Log:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, in plain numbers. Call `flush` before."""
-        names = ("run", "update", "examples", "seconds", "first_step_seconds", "epoch", "rows", "losses", "evaluations")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in FIELDS}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Go on from there. Raises ValueError for what cannot be a log's state."""
+        if reason := misfit(state):
+            raise ValueError(f"the saved log cannot be one: {reason}")
+        for name in FIELDS:
+            setattr(self, name, state[name])
+
+    def misfit(self, state: Mapping[str, Any]) -> str:
+        """Why a state cannot be one of this run's log, "" if it can."""
+        if not (reason := misfit(state)) and state["update"] > self.updates:
+            reason = f"update is {state['update']}, and this run has {self.updates}"
+        return reason
+
+
+def misfit(state: Any) -> str:
+    """Why a state cannot be a log's, "" if it can."""
+    if not isinstance(state, dict) or set(state) != set(FIELDS):
+        return "it has other fields"
+    for name, fits in FIELDS.items():
+        if not fits(state[name]):
+            return f"{name} is {str(state[name])[:40]}"
+    if len(state["evaluations"]) != state["epoch"]:
+        return f"it has {len(state['evaluations'])} evaluations of {state['epoch']} epochs"
+    return ""
 
 
 def cut_back(file: BinaryIO, update: int) -> int:

@@ -18,7 +18,9 @@ Proof: test_resume_matches_the_uninterrupted_run, test_resume_refuses_another_ru
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Mapping
@@ -28,15 +30,19 @@ from typing import Any
 
 from nanofinetune.ground.errors import UsageError, first_line
 from nanofinetune.ranks.collectives import agree, broadcast_object_list
-from nanofinetune.run import checkpoint
+from nanofinetune.run import checkpoint, log
 from nanofinetune.run.folders import MANIFEST, shown
 from nanofinetune.run.log import locked, occupied
+from nanofinetune.run.schema import whole
 
 # A resumed run is the same run, so these arguments must be what they were. (Batches may differ: see `batch_plan`.)
 IDENTITY = (
     "model", "data", "text_columns", "label_column", "epochs", "max_steps", "group_by_length", "lr", "weight_decay",
     "warmup_steps", "clip_norm", "precision", "fast_dropout", "seed", "uneven",
 )  # fmt: skip
+
+
+COUNTS = ("batch_size", "accumulate", "world", "fits")  # fits: the rows of a process's batch that fitted into memory
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Start:
     folder: Path | None = None
     run: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    place: tuple[int, int, int] = (0, 0, 0)  # updates; epochs that are over, and rows of the one that is not
 
     @property
     def rows_per_step(self) -> int | None:
@@ -64,12 +71,11 @@ def run_of(arguments: Mapping[str, Any], processes: int, found: Mapping[str, Any
     Raises UsageError if the run to resume found something else under the same arguments.
     """
     for name, was in start.run.get("found", {}).items():
-        if found[name] != was:
-            raise UsageError(f"--resume: {name} is {found[name]}, and the run began with {was}; use the same")
+        if found.get(name) != was:
+            raise UsageError(f"--resume: {name} is {found.get(name)}, and the run began with {was}; use the same")
     if start.run:
         return dict(start.run)
     run = {name: arguments[name] for name in (*IDENTITY, "batch_size", "accumulate")}
-    # fits: the rows of a process's batch that fitted into memory
     return run | {"world": processes, "fits": run["batch_size"], "found": dict(found)}
 
 
@@ -82,9 +88,12 @@ def batch_plan(batch_size: int, accumulate: int, processes: int, start: Start) -
         return batch_size * processes, accumulate
     before = start.run["batch_size"] * start.run["world"] * start.run["accumulate"]
     if (batch_size, accumulate) == (start.run["batch_size"], start.run["accumulate"]):
-        part = next((part for part in range(start.run["fits"], 0, -1) if before % (part * processes) == 0), 0)
-        if part:
-            return part * processes, before // (part * processes)
+        # the largest batch that fits into memory, and of which a whole number makes a process's share of an update
+        share, rest = divmod(before, processes)
+        fewest = -(-share // start.run["fits"])
+        batches = next((n for n in range(fewest, min(share, fewest + 10**6) + 1) if share % n == 0), 0)
+        if batches and not rest:
+            return share // batches * processes, batches
     if batch_size * processes * accumulate == before:
         return batch_size * processes, accumulate
     raise UsageError(
@@ -141,19 +150,48 @@ def find_start(args: Any, restarted: bool = False) -> Start:
                 " --output"
             )
     resumed = f"resumed after update {state['update']}, from {folder}"
-    return Start(folder, run, "; ".join([*map(_skipped, passed_over), resumed]))
+    place = (state["update"], state["epoch"], state["rows"])
+    return Start(folder, run, "; ".join([*map(_skipped, passed_over), resumed]), place)
 
 
 def misfit(folder: Path) -> str:
     """Why a complete checkpoint is not one that a run of train.py has saved under this name, "" if it is."""
     try:
-        update = checkpoint.read_part(folder, "custom")["update"]
-        checkpoint.read_part(folder, "custom")["run"]
+        state = checkpoint.read_part(folder, "custom")
+        run, update = state["run"], state["update"]
     except (KeyError, TypeError, ValueError):
         return "train.py did not make it"
-    if checkpoint.number_of(folder) not in (-1, update):
+    if reason := log.misfit(state) or _misfit_of_run(run):
+        return f"it cannot be: {reason}"
+    if re.fullmatch("update-[0-9]+", folder.name) and checkpoint.number_of(folder) != update:
         return f"it has been renamed: it was saved after update {update}"
     return ""
+
+
+def _misfit_of_run(run: Mapping[str, Any]) -> str:
+    """Why this cannot be what `run_of` returned."""
+    if set(run) != {*IDENTITY, *COUNTS, "found"}:
+        return "its run has other arguments than train.py"
+    for name in COUNTS:
+        if not whole(run[name], 1, 2**31):
+            return f"{name} is {str(run[name])[:40]}"
+    if run["fits"] > run["batch_size"] * run["accumulate"] * run["world"]:
+        return f"fits is {run['fits']}, and an update has fewer rows"
+    found = run["found"]
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        return "what its run has found is not text"
+    return ""
+
+
+def check_place(start: Start, rows: int, rows_per_update: int, updates: int) -> None:
+    """Raises UsageError if a run of so many updates cannot have been where its checkpoint says that it was."""
+    if start.folder is None:
+        return
+    update, epoch, used = start.place
+    an_epoch = math.ceil(rows / rows_per_update)
+    if used > rows or update > updates or update != epoch * an_epoch + math.ceil(used / rows_per_update):
+        place = f"update {update} after {epoch} epochs and {used} rows"
+        raise UsageError(f"--resume {start.folder}: it says {place}, where this run never is; name another one")
 
 
 # ---- What --output and --resume name ---------------------------------------------------------------------------------
@@ -180,7 +218,7 @@ def _named(resume: str) -> tuple[Path, list[str]]:
             folder, passed_over = path, list[str]()
         else:
             inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-            found, passed_over = checkpoint.newest(inside)
+            found, passed_over = checkpoint.newest(inside, misfit=misfit)
             if found is None:
                 why = f" ({'; '.join(passed_over)})" if passed_over else ""
                 raise UsageError(
@@ -189,10 +227,8 @@ def _named(resume: str) -> tuple[Path, list[str]]:
             folder = found
     except OSError as error:
         raise UsageError(f"--resume {resume}: it cannot be read ({error.strerror}); name another folder") from error
-    try:
-        checkpoint.read_part(folder, "custom")["run"]
-    except (KeyError, TypeError, ValueError):
-        raise UsageError(f"--resume {resume}: train.py did not make this checkpoint; name one that it made") from None
+    if reason := misfit(folder):
+        raise UsageError(f"--resume {resume}: {reason}; name another checkpoint")
     return folder, passed_over
 
 

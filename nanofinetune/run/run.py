@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from nanofinetune.ground.errors import Halt
+from nanofinetune.ground.errors import Halt, UsageError
 from nanofinetune.ground.process import seconds_since_start
 from nanofinetune.ground.xla import end_step, manual_seed, spread_rows
 from nanofinetune.ranks.collectives import agree
@@ -43,6 +43,7 @@ from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.loader import skip_first_batches
 from nanofinetune.run.log import Log
 from nanofinetune.run.plan import Plan
+from nanofinetune.run.resume import check_place
 from nanofinetune.run.signals import StopSignals
 from nanofinetune.run.watch import Watch, noted
 from nanofinetune.step.order import mix
@@ -79,7 +80,11 @@ class Run:
         accelerator.register_for_checkpointing(self.log)
         folder = plan.start.folder
         if folder is not None:
-            accelerator.load_state(folder)
+            check_place(plan.start, plan.rows, plan.rows_per_update, plan.updates)
+            try:
+                accelerator.load_state(folder)
+            except ValueError as error:
+                raise UsageError(f"--resume: {error}") from error
             ours = self.output is not None and folder.parent == self.output / "checkpoints"
             self.log.saved = self.log.update if ours else -1
 

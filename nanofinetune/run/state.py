@@ -22,11 +22,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nanofinetune.ground.errors import first_line
 from nanofinetune.ranks import collectives
 from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.world import World
 from nanofinetune.run import checkpoint
 from nanofinetune.run.folders import refusal
+from nanofinetune.run.schema import misfit
 
 METHODS = ("state_dict", "load_state_dict")  # what an object needs to be saved
 SERIES = "checkpoint_"  # what automatic naming calls a folder, before its number
@@ -110,13 +112,15 @@ def newest(parent: Path, world: World) -> Path:
 def load(folder: Path, things: dict[str, Any], world: World) -> None:
     """Give `things`, and this rank's random generators, their saved states. A collective; every rank reads the folder.
 
+    The folder may hold more: for an evaluation, the model alone is prepared, and loaded.
     Raises ValueError, on all ranks and before anything is changed, if a rank cannot read it or it does not fit.
     """
     states, reason = {}, ""
     try:
-        states = checkpoint.load(folder)
-        if odd := sorted({"random_states", *things} ^ set(states)):
-            reason = f"{folder} and what was prepared differ in {', '.join(odd)}"
+        states = checkpoint.load(folder, ["random_states", *things])
+        for name, thing in (*things.items(), ("random_states", None)):
+            if why := misfit(name, thing, states[name]):
+                reason = reason or f"{folder} does not fit: {name}: {why}"
     except (OSError, ValueError) as error:
         reason = str(error)
     for rank, why in enumerate(collectives.gather_object([reason], world)):
@@ -124,5 +128,8 @@ def load(folder: Path, things: dict[str, Any], world: World) -> None:
             raise ValueError(why if rank == world.rank else f"rank {rank} cannot load: {why}")
     random_states = states.pop("random_states")
     for name, thing in things.items():
-        thing.load_state_dict(states[name])
+        try:
+            thing.load_state_dict(states[name])
+        except Exception as error:  # the same on all ranks: they have read the same
+            raise ValueError(f"{folder} does not fit: {name} refuses its state ({first_line(error)})") from error
     checkpoint.set_random_state(random_states, world.rank)

@@ -475,3 +475,28 @@ def test_keep_touches_only_its_own(tmp_path):
     accelerator, *_ = training(Ours, tmp_path / "run", total_limit=0)
     with pytest.raises(ValueError, match=r"keep .or total_limit. is 0: it must be 1 or more"):
         accelerator.save_state()
+
+
+def test_a_save_reads_the_manifests_of_what_has_changed(tmp_path, monkeypatch):
+    """Of 60 that are kept: the newest ten for every save, older ones once, and one more of which a file has gone."""
+    for update in range(60):
+        checkpoint.save(tmp_path / f"update-{update}", {"part": {}})
+    checkpoint.save(tmp_path / "update-60", parts(60), keep=61)  # the first look of this process
+    read: list[str] = []
+    original = folders.read_manifest
+
+    def noted(folder):
+        read.append(folder.name)
+        return original(folder)
+
+    monkeypatch.setattr(folders, "read_manifest", noted)
+    checkpoint.save(tmp_path / "update-61", parts(61), keep=62)
+    assert set(read) == {f"update-{update}" for update in range(52, 61)}
+    read.clear()
+    (tmp_path / "update-5" / "part.json").unlink()
+    truncate(tmp_path / "update-60" / "model.safetensors")
+    checkpoint.save(tmp_path / "update-62", parts(62), keep=61)
+    names = {name for name in read if not name.startswith(".")}
+    assert names == {f"update-{update}" for update in range(53, 62)} | {"update-5"}
+    left = {int(path.name[7:]) for path in tmp_path.iterdir()}
+    assert left == set(range(63)) - {5, 60}  # damaged ones do not count among those kept

@@ -26,17 +26,17 @@ def arguments(output, resume="auto"):
     return SimpleNamespace(**ARGUMENTS, batch_size=8, accumulate=1, output=str(output), resume=resume)
 
 
-def state(update, **changes):
+def state(update):
     """What a Log saves after that update, of a run with 80 rows."""
     run = {**ARGUMENTS, "batch_size": 8, "accumulate": 1, "world": 1, "fits": 8, "found": {"the model": "bert"}}
     place = {"epoch": 0, "rows": 8 * update, "losses": (1.5, 8 * update), "evaluations": []}
     log = {"run": run, "update": update, "examples": 8 * update, "seconds": 1.0, "first_step_seconds": 0.5, **place}
-    return log | changes
+    return log
 
 
-def save(output, update, **changes):
-    folder = output / "checkpoints" / f"update-{update:08d}"
-    checkpoint.save(folder, {"custom": state(update, **changes)})
+def save(output, number, **changes):
+    folder = output / "checkpoints" / f"update-{number:08d}"
+    checkpoint.save(folder, {"custom": state(number) | changes})
     return folder
 
 

@@ -178,7 +178,7 @@ def test_save_state_says_what_is_wrong(tmp_path):
         accelerator.load_state()
     accelerator.save_state(tmp_path / "a")
     accelerator.prepare(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="differ in model_1"):
+    with pytest.raises(ValueError, match="a holds no model_1: it holds model, optimizer, loader, random_states"):
         accelerator.load_state(tmp_path / "a")
     accelerator.save_model(model, tmp_path / "weights")
     from safetensors.torch import load_file
@@ -202,6 +202,26 @@ def test_background_save_holds_the_state_of_its_moment(tmp_path, monkeypatch):
     accelerator.end_training()  # waits
     saved = checkpoint.load(Path(folder))["model"]
     assert all(torch.equal(saved[key], before[key]) for key in before)
+
+
+def test_a_part_is_loaded_as_accelerate_loads_it(accelerate, tmp_path):
+    """The model alone, for an evaluation. With an object too many both raise; here its name is said."""
+    for name, library in (("theirs", accelerate), ("ours", Ours)):
+        accelerator, model, *_ = training(library, tmp_path / name)
+        accelerator.save_state()
+        folder = str(tmp_path / name / "checkpoints" / "checkpoint_0")
+        if library is not Ours:
+            accelerate.state.AcceleratorState._reset_state(True)
+        alone = library.Accelerator(cpu=True)
+        other = alone.prepare(nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1)))
+        assert not torch.equal(other[0].weight, model[0].weight)
+        alone.load_state(folder)
+        assert torch.equal(other[0].weight, model[0].weight)
+        second = alone.prepare(nn.Linear(2, 1))
+        before = second.weight.detach().clone()
+        with pytest.raises((ValueError, FileNotFoundError), match="holds no model_1" if library is Ours else "model_1"):
+            alone.load_state(folder)
+        assert torch.equal(second.weight, before)
 
 
 # ---- on ranks ----
