@@ -1,179 +1,355 @@
-"""Which columns hold the texts and which one the label, and whether every row can be used.
+"""Which columns hold the texts and which one the label, and what its values mean: classes by name, or numbers.
 
 >>> import datasets
->>> rows = datasets.Dataset.from_dict({"id": [7, 8], "review": ["good food", "cold soup"], "stars": [1, 0]})
->>> find_columns(rows, None, None, None)
+>>> rows = datasets.Dataset.from_dict({"id": [7, 8, 9], "review": ["fine", "cold soup", "no"], "stars": [5, 1, 1]})
+>>> find_columns(rows, kinds_of(rows), None, None, None)
 (('review',), 'stars')
->>> check_labels({"train": rows}, "stars", None)
-['0', '1']
+>>> labels = read_labels({"train": rows}, "stars", None)
+>>> labels.names, labels.values["train"].tolist(), labels.note
+(['1', '5'], [1, 0, 0], 'the labels 1, 5 in stars are classes 0 to 1')
 
 Underneath: `datasets.Dataset.remove_columns` and `datasets.Dataset.rename_column` (datasets 5.2), called by hand
   - the course names its columns itself; here they come from the user, the task table, or the only reading there is;
-  - labels are checked before any long work: transformers meets a gap, a text or a NaN in them as an index error or a
-    NaN loss;
-  - every refusal names the column, the row and what to do.
+  - an index, an id, a date or the label in words is no text, and an index no label;
+  - labels are checked before any long work: transformers meets a gap or a NaN in them as an index error or a NaN loss;
+  - a refusal names columns, row and option.
 
-Proof: test_columns_are_found_by_themselves, test_float_labels_are_regression in tests/data/test_columns.py.
+Proof: test_columns_are_found_by_themselves, test_two_readings_are_refused in tests/data/test_columns.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanofinetune.data.files import LONGEST, kind_of
 from nanofinetune.data.tasks import Task
 from nanofinetune.ground.errors import UsageError
 
-_LABEL_NAMES = ("label", "labels", "target", "class", "score", "Quality")
+# Names that say what a column is, in lower case; a name of an earlier group beats those of a later one.
+LABEL_NAMES = (
+    {"label", "labels", "target", "targets", "class", "gold_label", "y", "quality"},
+    {"sentiment", "category", "rating", "stars", "score", "emotion", "intent", "topic", "polarity"},
+)
+NEITHER = {
+    "id", "ids", "idx", "index", "key", "uid", "uuid", "guid", "url", "uri", "link", "href",
+    "date", "datetime", "time", "timestamp", "year", "month", "day", "hour",
+    "length", "len", "count", "price", "cost", "confidence", "conf", "probability", "prob", "split", "fold",
+}  # fmt: skip
+MOST_CLASSES = 1_000
+
+
+class Labels(NamedTuple):
+    """What the label column means."""
+
+    names: list[str] | None  # of the classes, by number; None: numbers to regress on
+    values: dict[str, np.ndarray]  # split -> (rows,) int64 numbers of classes, or float32
+    note: str  # how they were read, where that is not plain; else ""
+
+
+def kinds_of(rows: Any) -> dict[str, str]:
+    """The kind of each column of a datasets.Dataset: classes, text, numbers, dates, lists ..."""
+    import datasets
+
+    features = rows.features  # underneath: each look at it copies them all, which is slow for a thousand columns
+    found = {field.name: kind_of(field.type) for field in features.arrow_schema}
+    return found | {name: "classes" for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
 
 
 def find_columns(
-    train: Any, task: Task | None, text_columns: Sequence[str] | None, label_column: str | None
+    rows: Any,
+    kinds: Mapping[str, str],
+    task: Task | None,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
 ) -> tuple[tuple[str, ...], str]:
-    """-> (one or two text columns, label column): the user's, the task table's, or the only reading there is."""
-    columns = train.column_names
+    """-> (one or two text columns, label column): the user's, the task table's, or the only reading there is.
+
+    Args:
+        rows: the training split, a datasets.Dataset.
+        kinds: of all its columns, and of those that it leaves out because they cannot be used.
+
+    Raises:
+        UsageError: there is no such column, or more than one reading; it names them, and the option to choose with.
+    """
     for flag, asked in (
         ("--text-columns", text_columns or ()),
         ("--label-column", [label_column] if label_column else ()),
     ):
         for column in asked:
-            if column not in columns:
-                raise UsageError(f"{flag} {column}: there is no such column; the data have {', '.join(columns)}")
+            if column not in kinds:
+                raise UsageError(f"{flag} {column}: there is no such column; the data have {_listed(kinds)}")
     if text_columns and len(text_columns) > 2:
         raise UsageError(f"--text-columns {' '.join(text_columns)}: name one column or two")
     if text_columns and len(set(text_columns)) < len(text_columns):
         raise UsageError(f"--text-columns {' '.join(text_columns)}: one column twice; name it once, or another one")
     if task is not None:
         return task.text_columns, task.label_column
-
-    text = [column for column in columns if _kind(train, column) == "text"]
     for column in text_columns or ():
-        if column not in text:
-            raise UsageError(f"--text-columns {column}: the column holds {_kind(train, column)}, not text")
-    label = label_column or _only_label(train, [column for column in columns if column not in (text_columns or ())])
+        if kinds[column] != "text":
+            raise UsageError(f"--text-columns {column}: the column holds {kinds[column]}, not text")
+    label = label_column or _find_label(rows, {c: kind for c, kind in kinds.items() if c not in (text_columns or ())})
     if label in (text_columns or ()):
         raise UsageError(f"--label-column {label}: it is also named as a text column")
-    found = tuple(text_columns or (column for column in text if column != label))
-    if not 1 <= len(found) <= 2:
-        raise UsageError(
-            f"--data has {len(found)} text columns beside the label ({', '.join(found) or 'none'}): "
-            "name one or two with --text-columns"
-        )
-    return found, label
+    if kinds[label] not in ("classes", "numbers", "text"):
+        raise UsageError(f"--label-column {label}: it holds {kinds[label]}; labels are words, whole numbers or floats")
+    return tuple(text_columns or _find_texts(rows, kinds, label)), label
 
 
-def _only_label(train: Any, columns: list[str]) -> str:
-    """The label column: one of the usual name, else the only column of numbers that is not an index."""
-    named = [column for column in columns if column in _LABEL_NAMES]
-    numbers = [
-        c for c in columns if _kind(train, c) in ("numbers", "classes") and c.lower() not in ("idx", "id", "index")
-    ]
-    candidates = named if len(named) == 1 else numbers
-    if len(candidates) != 1:
-        raise UsageError(
-            f"--data: which column is the label? Name it with --label-column; the data have {', '.join(columns)}"
-        )
-    return candidates[0]
+def read_labels(splits: Mapping[str, Any], column: str, task: Task | None) -> Labels:
+    """The labels of all splits, checked, as numbers of classes or as floats.
 
+    Whole numbers, booleans and words are classes, in their order; so are whole floats of at most 20 values (pandas
+    writes 0.0 and 1.0 for labels with a gap). Other floats are regressed on.
 
-def _kind(train: Any, column: str) -> str:
-    """What a column holds, in words: text, classes, numbers, or the library's own name for anything else."""
+    Raises:
+        UsageError: a row without a label, one class only, or splits that do not agree.
+    """
     import datasets
 
-    feature = train.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return "classes"
-    dtype = getattr(feature, "dtype", type(feature).__name__)
-    if dtype in ("string", "large_string", "string_view"):
-        return "text"
-    return "numbers" if dtype.startswith(("int", "uint", "float", "bool")) else str(dtype)
-
-
-def keep(split: Any, columns: Sequence[str], key: str) -> Any:
-    missing = [column for column in columns if column not in split.column_names]
-    if missing:
-        raise UsageError(f"--data: the {key} split has no column {missing[0]}; it has {', '.join(split.column_names)}")
-    return split.select_columns(list(columns))
-
-
-def check_labels(splits: Mapping[str, Any], column: str, task: Task | None) -> list[str] | None:
-    """Check that every label can be trained on -> the class names, or None for regression."""
-    import datasets
-
-    for key, split in splits.items():
-        kind = _kind(split, column)
-        if kind == "text":
-            values = split[column][:]
-            if "" in values:  # a lost label, which makes a csv file's column one of text
-                row = values.index("") + 1
-                raise UsageError(f"--label-column {column}: row {row} of the {key} split has no label; fill it in")
-            shown = ", ".join(map(repr, sorted(set(map(str, values)))[:4]))
-            raise UsageError(
-                f"--label-column {column}: the labels of the {key} split are text ({shown} ...); "
-                "write them as 0, 1, 2 ... in the file, one number for each class"
-            )
-        if kind not in ("classes", "numbers"):
-            raise UsageError(f"--label-column {column}: it holds {kind}; labels are whole numbers or floats")
-    arrays = {key: labels_of(split, column, key) for key, split in splits.items()}
-    if arrays["train"].dtype.kind == "f":
-        return None
-    for key, array in arrays.items():
-        if array.dtype.kind == "f":
-            raise UsageError(
-                f"--label-column {column}: the {key} split holds floats and the training split whole numbers; "
-                "write both as classes 0, 1, 2 ... or both as floats"
-            )
-    classes = np.unique(arrays["train"])
-    if classes[0] == -1 and len(classes) == 1:
-        raise UsageError(f"--label-column {column}: every label is -1, the mark of a test set without labels")
-    if len(classes) == 1:
-        raise UsageError(f"--label-column {column}: there is only one class ({classes[0]}) in the training split")
+    cells = {key: _label_cells(split, column, key) for key, split in splits.items()}
+    _check_classes(cells["train"], column)
     feature = splits["train"].features[column]
-    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-    if names is None and task is not None and task.label_names is not None:
-        names = list(task.label_names)
-    if names is None:
-        if classes[0] != 0 or classes[-1] != len(classes) - 1:
-            shown = ", ".join(map(str, classes[:6]))
-            raise UsageError(
-                f"--label-column {column}: the classes are {shown}; number them 0 to {len(classes) - 1} without gaps"
-            )
-        names = [str(value) for value in classes]
-    for key, array in arrays.items():
-        outside = array[(array < 0) | (array >= len(names))]
-        if len(outside):
-            raise UsageError(
-                f"--label-column {column}: the {key} split has the label {outside[0]}, which is not one of the "
-                f"{len(names)} classes of the training split"
-            )
-    return names
+    if isinstance(feature, datasets.ClassLabel):
+        return Labels(list(feature.names), _numbered(cells, range(len(feature.names)), column), "")
+    text = [key for key, values in cells.items() if values.dtype.kind == "O"]
+    if text and len(text) < len(cells):
+        some = _listed(map(repr, sorted(set(cells[text[0]]))), 4)
+        other = next(key for key in cells if key not in text)
+        raise UsageError(
+            f"--label-column {column}: the labels of the {text[0]} split are text ({some}) and those of the {other} "
+            "split numbers; write both alike"
+        )
+    return _words(cells, column, task) if text else _numbers(cells, column, task)
 
 
-def labels_of(split: Any, column: str, key: str) -> np.ndarray:
-    """(rows,) int64 class ids or float32 targets. Raises UsageError naming the first row without a usable label."""
-    table = split.with_format("arrow")[:][column]
-    if table.null_count:
-        row, count = table.to_pylist().index(None) + 1, f"{table.null_count} in all"
-        raise UsageError(f"--label-column {column}: row {row} of the {key} split has no label ({count}); fill it in")
-    values = table.to_numpy()
-    if values.dtype.kind != "f":
-        return values.astype(np.int64)
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        shown = f"row {bad[0] + 1} of the {key} split is {values[bad[0]]} ({len(bad)} in all)"
-        raise UsageError(f"--label-column {column}: {shown}; write a number")
-    return values.astype(np.float32)
+def keep(rows: Any, kinds: Mapping[str, str], columns: Sequence[str], key: str) -> Any:
+    """A split with these columns alone. Raises UsageError where it lacks one."""
+    for column in columns:
+        if column not in rows.column_names:
+            if column in kinds:
+                raise UsageError(f"--data: the column {column} of the {key} split holds {kinds[column]}")
+            raise UsageError(f"--data: the {key} split has no column {column}; it has {_listed(kinds)}")
+    return rows.select_columns(list(columns))
 
 
 def check_texts(split: Any, columns: Sequence[str], key: str) -> None:
-    for column in columns:
-        kind = _kind(split, column)
+    """Refuse a split whose text columns hold anything but a text in every row."""
+    import pyarrow.compute as pc
+
+    for column, kind in ((column, kinds_of(split)[column]) for column in columns):
         if kind != "text":
             remedy = "write it as json lines or parquet, which tell them apart"
             raise UsageError(f"--text-columns {column}: the {key} split holds {kind}, not text; {remedy}")
-        values = split.with_format("arrow")[:][column]
+        values = _cells(split, column)
         if values.null_count:
             row, count = values.to_pylist().index(None) + 1, f"{values.null_count} in all"
             raise UsageError(f"--text-columns {column}: row {row} of the {key} split has no text ({count}); fill it in")
+        lengths = pc.utf8_length(values).to_numpy()
+        if len(lengths) and lengths.max() > LONGEST:
+            text = f"row {lengths.argmax() + 1} of the {key} split has {lengths.max():,} characters"
+            raise UsageError(f"--text-columns {column}: {text}, more than {LONGEST:,}, the most that is read; cut it")
+
+
+# --- which column is what ---------------------------------------------------------------------------------------------
+
+
+def _find_label(rows: Any, kinds: Mapping[str, str]) -> str:
+    """The column that is named like a label, whatever its type; else the only one whose values can be labels."""
+    for names in LABEL_NAMES:
+        named = [column for column in kinds if "_".join(_words_of(column)) in names]
+        if named:
+            break
+    else:
+        named = [column for column, kind in kinds.items() if _can_be_label(rows, column, kind)]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        which = f"which column is the label, {_listed(named, last=' or ')}? Name it with --label-column"
+        raise UsageError(f"--data: {which}; the data have {_listed(kinds)}")
+    raise UsageError(f"--data: which column is the label? Name it with --label-column; the data have {_listed(kinds)}")
+
+
+def _find_texts(rows: Any, kinds: Mapping[str, str], label: str) -> list[str]:
+    """The one or two columns that can only be text."""
+    found = [c for c, kind in kinds.items() if kind == "text" and c != label and _can_be_text(rows, c)]
+    found = [c for c in found if not _is_copy(rows, c, label)]
+    if not 1 <= len(found) <= 2:
+        raise UsageError(
+            f"--data has {len(found)} text columns beside the label ({_listed(found) or 'none'}): "
+            "name one or two with --text-columns"
+        )
+    few = [c for c in found if _has_few_values(_cells(rows, c))]
+    if len(found) == 2 and few:
+        raise UsageError(
+            f"--data: is {few[0]}, of a few values many times, a text? Name the text columns with --text-columns: "
+            f"{' '.join(found)}, or one of them"
+        )
+    return found
+
+
+def _words_of(column: str) -> list[str]:
+    """reviewId, review_id, #1 ID -> [..., "id"]"""
+    return re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", column).lower())
+
+
+def _is_neither(column: str) -> bool:
+    """Whether the name says that it is neither text nor label: an index, an id, a date ..."""
+    words = _words_of(column)
+    written_by_pandas = column.startswith(("Unnamed:", "__index_level_"))
+    return not words or written_by_pandas or words[-1] in NEITHER or words[0] in ("id", "uuid", "url", "date")
+
+
+def _can_be_label(rows: Any, column: str, kind: str) -> bool:
+    if _is_neither(column) or kind not in ("classes", "numbers", "text"):
+        return False
+    if kind == "classes":
+        return True
+    cells = _cells(rows, column)
+    if kind == "text":
+        return _has_few_values(cells)
+    values = cells.to_numpy()
+    counts_rows = values.dtype.kind in "iu" and len(values) > 2 and len(np.unique(values)) == len(values)
+    return cells.null_count == 0 and not counts_rows
+
+
+_NO_TEXT = (
+    r"^\s*([+-]?[\d.,]+%?"  # a number
+    r"|(https?://|www\.)\S+"
+    r"|[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"  # a uuid
+    r"|\d{4}-\d{1,2}-\d{1,2}([T ].*)?|\d{1,2}[./]\d{1,2}[./]\d{2,4}(\s.*)?)?\s*$"  # a date; or nothing
+)
+
+
+def _can_be_text(rows: Any, column: str) -> bool:
+    """Whether some cell holds more than a number, an address, a uuid or a date."""
+    import pyarrow.compute as pc
+
+    if _is_neither(column):
+        return False
+    cells = _cells(rows, column).drop_null()
+    first, rest = cells.slice(0, 100), cells.slice(100)  # mostly the first ones tell
+    return not all(pc.all(pc.match_substring_regex(part, _NO_TEXT), min_count=0).as_py() for part in (first, rest))
+
+
+def _has_few_values(cells: Any) -> bool:
+    """Whether they look like classes: 2 to 100 short values, each five times on average."""
+    import pyarrow.compute as pc
+
+    values = cells.unique().drop_null()
+    few = 2 <= len(values) <= 100 and 5 * len(values) <= len(cells)
+    return few and pc.max(pc.utf8_length(values)).as_py() <= 100
+
+
+def _is_copy(rows: Any, column: str, label: str) -> bool:
+    """Whether a text column says in words what the label says: each of its few values goes with one label."""
+    texts, labels = _cells(rows, column), _cells(rows, label)
+    pairs = set(zip(texts.to_pylist(), labels.to_pylist(), strict=True)) if len(texts.unique()) <= MOST_CLASSES else ()
+    return 2 * len(pairs) <= len(texts) and len(pairs) == len(texts.unique()) == len(labels.unique())
+
+
+# --- what the labels mean ---------------------------------------------------------------------------------------------
+
+
+def _label_cells(split: Any, column: str, key: str) -> np.ndarray:
+    """(rows,) of int64, bool, float64 or, for words, object. Raises UsageError naming the first row without a label."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    where, kind, cells = f"--label-column {column}", kinds_of(split)[column], _cells(split, column)
+    missing: Any = pc.is_null(cells)
+    if kind == "text":
+        missing = pc.or_kleene(missing, pc.equal(cells, ""))  # a lost label in a csv file
+    if pc.any(missing).as_py():
+        row, count = pc.index(missing, True).as_py() + 1, f"{pc.sum(missing).as_py():,} in all"
+        raise UsageError(f"{where}: row {row} of the {key} split has no label ({count}); fill it in")
+    if kind == "text":
+        for type_ in (pa.int64(), pa.float64()):  # "0" and "1"
+            with suppress(pa.ArrowInvalid):
+                cells = cells.cast(type_)
+                break
+    values: np.ndarray = cells.to_numpy()
+    bad = np.flatnonzero(~np.isfinite(values)) if values.dtype.kind == "f" else np.array([])
+    if len(bad):
+        shown = f"row {bad[0] + 1} of the {key} split is {values[bad[0]]} ({len(bad)} in all)"
+        raise UsageError(f"{where}: {shown}; write a number")
+    if values.dtype.kind in "iu":
+        return values.astype(np.int64)
+    return values.astype(np.float64) if values.dtype.kind == "f" else values
+
+
+def _check_classes(train: np.ndarray, column: str) -> None:
+    classes = np.unique(train)
+    if len(classes) == 1 and classes[0] == -1:
+        raise UsageError(f"--label-column {column}: every label is -1, the mark of a test set without labels")
+    if len(classes) == 1:
+        raise UsageError(f"--label-column {column}: there is only one class ({classes[0]}) in the training split")
+    if train.dtype.kind != "f" and (len(classes) > MOST_CLASSES or len(classes) > max(10, len(train) / 2)):
+        few = f"{len(classes):,} different labels in {len(train):,} rows are no classes"
+        raise UsageError(f"--label-column {column}: {few}; name another column, or write floats to predict a number")
+
+
+def _words(cells: Mapping[str, np.ndarray], column: str, task: Task | None) -> Labels:
+    names = sorted(set(cells["train"]))
+    if task is not None and task.label_names is not None and set(names) <= set(task.label_names):
+        names = list(task.label_names)
+    return Labels(names, _numbered(cells, names, column), "")
+
+
+def _numbers(cells: Mapping[str, np.ndarray], column: str, task: Task | None) -> Labels:
+    train, note = cells["train"], ""
+    fractions = [key for key, values in cells.items() if values.dtype.kind == "f" and (values % 1 != 0).any()]
+    if train.dtype.kind == "f":
+        is_regression = task is not None and task.label_names is None
+        if fractions or is_regression or len(np.unique(train)) > 20:
+            note = "" if is_regression else f"the labels in {column} are floats: a number is predicted, not a class"
+            return Labels(None, {key: values.astype(np.float32) for key, values in cells.items()}, note)
+        note = f"the labels in {column} are whole floats, and taken as classes"
+    elif fractions:
+        raise UsageError(
+            f"--label-column {column}: the {fractions[0]} split holds floats and the training split whole numbers; "
+            "write both as classes 0, 1, 2 ... or both as floats"
+        )
+    classes = [int(value) for value in np.unique(train)]
+    names = [str(bool(value)) if train.dtype.kind == "b" else str(value) for value in classes]
+    if task is not None and task.label_names is not None and train.dtype.kind != "b":
+        classes, names = list(range(len(task.label_names))), list(task.label_names)
+    if classes != list(range(len(classes))):
+        numbered = f"the labels {_listed(names, 6)} in {column} are classes 0 to {len(names) - 1}"
+        note = f"{note}; {numbered}" if note else numbered
+    return Labels(names, _numbered(cells, classes, column), note)
+
+
+def _numbered(cells: Mapping[str, np.ndarray], classes: Sequence[Any], column: str) -> dict[str, np.ndarray]:
+    """Each value -> its place among the classes, int64."""
+    places, numbered = {value: i for i, value in enumerate(classes)}, {}
+    for key, values in cells.items():
+        found, inverse = np.unique(values, return_inverse=True)
+        outside = [value for value in found.tolist() if value not in places]
+        if outside:
+            raise UsageError(
+                f"--label-column {column}: the {key} split has the label {outside[0]}, which is not one of the "
+                f"{len(places)} classes of the training split"
+            )
+        numbered[key] = np.array([places[value] for value in found.tolist()], np.int64)[inverse]
+    return numbered
+
+
+# --- small things -----------------------------------------------------------------------------------------------------
+
+
+def _cells(rows: Any, column: str) -> Any:
+    """A column of a datasets.Dataset -> pyarrow.ChunkedArray."""
+    return rows.select_columns([column]).with_format("arrow")[:][column]
+
+
+def _listed(names: Iterable[str], most: int = 12, last: str = ", ") -> str:
+    """a, b, c; of more than `most` the first ones, and how many there are."""
+    names = list(names)
+    if len(names) > most:
+        return f"{', '.join(names[:most])} ... ({len(names):,} in all)"
+    return last.join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else ", ".join(names)

@@ -6,42 +6,42 @@
 >>> data.text_columns, data.label_names
 (('sentence1', 'sentence2'), ['other', 'same'])
 
-Underneath: `datasets.load_dataset` (datasets 5.2) still reads and caches
+Underneath: `datasets.load_dataset` (datasets 5.2) still gets and caches what is on the Hub
   - we add what the course does by hand: choose splits, columns and label names;
-  - csv: its reader takes "None" and "NA" for missing; here they stay text;
-  - tsv: its quoting swallows rows after a lone quotation mark, which GLUE's files have; here no tsv is quoted;
-  - a single file is split: a tenth is held out for validation;
-  - every failure is one line that names the file.
+  - a local file is read by files.py, and nothing of it is cached here;
+  - a single file is split: a tenth is held out for validation, by `datasets.Dataset.train_test_split`;
+  - the default data set, where the Hub is out of reach, becomes stdlib-pairs, and a note says so; data that the user
+    named are never replaced.
 
-Proof: test_every_kind_of_file_gives_the_same_rows_as_datasets, test_glue_tsv_keeps_rows_that_pandas_quoting_loses in
+Proof: test_a_single_file_holds_a_tenth_out_by_the_seed, test_a_hub_name_is_read_as_the_task_that_it_ends_in in
 tests/data/test_load.py.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanofinetune.data.columns import check_labels, check_texts, find_columns, keep
+import numpy as np
+
+from nanofinetune.data.columns import check_texts, find_columns, keep, kinds_of, read_labels
+from nanofinetune.data.files import format_of, read
 from nanofinetune.data.pretrained import hub_in_reach, looks_like_path
 from nanofinetune.data.tasks import GLUE, Task, default_metrics
 from nanofinetune.ground.errors import UsageError, first_line
 
 DEFAULT_DATA = "glue/mrpc"
-
-
 HELD_OUT = 0.1  # the share of a single file's rows that become its validation split
 
-
-_READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
 _VALIDATION_NAMES = ("validation", "dev", "valid", "val", "validation_matched", "dev_matched")
-
-
 _EXTRA_NAMES = ("validation_mismatched", "dev_mismatched")
+
+Split = tuple[Any, dict[str, str]]  # a datasets.Dataset, and the kind of every column that the file or data set has
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Data:
     """A data set that is ready to be tokenized."""
 
     name: str
-    splits: Mapping[str, Any]  # "train", then one or more validation splits, each a datasets.Dataset; cached: a range
+    splits: Mapping[str, Any]  # "train", then validation splits: each a datasets.Dataset, or a range if from the cache
     text_columns: tuple[str, ...]  # one or two
     label_column: str
     label_names: list[str] | None  # None: the label is a number to regress on
     metrics: tuple[str, ...]
-    note: str = ""  # one line to show before training: a fallback, a held-out split
+    note: str = ""  # one line to show before training: a fallback, a held-out split, how labels were read
 
 
 def load_data(
@@ -71,40 +71,27 @@ def load_data(
     Raises:
         UsageError: nothing there, not readable, no validation split, columns or labels that cannot be used.
     """
-    note = ""
-    if name is None:
-        name = DEFAULT_DATA
-        try:
-            splits = _load_glue("mrpc")
-        except UsageError:
-            if hub_in_reach():
-                raise
-            note = f"the Hub is out of reach and {name} is not cached: using stdlib-pairs instead"
-            name = "stdlib-pairs"
-    elif name.startswith("glue/") and not Path(name).exists():
-        splits = _load_glue(name.removeprefix("glue/"))
-    if name == "stdlib-pairs":
-        splits = _load_stdlib_pairs()
-    elif not name.startswith("glue/") or Path(name).exists():
-        splits = _load_path(Path(name).expanduser()) if _is_path(name) else _load_hub(name)
-
+    name, loaded, note = _load(name)
     task = _task_of(name)
-    columns = splits["train"].column_names
-    if task is not None and not {*task.text_columns, task.label_column} <= set(columns):
-        task = None  # a folder of the user's that only shares a task's name
+    train, kinds = loaded["train"]
+    if task is not None and not {*task.text_columns, task.label_column} <= set(train.column_names):
+        task = None  # the user's own folder, which happens to have a task's name
     if task is not None and (text_columns or label_column):
         task = None
-    texts, label = find_columns(splits["train"], task, text_columns, label_column)
-    splits = {key: keep(split, (*texts, label), key) for key, split in splits.items()}
-    names = check_labels(splits, label, task)
-    for key, split in splits.items():
-        check_texts(split, texts, key)
+    texts, label = find_columns(train, kinds, task, text_columns, label_column)
+    splits = {key: keep(rows, kinds, (*texts, label), key) for key, (rows, kinds) in loaded.items()}
+    labels = read_labels(splits, label, task)
+    for key, rows in splits.items():
+        check_texts(rows, texts, key)
+        splits[key] = _with_labels(rows, label, labels.values[key])
+    notes = [note, labels.note]
     if len(splits) == 1:  # not before now: an error above names a row of the file
         splits, note = _hold_out(splits["train"], name, seed)
-    if task is not None and (task.label_names is None) != (names is None):
-        task = None  # classes under a regression task's name, or the other way round
-    metrics = task.metrics if task is not None else default_metrics(names)
-    return Data(name, splits, texts, label, names, metrics, note)
+        notes = [note, labels.note]
+    if task is not None and (task.label_names is None) != (labels.names is None):
+        task = None  # classes under the name of a regression task, or the reverse
+    metrics = task.metrics if task is not None else default_metrics(labels.names)
+    return Data(name, splits, texts, label, labels.names, metrics, "; ".join(filter(None, notes)))
 
 
 def _task_of(name: str) -> Task | None:
@@ -112,17 +99,52 @@ def _task_of(name: str) -> Task | None:
     return GLUE.get(name.rstrip("/").rsplit("/", 1)[-1]) if "/" in name else None
 
 
+def _load(name: str | None) -> tuple[str, dict[str, Split], str]:
+    """-> (the name that is really used, its splits, a note on a fallback)."""
+    note = ""
+    if name is None:
+        try:
+            return DEFAULT_DATA, _load_glue(DEFAULT_DATA.removeprefix("glue/")), ""
+        except UsageError:
+            if hub_in_reach():
+                raise
+            note = f"the Hub is out of reach and {DEFAULT_DATA} is not cached: using stdlib-pairs instead"
+            name = "stdlib-pairs"
+    if name == "stdlib-pairs":
+        return name, _load_stdlib_pairs(), note
+    if name.startswith("glue/") and not Path(name).exists():
+        return name, _load_glue(name.removeprefix("glue/")), ""
+    return name, _load_path(Path(name).expanduser()) if _is_path(name) else _load_hub(name), ""
+
+
+def _with_labels(rows: Any, column: str, values: np.ndarray) -> Any:
+    """The rows with these labels; the very same rows where they have them already."""
+    import datasets
+    import pyarrow as pa
+
+    old = rows.select_columns([column]).with_format("numpy")[:][column]
+    if old.dtype.kind == values.dtype.kind and (values.dtype.kind == "f" or np.array_equal(old, values)):
+        return rows
+    table = rows.with_format("arrow")[:].replace_schema_metadata(None)
+    table = table.set_column(table.column_names.index(column), column, pa.array(values))
+    made_of = f"{rows._fingerprint} {column} {values.dtype}".encode() + values.tobytes()
+    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=hashlib.sha256(made_of).hexdigest()[:16])
+
+
+# --- each kind of name ------------------------------------------------------------------------------------------------
+
+
 def _is_path(name: str) -> bool:
-    return Path(name).expanduser().exists() or looks_like_path(name) or Path(name).suffix in _READERS
+    return Path(name).expanduser().exists() or looks_like_path(name) or format_of(Path(name)) is not None
 
 
-def _load_glue(task: str) -> dict[str, Any]:
+def _load_glue(task: str) -> dict[str, Split]:
     if task not in GLUE:
         raise UsageError(f"--data glue/{task}: there is no such task; the GLUE tasks are {', '.join(sorted(GLUE))}")
     return _load_hub("nyu-mll/glue", task)
 
 
-def _load_hub(name: str, config: str | None = None) -> dict[str, Any]:
+def _load_hub(name: str, config: str | None = None) -> dict[str, Split]:
     """A data set of the Hub's -> its training and validation splits: those of its task, else `validation`."""
     import datasets
 
@@ -135,7 +157,10 @@ def _load_hub(name: str, config: str | None = None) -> dict[str, Any]:
         if not reachable:
             message = "the Hub is out of reach and the data set is not in the cache; name a local file or folder"
             raise UsageError(f"--data {shown}: {message}") from error
-        raise UsageError(f"--data {shown}: it could not be loaded ({_root_cause(error)})") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__  # what went wrong under the library's wrappers
+        raise UsageError(f"--data {shown}: it could not be loaded ({first_line(cause)})") from error
     task = GLUE[config] if config is not None else _task_of(name)
     asked = task.validation if task is not None else ()
     validation = [split for split in asked if split in loaded] or [s for s in ("validation",) if s in loaded]
@@ -144,31 +169,31 @@ def _load_hub(name: str, config: str | None = None) -> dict[str, Any]:
         raise UsageError(
             f"--data {shown}: it needs a train and a validation split, and has {have}; export them to files"
         )
-    return {split: loaded[split] for split in ("train", *validation)}
+    return {key: (loaded[key], kinds_of(loaded[key])) for key in ("train", *validation)}
 
 
-def _load_stdlib_pairs() -> dict[str, Any]:
+def _load_stdlib_pairs() -> dict[str, Split]:
     import datasets
 
     from nanofinetune.data import stdlib_pairs
 
     datasets.disable_progress_bars()
     label = datasets.ClassLabel(names=list(stdlib_pairs.LABEL_NAMES))
-    return {
-        key: datasets.Dataset.from_list(rows).cast_column("label", label) for key, rows in stdlib_pairs.load().items()
-    }
+    made = {key: datasets.Dataset.from_list(rows) for key, rows in stdlib_pairs.load().items()}
+    named = {key: rows.cast_column("label", label) for key, rows in made.items()}
+    return {key: (rows, kinds_of(rows)) for key, rows in named.items()}
 
 
-def _load_path(path: Path) -> dict[str, Any]:
+def _load_path(path: Path) -> dict[str, Split]:
     """A local file -> one split, `train`; a folder with train.* and validation.* -> its splits."""
     if path.is_file():
-        if path.suffix not in _READERS:
+        if format_of(path) is None:
             kinds = "a .csv, .tsv, .jsonl, .json or .parquet file"
             raise UsageError(f"--data {path}: it is not {kinds}; rename or convert it")
-        return {"train": _read([path], "train")}
+        return {"train": _read([path])}
     if not path.exists():
         raise UsageError(f"--data {path}: there is no such file or folder")
-    files = sorted(file for file in path.iterdir() if file.suffix in _READERS)
+    files = sorted(file for file in path.iterdir() if format_of(file) is not None)
     train = [file for file in files if _split_of(file) == "train"]
     if not train:
         shown = ", ".join(file.name for file in sorted(path.iterdir())[:6]) or "nothing"
@@ -184,12 +209,13 @@ def _load_path(path: Path) -> dict[str, Any]:
     if len({_split_of(file) for file in validation}) > 1:
         shown = " and ".join(file.name for file in validation)
         raise UsageError(f"--data {path}: {shown} are two validation splits; leave one of them in the folder")
-    splits = {"train": _read(train, "train"), _split_of(validation[0]): _read(validation, "validation")}
-    splits = {key.replace("dev", "validation"): split for key, split in splits.items()}
+    splits = {"train": train, _split_of(validation[0]).replace("dev", "validation"): validation}
     extra = [file for file in files if _split_of(file) in _EXTRA_NAMES]
     if extra:
-        splits["validation_mismatched"] = _read(extra, "validation_mismatched")
-    return splits
+        splits["validation_mismatched"] = extra
+    for parts in splits.values():
+        _check_parts(path, parts)
+    return {key: _read(parts) for key, parts in splits.items()}
 
 
 def _hold_out(whole: Any, name: str, seed: int) -> tuple[dict[str, Any], str]:
@@ -203,50 +229,27 @@ def _hold_out(whole: Any, name: str, seed: int) -> tuple[dict[str, Any], str]:
 
 def _split_of(file: Path) -> str:
     """train.csv, train-00000-of-00001.parquet -> train."""
-    return file.stem.split("-")[0].split(".")[0]
+    return file.stem.lower().split("-")[0].split(".")[0]
 
 
-def _read(files: list[Path], split: str) -> Any:
-    """Read files of one kind with `datasets` -> datasets.Dataset. Raises UsageError naming the first bad file."""
+def _check_parts(folder: Path, files: list[Path]) -> None:
+    """Several files are one split only if their names say so: ...-00000-of-00002 and ...-00001-of-00002."""
+    parts = [re.search(r"-(\d+)-of-(\d+)$", file.stem) for file in files]
+    numbers = [(int(part[1]), int(part[2])) for part in parts if part is not None]
+    if len(files) > 1 and (len(numbers) < len(files) or len({file.suffix for file in files}) > 1):
+        shown = " and ".join(file.name for file in files)
+        raise UsageError(f"--data {folder}: {shown} are one split twice; leave one of them in the folder")
+    if numbers and numbers != [(i, len(files)) for i in range(len(files))]:
+        shown = ", ".join(file.name for file in files)
+        raise UsageError(f"--data {folder}: {shown} are not all parts of the split; put the others beside them")
+
+
+def _read(files: list[Path]) -> Split:
+    """The files of one split, by files.py -> (datasets.Dataset, kinds of the columns)."""
     import datasets
 
-    if len({file.suffix for file in files}) > 1:
-        shown = " and ".join(file.name for file in files)
-        raise UsageError(f"--data {files[0].parent}: {shown} are one split twice; leave one kind of file in the folder")
-    for file in files:
-        if file.stat().st_size == 0:
-            raise UsageError(f"--data {file}: the file is empty; write a header and rows into it")
-    options: dict[str, Any] = {}
-    if files[0].suffix in (".csv", ".tsv"):
-        # underneath: pandas reads "NA", "null" and "None" as missing values, which loses the sentence "None".
-        options = {"keep_default_na": False, "encoding": "utf-8"}
-    if files[0].suffix == ".tsv":
-        # underneath: GLUE's own TSV files hold lone quotation marks; with the default quoting the rows up to the next
-        # one are swallowed without a word.
-        options |= {"sep": "\t", "quoting": 3}  # 3 is csv.QUOTE_NONE
     datasets.disable_progress_bars()
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its reader logs the failing file at ERROR, then raises
-    try:
-        loaded = datasets.load_dataset(
-            _READERS[files[0].suffix], data_files={split: [str(file) for file in files]}, split=split, **options
-        )
-    except Exception as error:
-        cause = _root_cause(error)
-        # underneath: this is what the readers say of a text file, and of a parquet file, without rows.
-        if "corresponds to no data" in cause or "BatchSize must be greater than 0" in cause:
-            raise UsageError(f"--data {files[0]}: the file has a header and no rows; add rows") from error
-        raise UsageError(f"--data {files[0]}: it could not be read ({cause}); mend the file") from error
-    finally:
-        datasets.logging.set_verbosity(level)
-    return loaded
-
-
-def _root_cause(error: BaseException) -> str:
-    """What really went wrong under the library's wrappers, in one line with the remedy where it is known."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, UnicodeDecodeError):
-        return f"byte 0x{error.object[error.start]:02x} is not UTF-8: convert the file, for example with iconv"
-    text = first_line(error)
-    return f"{text}: unbalanced quotes?" if "EOF inside string" in text else text
+    table, kinds = read(files)
+    # underneath: without a fingerprint of its own, datasets would hash the whole table to make one
+    rows = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=os.urandom(8).hex())
+    return rows, kinds | {name: kind for name, kind in kinds_of(rows).items() if kind == "classes"}

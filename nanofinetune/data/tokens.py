@@ -21,15 +21,18 @@ tests/data/test_tokens.py.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from nanofinetune.data.columns import labels_of
 from nanofinetune.data.load import Data
 from nanofinetune.step.collate import FlatRows
+
+BLOCK = 1000  # rows, and
+CHARACTERS = 1_000_000  # characters, that are tokenized at a time: a tokenizer's own record takes 100 bytes for each
 
 
 class TokenStore(Dataset[dict[str, Any]]):
@@ -67,44 +70,46 @@ class TokenStore(Dataset[dict[str, Any]]):
 
 
 def tokenize(data: Data, tokenizer: Any, max_length: int) -> dict[str, TokenStore]:
-    """Tokenize every split, cut to `max_length` tokens (the longer text of a pair first) -> split name -> TokenStore.
-
-    Where the data are on disk, `datasets` caches the result by a fingerprint of data, tokenizer and arguments.
-    """
-    from datasets import disable_progress_bars
-
-    disable_progress_bars()
-
-    def encode(rows: dict[str, list[str]]) -> dict[str, Any]:
-        return dict(tokenizer(*(rows[column] for column in data.text_columns), truncation=True, max_length=max_length))
-
+    """Tokenize each split, cut to `max_length` tokens (the longer text of a pair first) -> split name -> TokenStore."""
     stores = {}
     for key, split in data.splits.items():
-        drop = [column for column in split.column_names if column != data.label_column]
-        stores[key] = _to_store(split.map(encode, batched=True, remove_columns=drop), data)
+        blocks = (split[begin : begin + BLOCK] for begin in range(0, len(split), BLOCK))
+        texts = ([block[column] for column in data.text_columns] for block in blocks)
+        labels = split.select_columns([data.label_column]).with_format("arrow")[:][data.label_column].to_numpy()
+        dtype = np.float32 if labels.dtype.kind == "f" else np.int64
+        stores[key] = TokenStore(_ragged(texts, tokenizer, max_length), labels.astype(dtype))
     return stores
 
 
 def tokenize_texts(texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: Any, max_length: int) -> TokenStore:
     """Tokenize plain strings (and their second sentences) into a TokenStore without labels: what prediction needs."""
-    encoded = tokenizer(list(texts), None if pairs is None else list(pairs), truncation=True, max_length=max_length)
-    ragged = {}
-    for column, rows in encoded.items():
-        offsets = np.cumsum([0, *map(len, rows)])
-        ragged[column] = (np.concatenate([np.asarray(row, np.int32) for row in rows]), offsets)
-    return TokenStore(ragged)
+    return TokenStore(_ragged([[texts] if pairs is None else [texts, pairs]], tokenizer, max_length))
 
 
-def _to_store(encoded: Any, data: Data) -> TokenStore:
-    """A tokenized datasets.Dataset -> TokenStore, straight from its Arrow buffers."""
-    table = encoded.with_format("arrow")[:]
+def _ragged(
+    blocks: Iterable[Sequence[Sequence[str]]], tokenizer: Any, max_length: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Blocks of [texts] or [texts, second texts] -> for each of the model's inputs its flat array and its offsets."""
+    flat: dict[str, list[np.ndarray]] = {}
+    lengths: dict[str, list[np.ndarray]] = {}
+    for texts in chain.from_iterable(map(_bounded, blocks)):
+        for name, lists in tokenizer(*texts, truncation=True, max_length=max_length).items():
+            lengths.setdefault(name, []).append(np.fromiter(map(len, lists), np.int64, len(lists)))
+            flat.setdefault(name, []).append(np.fromiter(chain.from_iterable(lists), np.int32, lengths[name][-1].sum()))
     ragged: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for column in encoded.column_names:
-        if column != data.label_column:
-            lists = table[column].combine_chunks()
-            offsets = lists.offsets.to_numpy().astype(np.int64)
-            flat = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]].astype(np.int32)
-            # all inputs of a model have one value a token, so they share one offsets array
-            same = [other for _, other in ragged.values() if np.array_equal(other, offsets - offsets[0])]
-            ragged[column] = (flat, same[0] if same else offsets - offsets[0])
-    return TokenStore(ragged, labels_of(encoded, data.label_column, "tokenized"))
+    for name in flat:
+        offsets = np.cumsum([0, *np.concatenate(lengths[name])])
+        # all inputs of a model have one value a token, so they share one offsets array
+        same = [other for _, other in ragged.values() if np.array_equal(other, offsets)]
+        ragged[name] = (np.concatenate(flat[name]), same[0] if same else offsets)
+    return ragged
+
+
+def _bounded(texts: Sequence[Sequence[str]]) -> Iterator[list[list[str]]]:
+    """The rows of a block, in as many parts as keep each below CHARACTERS, or at one row."""
+    rows, size = [list(column) for column in texts], len(texts[0])
+    if size > 1 and sum(len(text) for column in rows for text in column) > CHARACTERS:
+        yield from _bounded([column[: size // 2] for column in rows])
+        yield from _bounded([column[size // 2 :] for column in rows])
+    else:
+        yield rows

@@ -24,9 +24,10 @@ def write(folder: Path, kind: str, split: str, content: list[dict]) -> None:
 
     table = datasets.Dataset.from_list(content)
     path = folder / f"{split}.{kind}"
-    if kind in ("csv", "tsv"):
-        table.to_csv(path, sep="\t" if kind == "tsv" else ",")
-    elif kind == "parquet":
-        table.to_parquet(path)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    with path.open("wb") as file:  # given a name, the library takes it as an address
+        if kind in ("csv", "tsv"):
+            table.to_csv(file, sep="\t" if kind == "tsv" else ",")
+        elif kind == "parquet":
+            table.to_parquet(file)
+        else:
+            file.write("".join(json.dumps(row) + "\n" for row in content).encode())

@@ -5,12 +5,19 @@ The reference is the table itself; there is no library that chooses columns.
     python -m pytest tests/data/test_columns.py
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import datasets
 import numpy as np
 import pytest
 from tables import write
 
+from nanofinetune.data.columns import find_columns, kinds_of, read_labels
 from nanofinetune.data.load import load_data
+from nanofinetune.data.tasks import GLUE
 from nanofinetune.data.tokens import tokenize
+from nanofinetune.ground.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -35,12 +42,250 @@ def test_columns_are_found_by_themselves(row, asked, texts, label, tmp_path):
     assert set(data.splits["train"].column_names) == {*texts, label}
 
 
+# Columns of 20 rows, by the number of the row.
+COLUMNS: dict[str, Callable[[int], Any]] = {
+    "text": lambda i: f"the cat {i}",
+    "text2": lambda i: f"a dog {i}",
+    "classes": lambda i: i % 2,
+    "words": lambda i: ("bad", "good")[i % 2],
+    "others": lambda i: ("new", "old", "red")[i % 3],
+    "floats": lambda i: i / 8,
+    "counting": lambda i: i,
+    "shuffled": lambda i: 7 * i % 20,
+    "ids": lambda i: 1000 + 13 * i,
+    "gaps": lambda i: None if i == 3 else i % 2,
+    "uuid": lambda i: f"{i:08x}-0000-4000-8000-000000000000",
+    "link": lambda i: f"https://example.org/{i}",
+    "day": lambda i: f"2020-01-{i + 1:02}",
+    "digits": lambda i: str(i * 31),
+    "empty": lambda i: "",
+    "lists": lambda i: [i],
+}
+
+
+def table(names: dict[str, str]) -> datasets.Dataset:
+    """Name of a column -> which of COLUMNS it is."""
+    return datasets.Dataset.from_dict({name: [COLUMNS[kind](i) for i in range(20)] for name, kind in names.items()})
+
+
+def found(names: dict[str, str]) -> tuple[tuple[str, ...], str]:
+    rows = table(names)
+    return find_columns(rows, kinds_of(rows), None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("names", "texts", "label"),
+    [
+        # what pandas adds
+        ({"Unnamed: 0": "counting", "review": "text", "sentiment": "words"}, ["review"], "sentiment"),
+        ({"review": "text", "sentiment": "words", "__index_level_0__": "shuffled"}, ["review"], "sentiment"),
+        ({"a": "text", "n": "shuffled", "b": "words"}, ["a"], "b"),
+        # a column that is named like a label is it, whatever its type
+        ({"text": "text", "label": "words", "score": "floats"}, ["text"], "label"),
+        ({"text": "text", "Label ": "words", "n": "classes"}, ["text"], "Label "),
+        ({"text": "text", "sentiment": "words", "confidence": "floats"}, ["text"], "sentiment"),
+        ({"text": "text", "label": "floats", "n": "classes"}, ["text"], "label"),
+        ({"text": "text", "n": "classes", "target": "ids"}, ["text"], "target"),
+        # the label in words is no second text
+        ({"text": "text", "label": "classes", "label_text": "words"}, ["text"], "label"),
+        ({"text": "text", "label": "words", "label_id": "classes"}, ["text"], "label"),
+        # names and values that are neither
+        ({"text": "text", "n": "classes", "id": "ids", "reviewId": "ids", "#1 ID": "classes"}, ["text"], "n"),
+        (
+            {"text": "text", "n": "classes", "year": "classes", "price": "floats", "text_length": "classes"},
+            ["text"],
+            "n",
+        ),
+        ({"text": "text", "n": "classes", "a": "uuid", "b": "link", "c": "day", "d": "digits"}, ["text"], "n"),
+        ({"text": "text", "n": "classes", "e": "empty", "g": "gaps", "h": "lists", "url": "text2"}, ["text"], "n"),
+        ({"text": "text", "n": "classes", "m": "ids"}, ["text"], "n"),
+        # two texts
+        ({"question": "text", "answer": "text2", "n": "classes"}, ["question", "answer"], "n"),
+        ({"text": "text", "answer": "words"}, ["text"], "answer"),
+        ({"text": "text", "n": "floats"}, ["text"], "n"),
+    ],
+    ids=str,
+)
+def test_the_only_reading_is_taken(names, texts, label):
+    assert found(names) == (tuple(texts), label)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            {"text": "text", "n": "classes", "m": "words"},
+            r"which column is the label, n or m\? .* --label-column; .*text, n",
+        ),
+        ({"text": "text", "label": "classes", "labels": "classes"}, r"the label, label or labels\? Name it"),
+        ({"text": "text", "stars": "classes", "topic": "words"}, r"the label, stars or topic\? Name it"),
+        (
+            {"review": "text", "__index_level_0__": "shuffled"},
+            r"which column is the label\? Name it with --label-column",
+        ),
+        ({"review": "text", "Unnamed: 0": "counting"}, r"which column is the label\? Name it"),
+        ({"review": "text", "n": "shuffled"}, r"which column is the label\? Name it"),
+        ({"review": "text", "n": "gaps"}, r"which column is the label\? Name it"),
+        ({"review": "text", "price": "floats"}, r"which column is the label\? Name it"),
+        ({"a": "text", "b": "text2"}, r"which column is the label\? Name it"),
+        (
+            {"text": "text", "topic2": "others", "label": "classes"},
+            r"is topic2, of a few values many times, a text\? Name",
+        ),
+        (
+            {"a": "text", "b": "text2", "c": "text", "label": "classes"},
+            r"3 text columns .*\(a, b, c\): name one or two",
+        ),
+        ({"label": "classes", "date": "text", "n": "digits"}, r"0 text columns .*\(none\): name one or two"),
+        ({"text": "text", "label": "lists"}, r"--label-column label: it holds lists; labels are words, whole"),
+    ],
+    ids=str,
+)
+def test_two_readings_are_refused(names, said):
+    """One line that names the columns, and the option that chooses."""
+    with pytest.raises(UsageError, match=said) as refusal:
+        found(names)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_user_decides_against_every_rule(tmp_path):
+    content = [
+        {name: COLUMNS[kind](i) for name, kind in {"date": "text", "id": "classes", "e": "empty"}.items()}
+        for i in range(20)
+    ]
+    write(tmp_path, "jsonl", "train", content)
+    data = load_data(str(tmp_path / "train.jsonl"), text_columns=["date", "e"], label_column="id")
+    assert (data.text_columns, data.label_column, data.label_names) == (("date", "e"), "id", ["0", "1"])
+
+
+def test_columns_are_looked_at_once_however_many_there_are(monkeypatch):
+    """`datasets` copies all features at each look, so that a look for each column is quadratic in their number."""
+    looks = []
+    for n in (10, 200):
+        rows = table({"text": "text", "label": "classes", **{f"c{i}": "ids" for i in range(n)}})
+        counted = [0]
+        features = datasets.Dataset.features.fget
+
+        def count(self, features=features, counted=counted):
+            counted[0] += len(features(self)) > 2
+            return features(self)
+
+        monkeypatch.setattr(datasets.Dataset, "features", property(count))
+        find_columns(rows, kinds_of(rows), None, None, None)
+        monkeypatch.undo()
+        looks.append(counted[0])
+    assert looks[0] == looks[1]
+
+
+# --- what the labels mean ---------------------------------------------------------------------------------------------
+
+
+def labels_of(*splits: list, task=None):
+    """What `read_labels` makes of the label columns of train and validation."""
+    tables = [datasets.Dataset.from_dict({"label": values}) for values in splits]
+    return read_labels(dict(zip(("train", "validation"), tables, strict=False)), "label", task)
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "numbers", "note"),
+    [
+        ([0, 1, 1], ["0", "1"], [0, 1, 1], ""),
+        ([1, 5, 3, 1], ["1", "3", "5"], [0, 2, 1, 0], "the labels 1, 3, 5 in label are classes 0 to 2"),
+        ([-1, 0, 1], ["-1", "0", "1"], [0, 1, 2], "the labels -1, 0, 1 in label are classes 0 to 2"),
+        ([-1, 1, 1], ["-1", "1"], [0, 1, 1], "the labels -1, 1 in label are classes 0 to 1"),
+        ([True, False, True], ["False", "True"], [1, 0, 1], ""),
+        (["1", "0", "1"], ["0", "1"], [1, 0, 1], ""),
+        (["10", "9", "10"], ["9", "10"], [1, 0, 1], "the labels 9, 10 in label are classes 0 to 1"),
+        (["pos", "neg", "neutral"], ["neg", "neutral", "pos"], [2, 0, 1], ""),
+        ([0.0, 1.0, 1.0], ["0", "1"], [0, 1, 1], "the labels in label are whole floats, and taken as classes"),
+        (["0.0", "1.0"], ["0", "1"], [0, 1], "the labels in label are whole floats, and taken as classes"),
+        (
+            [1.0, 3.0],
+            ["1", "3"],
+            [0, 1],
+            "whole floats, and taken as classes; the labels 1, 3 in label are classes 0 to 1",
+        ),
+        ([0.5, 1.0, 2.0], None, [0.5, 1, 2], "the labels in label are floats: a number is predicted, not a class"),
+        ([float(i) for i in range(40)], None, list(range(40)), "floats: a number is predicted, not a class"),
+    ],
+    ids=str,
+)
+def test_labels_of_every_kind(values, names, numbers, note):
+    labels = labels_of(values, values)
+    assert labels.names == names and (note in labels.note if note else labels.note == "")
+    for split in labels.values.values():
+        assert split.tolist() == numbers and split.dtype == (np.float32 if names is None else np.int64)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "said"),
+    [
+        (["a", "b"], ["a", "c"], r"the validation split has the label c, which is not one of the 2 classes"),
+        ([0, 1], [0, 2], r"the validation split has the label 2, which is not one of the 2 classes"),
+        ([0, 1], ["a", "b"], r"the labels of the validation split are text \('a', 'b'\) and those of the train split"),
+        ([0, 1], [0.5, 1.0], r"the validation split holds floats and the training split whole numbers"),
+        ([1, 1], [1, 1], r"there is only one class \(1\)"),
+        (["a", "a"], ["a"], r"there is only one class \(a\)"),
+        ([-1, -1], [-1], r"every label is -1, the mark of a test set"),
+        ([f"text {i}" for i in range(20)], ["text 1"], r"20 different labels in 20 rows are no classes"),
+        (list(range(20)), [1], r"20 different labels in 20 rows are no classes"),
+        (["a", "", "b"], ["a"], r"row 2 of the train split has no label \(1 in all\); fill it in"),
+        (["a", None, "b"], ["a"], r"row 2 of the train split has no label \(1 in all\); fill it in"),
+        ([0, 1], [None, 1], r"row 1 of the validation split has no label"),
+        ([0.5, float("inf")], [0.5], r"row 2 of the train split is inf \(1 in all\); write a number"),
+    ],
+    ids=str,
+)
+def test_labels_that_cannot_be_are_refused(train, validation, said):
+    with pytest.raises(UsageError, match=said):
+        labels_of(train, validation)
+
+
+def test_whole_floats_of_the_validation_split_are_the_whole_numbers_of_the_training_split():
+    assert labels_of([0, 1], [1.0, 0.0]).values["validation"].tolist() == [1, 0]
+    assert labels_of([0.0, 1.0], [0.5, 0.0]).names is None
+    regressed = labels_of([0.5, 1.5], [1, 0])
+    assert regressed.values["validation"].dtype == np.float32
+
+
+def test_words_of_a_task_have_the_order_of_the_task():
+    """MNLI's entailment is class 0 in the task table, and in every model that was trained on it."""
+    labels = labels_of(["neutral", "contradiction", "entailment"], ["neutral"], task=GLUE["mnli"])
+    assert labels.names == ["entailment", "neutral", "contradiction"]
+    assert labels.values["train"].tolist() == [1, 2, 0] and labels.values["validation"].tolist() == [1]
+    assert labels_of([1, 2, 3], [1]).names == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("labels", [["bad", "good"], [1, 2], [False, True], [0.0, 1.0]], ids=str)
+def test_labels_of_a_file_are_numbers_of_classes_when_they_are_tokenized(labels, kind, tmp_path, tiny_tokenizer):
+    content = [{"sentence": f"the cat {i}", "label": labels[i % 2]} for i in range(12)]
+    write(tmp_path, kind, "train", content)
+    write(tmp_path, kind, "validation", content)
+    data = load_data(str(tmp_path))
+    names = [str(int(name)) if isinstance(name, float) else str(name) for name in labels]
+    assert data.label_names == names and data.metrics == ("accuracy", "f1")
+    assert tokenize(data, tiny_tokenizer, 16)["validation"].dense["label"].tolist() == [0, 1] * 6
+
+
 def test_float_labels_are_regression(tmp_path, tiny_tokenizer):
     content = [{"sentence": f"the cat {i}", "score": i / 7} for i in range(12)]
     write(tmp_path, "csv", "train", content)
     write(tmp_path, "csv", "validation", content)
     data = load_data(str(tmp_path))
     assert data.label_names is None and data.metrics == ("pearson", "spearmanr")
+    assert "the labels in score are floats: a number is predicted" in data.note
     store = tokenize(data, tiny_tokenizer, 16)["train"]
     assert store.dense["label"].dtype == np.float32
     np.testing.assert_array_equal(store.dense["label"], np.array([row["score"] for row in content], np.float32))
+
+
+def test_a_text_that_no_model_reads_to_its_end_is_refused(tmp_path):
+    """A tokenizer takes 100 bytes for each of its characters: 30 million of them took 3.4 GB and a minute."""
+    for kind, said in (
+        ("csv", "line 2 holds a cell of more than"),
+        ("jsonl", "row 1 of the train split has 1,000,001"),
+    ):
+        write(tmp_path, kind, "a", [{"text": "a" * (1_000_001 if i == 0 else 9), "label": i % 2} for i in range(12)])
+        with pytest.raises(UsageError, match=said):
+            load_data(str(tmp_path / f"a.{kind}"))

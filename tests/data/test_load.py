@@ -13,43 +13,6 @@ from nanofinetune.ground.errors import UsageError
 from nanofinetune.step import metrics
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
-def test_every_kind_of_file_gives_the_same_rows_as_datasets(kind, tmp_path):
-    train, validation = rows(20), rows(8, seed=1)
-    write(tmp_path, kind, "train", train)
-    write(tmp_path, kind, "validation", validation)
-    data = load_data(str(tmp_path))
-    assert data.text_columns == ("sentence1", "sentence2") and data.label_column == "label"
-    assert data.label_names == ["0", "1"] and data.metrics == ("accuracy", "f1")
-    for split, content in (("train", train), ("validation", validation)):
-        assert data.splits[split].to_list() == [
-            {k: row[k] for k in ("sentence1", "sentence2", "label")} for row in content
-        ]
-
-
-def test_glue_tsv_keeps_rows_that_pandas_quoting_loses(tmp_path):
-    """GLUE's own TSV layout with lone quotation marks: pandas' default quoting swallows rows, we keep every one."""
-    import pandas
-
-    header = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
-    lines = [f"{i % 2}\t{i}\t{i}\t{chr(34) * (i in (2, 5))}the cat {i}\tthe dog\n" for i in range(9)]
-    for split in ("train", "dev"):
-        (tmp_path / f"{split}.tsv").write_text(header + "".join(lines))
-    assert len(pandas.read_csv(tmp_path / "dev.tsv", sep="\t")) < len(lines)
-    data = load_data(str(tmp_path))
-    assert [len(split) for split in data.splits.values()] == [len(lines)] * 2
-    assert data.text_columns == ("#1 String", "#2 String") and data.label_column == "Quality"
-    assert data.splits["train"][2]["#1 String"] == '"the cat 2'
-    assert list(data.splits) == ["train", "validation"]
-
-
-def test_the_words_none_and_na_stay_text(tmp_path):
-    content = [{"sentence": word, "label": i % 2} for i, word in enumerate(["None", "NA", "null", "nan", ""])]
-    write(tmp_path, "csv", "train", content)
-    write(tmp_path, "csv", "validation", content)
-    assert load_data(str(tmp_path)).splits["train"]["sentence"][:] == ["None", "NA", "null", "nan", ""]
-
-
 def test_a_single_file_holds_a_tenth_out_by_the_seed(tmp_path):
     write(tmp_path, "csv", "reviews", rows(40, pair=False))
     name = str(tmp_path / "reviews.csv")

@@ -48,21 +48,6 @@ def test_token_store_holds_int32_and_one_offsets_array(tmp_path, tiny_tokenizer)
     assert store.dense["label"].dtype == np.int64
 
 
-def test_tokenization_is_cached_by_datasets_fingerprint(tmp_path, tiny_tokenizer_dir, monkeypatch):
-    """The second run with a fresh tokenizer of its own reads the cache: its tokenizer is never called."""
-    from transformers import AutoTokenizer
-
-    write(tmp_path, "parquet", "train", rows(20))
-    write(tmp_path, "parquet", "validation", rows(5))
-    first = tokenize(load_data(str(tmp_path)), AutoTokenizer.from_pretrained(tiny_tokenizer_dir), max_length=16)
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
-    monkeypatch.setattr(type(tokenizer), "__call__", lambda *args, **kwargs: pytest.fail("tokenized again"))
-    second = tokenize(load_data(str(tmp_path)), tokenizer, max_length=16)
-    for split in ("train", "validation"):
-        assert first[split].ragged["input_ids"][0].tolist() == second[split].ragged["input_ids"][0].tolist()
-
-
 def test_tokenize_texts_matches_the_tokenizer(tiny_tokenizer):
     texts, pairs = ["the cat", "a big red dog", "it"], ["sat", "ran under the tree", "was small and old"]
     for second in (None, pairs):
