@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pieces import BATCH, LR, SEED, STEPS, Job, Row, interleave, machine, model_of
 
+from nanofinetune.data.job import collate_to_fixed_length
 from nanofinetune.data.pretrained import length_limit
 from nanofinetune.ground.cli import Parser, number, run_main
 from nanofinetune.ground.device import choose_device
@@ -39,7 +40,6 @@ from nanofinetune.ground.xla import fixed_lengths
 from nanofinetune.ranks.loader import prepare_data_loader
 from nanofinetune.step.optim import AdamW
 from nanofinetune.step.order import LengthGroupedBatchSampler
-from train import collate_to_fixed_length
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], None]], Replay]  # records what a function does -> what does it again

@@ -73,11 +73,12 @@ def ours(work: Path, out: Path, world: int, resume: bool, fault: str) -> None:
 
         DataLoaderShard.__iter__ = faulty  # type: ignore[method-assign]
     if fault == "first":
+        from nanofinetune.run import resume as resume_module
 
         def fail(*_: Any) -> None:
             raise RuntimeError("no such data")
 
-        train.find_start = fail
+        resume_module.find_start = fail  # type: ignore[assignment]
     sys.argv = ["train.py", "--model", str(work / "model"), "--data", str(work / "data"), "--epochs", str(EPOCHS)]
     sys.argv += [
         "--batch-size",

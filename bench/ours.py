@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
+from nanofinetune.data import job
 from nanofinetune.run import run as loop
 
 
@@ -40,7 +41,7 @@ def main() -> int:
             losses.append(loss.item())  # each one, as the course's loop does
             times.append(time.time())
 
-    class Collator(train.DataCollatorWithPadding):
+    class Collator(job.DataCollatorWithPadding):
         def __call__(self, features: Any) -> Any:
             batch = super().__call__(features)
             tokens.append(int(batch["attention_mask"].sum()))
@@ -55,8 +56,8 @@ def main() -> int:
         scores.update(found)
         return found
 
-    loop.Log = Log  # type: ignore[misc]
-    train.DataCollatorWithPadding, train.evaluate = Collator, timed_evaluate  # type: ignore[misc]
+    loop.Log, job.DataCollatorWithPadding = Log, Collator  # type: ignore[misc]
+    train.evaluate = timed_evaluate
     code = train.run_main("train.py", train.main)
     if code == 0 and os.environ.get("RANK", "0") == "0":
         trace = {"losses": losses, "tokens": tokens[: len(losses)], "times": times, "evaluation": sum(evaluations)}

@@ -348,37 +348,40 @@ def markdown(record: dict[str, Any], picture: str) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Left the ratios with their spread, right what a step costs against one setting at a time."""
+    """Two panels, times and memory: ours as a share of the library's, so that shorter bars are better in both."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [row for row in all_rows(record) if not record["setups"][row["setup"]]["setup"]["length"]]
-    costs = [row for row in all_rows(record) if record["setups"][row["setup"]]["setup"]["length"]]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 1.5 + 0.32 * max(len(shown), len(costs), 6)))
-    for axis, chosen in ((left, shown), (right, costs)):
-        names = [row["what"].removesuffix(": " + MEASURES["step"][0]) for row in chosen]
-        places = range(len(chosen))
-        if axis is left:
-            low = [row["ratio"] - row["low"] for row in chosen]
-            high = [row["high"] - row["ratio"] for row in chosen]
-            axis.barh(places, [row["ratio"] for row in chosen], xerr=[low, high], color="#4878a8", capsize=2)
-            axis.axvline(1, color="black", linewidth=0.8)
-            axis.set_title("ratio: above 1 ours ahead (first step, memory: below 1)")
-        else:
-            for side, shift, color in (("library", -0.2, "#b0b0b0"), ("ours", 0.2, "#4878a8")):
-                heights = [row[side] for row in chosen]
-                axis.barh([p + shift for p in places], heights, height=0.4, color=color, label=side)
-            axis.set_title("ms for 1,000 tokens of training")
-            axis.set_xscale("log")
-            if chosen:
-                axis.legend()
-        axis.set_yticks(list(places), names, fontsize=7)
+    rows = all_rows(record)
+    panels = {
+        "time, train.py / Accelerate": [row for row in rows if row["unit"] != "MiB"],
+        "memory, train.py / Accelerate": [row for row in rows if row["unit"] == "MiB"],
+    }
+    counts = [max(1, len(shown)) for shown in panels.values()]
+    figure, axes = pyplot.subplots(
+        2, 1, figsize=(9, 1.6 + 0.24 * sum(counts)), height_ratios=counts, layout="constrained", sharex=True
+    )
+    for axis, (title, shown) in zip(axes, panels.items(), strict=True):
+        shares = [share(row) for row in shown]
+        middles = [middle for middle, _, _ in shares]
+        errors = [[middle - low for middle, low, _ in shares], [high - middle for middle, _, high in shares]]
+        axis.barh(range(len(shown)), middles, xerr=errors, color="#4878a8", capsize=2)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_title(f"{title}: below 1 ours ahead", fontsize=9)
+        axis.set_yticks(range(len(shown)), [row["what"] for row in shown], fontsize=7)
         axis.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=90, bbox_inches="tight", metadata={"Software": None})
+    axes[-1].set_xlim(left=0)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
     pyplot.close(figure)
+
+
+def share(row: dict[str, Any]) -> tuple[float, float, float]:
+    """Ours over the library's: median, lowest, highest."""
+    if row["measure"] in OURS_OVER_THEIRS:
+        return row["ratio"], row["low"], row["high"]
+    return 1 / row["ratio"], 1 / row["high"], 1 / row["low"]
 
 
 def write(record: dict[str, Any], base: Path) -> None:

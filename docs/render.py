@@ -2,7 +2,8 @@
 
     python docs/render.py
 
-In README.md, CONTRIBUTING.md, SECURITY.md and docs/*.md it fills in the targets of two kinds of links, and two kinds of numbers:
+In README.md, CONTRIBUTING.md, SECURITY.md and docs/*.md it fills in the targets of two kinds of links, and two kinds of
+numbers:
   - text `ddp.py::Bucket.open` between brackets: the lines of that symbol
   - text that is code, and a target that ends in .py#L... or .sh#L...: the first line of that file that holds the code
   - a link to a file, followed by `, N lines`: the lines that it has
@@ -18,6 +19,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,13 +73,15 @@ def render(text: str, folder: Path) -> str:
     """A document's text, whose links are relative to `folder`, with everything that is computed made anew."""
 
     def to_symbol(found: re.Match[str]) -> str:
-        path = next((place / found[1] for place in PLACES if (place / found[1]).is_file()), None)
-        if path is None:
+        paths = [place / found[1] for place in PLACES if (place / found[1]).is_file()]
+        if not paths:
             raise LookupError(f"there is no file {found[1]}")
-        first, last = span(path, found[2])
-        return (
-            f"[`{found[1]}::{found[2]}`]({os.path.relpath(path, folder)}#L{first}{f'-L{last}' if last > first else ''})"
-        )
+        for path in paths:  # two rooms may have a file of one name
+            with suppress(LookupError):
+                first, last = span(path, found[2])
+                lines = f"#L{first}{f'-L{last}' if last > first else ''}"
+                return f"[`{found[1]}::{found[2]}`]({os.path.relpath(path, folder)}{lines})"
+        raise LookupError(f"{found[1]} has no {found[2]}")
 
     def to_line(found: re.Match[str]) -> str:
         if "::" in found[1]:

@@ -15,8 +15,7 @@
 1.0
 1.0
 
-A *window* is the micro-batches that are accumulated into one *update* of the weights. A *step* of N ranks is the N
-batches that they work on at the same time, one each.
+A *window*: the micro-batches accumulated into one *update*. A *step* of N ranks: the N batches that they do at once.
 
     Accelerate's name                                  where the work is done
     prepare                                            here, wrappers.py, ranks/loader.py, ranks/ddp.py
@@ -35,12 +34,13 @@ Underneath: `accelerate.Accelerator` (accelerate 1.15).
   - Other backends are refused by name.
 
 Proof: test_windows_match_accelerate_but_for_the_short_one, test_ranks_equal_one_process_where_accelerate_does_not in
-tests/test_accelerator.py and tests/test_equal_ranks.py.
+tests/test_accelerator.py and tests/ranks/test_equal_ranks.py.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -55,7 +55,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from nanofinetune.dropin import processes, saving
+from nanofinetune.dropin import ATTRIBUTES, METHODS, processes, saving, tracking
+from nanofinetune.dropin.state import type_of
 from nanofinetune.ground.precision import PRECISIONS, checked_precision
 from nanofinetune.ranks import collectives
 from nanofinetune.ranks.ddp import DistributedDataParallel
@@ -66,9 +67,12 @@ from nanofinetune.settings import (
     ABSENT,
     AutocastKwargs,
     DataLoaderConfiguration,
+    GradientAccumulationPlugin,
     ProjectConfiguration,
+    accumulation_of,
     check_types,
     handlers_of,
+    project_of,
     refuse,
     start_world,
 )
@@ -119,13 +123,14 @@ class Accelerator:
     @contextmanager
     def accumulate(self, *models: Any) -> Iterator[None]:
         """A `with` block around one micro-batch; a window ends after K of them, and with the loader."""
-        at_end = self.position is not None and self.position.end_of_dataloader
+        ended = self.position is not None and self.position.end_of_dataloader
+        at_end = ended and self.accumulation.sync_with_dataloader
         self.index_in_window = self.step % self.gradient_accumulation_steps
         self.step = 0 if at_end else self.step + 1
         self.sync_gradients = at_end or self.step % self.gradient_accumulation_steps == 0
         with ExitStack() as stack:
-            for model in models:
-                stack.enter_context(nullcontext() if self.sync_gradients else self.no_sync(model))
+            for model in () if self.sync_gradients or self.accumulation.sync_each_batch else models:
+                stack.enter_context(self.no_sync(model))
             try:
                 yield
             finally:
@@ -176,7 +181,7 @@ class Accelerator:
         accumulated = self.gradient_accumulation_steps
         position = self.position
         rows = None if position is None else position.loader.rows_of_step(position.index)
-        if position is None or rows is None:
+        if position is None or rows is None or not self.accumulation.sync_with_dataloader:
             return loss / accumulated
         mine, everyones = rows
         if mine == 0:  # the mean over nothing is NaN, but its gradient is 0; and the other ranks wait for this backward
@@ -195,7 +200,9 @@ class Accelerator:
         self, device_placement: bool = True, split_batches: bool = False, mixed_precision: str | None = None,
         gradient_accumulation_steps: int = 1, cpu: bool = False,
         dataloader_config: DataLoaderConfiguration | None = None, *, rng_types: list[str] | None = None,
-        project_dir: str | os.PathLike[str] | None = None, project_config: ProjectConfiguration | None = None,
+        log_with: Any = None, project_dir: str | os.PathLike[str] | None = None,
+        project_config: ProjectConfiguration | None = None,
+        gradient_accumulation_plugin: GradientAccumulationPlugin | None = None,
         kwargs_handlers: list[Any] | None = None, step_scheduler_with_optimizer: bool = True,
         uneven: str = "wrap", device: str = "auto", timeout: timedelta = TIMEOUT, **unsupported: Any,
     ) -> None:  # fmt: skip
@@ -204,34 +211,27 @@ class Accelerator:
             raise ValueError(f"uneven is {uneven!r}: it must be 'wrap' or 'mask'")
         if cpu and device not in ("auto", "cpu"):
             raise ValueError(f"cpu=True and device={device!r} contradict each other: pass one of them")
-        if not isinstance(gradient_accumulation_steps, int) or gradient_accumulation_steps < 1:
-            raise ValueError(f"gradient_accumulation_steps is {gradient_accumulation_steps!r}: it must be 1 or more")
-        self.project_configuration = project_config or ProjectConfiguration()
-        self.project_configuration.project_dir = self.project_configuration.project_dir or (
-            None if project_dir is None else os.fspath(project_dir)
-        )
-        refuse(save_on_each_node=self.project_configuration.save_on_each_node or None)
-        self.autocast_handler, self.ddp_handler, self.scaler_handler, self.init_handler = handlers_of(kwargs_handlers)
+        self.accumulation = accumulation_of(gradient_accumulation_steps, gradient_accumulation_plugin)
+        self.gradient_accumulation_steps = self.accumulation.num_steps or 1
+        self.project_configuration = project_of(project_config, project_dir)
+        self.log_with, self.trackers = tracking.chosen(log_with), list[Any]()
+        (self.autocast_handler, self.ddp_handler, self.scaler_handler, self.init_handler,
+         self.profile_handler) = handlers_of(kwargs_handlers)  # fmt: skip
         self.world = start_world("cpu" if cpu else device, timeout, self.init_handler)
         self.device, self.num_processes = self.world.device, self.world.size
         self.process_index, self.local_process_index = self.world.rank, self.world.local_rank
         self.is_main_process, self.is_local_main_process = self.process_index == 0, self.local_process_index == 0
-        self.is_last_process = self.process_index == self.num_processes - 1
-        self.use_distributed = self.num_processes > 1
-        multi = "MULTI_GPU" if self.device.type == "cuda" else "MULTI_CPU"
-        self.distributed_type = multi if self.use_distributed else "NO"  # equal to accelerate.DistributedType
+        self.is_last_process, self.use_distributed = self.world.rank == self.world.size - 1, self.world.size > 1
+        self.distributed_type = type_of(self.world)
         self.mixed_precision = checked_precision(mixed_precision, self.device)
         scaled = self.mixed_precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, **vars(self.scaler_handler)) if scaled else None
-        self.device_placement = device_placement
         self.dataloader_config = dataloader_config or DataLoaderConfiguration()
         self.split_batches = split_batches or self.dataloader_config.split_batches
         self.uneven, self.rng_types = uneven, rng_types
-        self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
-        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.device_placement, self.step_scheduler_with_optimizer = device_placement, step_scheduler_with_optimizer
         self.sync_gradients = True  # whether the current micro-batch ends its window: ranks average, optimizers step
-        self.step = 0
-        self.index_in_window = None
+        self.step, self.index_in_window = 0, None
         self.positions: list[Position] = []  # of the loops over this Accelerator's loaders; the latest batch's is last
         self.flag_tensor = torch.zeros((), dtype=torch.int64, device=self.device)
         self._prepared = state.Prepared()
@@ -240,6 +240,7 @@ class Accelerator:
     def end_training(self) -> None:
         """Destroy the process group, if this Accelerator made it. Belongs in a `finally`; may be called twice."""
         self._saver.wait()
+        tracking.finish(self)
         self._prepared = state.Prepared()  # nothing of ours holds the group: see shutdown
         shutdown(self.world)
 
@@ -261,6 +262,7 @@ class Accelerator:
             model.to(self.device)
         if self.use_distributed and not evaluation_mode and any(p.requires_grad for p in model.parameters()):
             model = DistributedDataParallel(model, on_send=self.world.calls.begin, **self.ddp_handler.arguments())
+            self.ddp_handler.register_comm_hook(model)
         self._prepared.models.append(model)
         return model
 
@@ -382,7 +384,8 @@ class Accelerator:
     ) -> str:  # fmt: skip
         """Save all that was prepared or registered, and the random states, into a folder -> its path. A collective.
 
-        `keep`: how many such folders stay. `background`: return as soon as the state is copied. See run/state.py.
+        `keep`: how many such folders stay. `background`: return as soon as the state is copied. An older checkpoint is
+        replaced in one step; anything else in the folder stays, and raises FileExistsError. See run/state.py.
         """
         refuse(safe_serialization=None if safe_serialization else False, **save_model_func_kwargs)
         project = self.project_configuration
@@ -391,7 +394,9 @@ class Accelerator:
             keep = project.total_limit if keep is None else keep
         if output_dir is None:
             raise ValueError("save_state: name an output_dir, or choose automatic_checkpoint_naming")
-        state.save(Path(output_dir), self._prepared.stateful(self.scaler), self.world, self._saver, keep, background)
+        saving.call_hooks(self, "save_hooks", os.fspath(output_dir))
+        replace, things = not project.automatic_checkpoint_naming, self._prepared.stateful(self.scaler)
+        state.save(Path(output_dir), things, self.world, self._saver, keep, background, replace=replace)
         project.iteration += 1
         return str(Path(output_dir))
 
@@ -408,9 +413,10 @@ class Accelerator:
         project = self.project_configuration
         named = Path(project.project_dir or ".", "checkpoints")
         folder = state.newest(named, self.world) if input_dir is None else Path(input_dir)
+        saving.call_hooks(self, "load_hooks", str(folder))
         state.load(folder, self._prepared.stateful(self.scaler), self.world)
-        if project.automatic_checkpoint_naming and (number := checkpoint.number_of(folder)) >= 0:
-            project.iteration = number + 1  # underneath: Accelerate begins at 0 again, over what is there
+        if project.automatic_checkpoint_naming and checkpoint.series_of(folder) == state.SERIES:
+            project.iteration = checkpoint.number_of(folder) + 1  # underneath: Accelerate begins at 0 again
 
     # ---- between ranks -----------------------------------------------------------------------------------------------
 
@@ -429,21 +435,17 @@ class Accelerator:
         self._saver.wait()
         collectives.wait_for_everyone(self.world)
 
-    def main_process_first(self) -> AbstractContextManager[None]:
-        return collectives.main_process_first(self.world)
-
-    def local_main_process_first(self) -> AbstractContextManager[None]:
-        return collectives.local_main_process_first(self.world)
-
-    # The rest of Accelerate's names: functions of dropin/, whose first argument is the Accelerator.
-    save, save_model, get_state_dict = saving.save, saving.save_model, saving.get_state_dict
+    main_process_first, local_main_process_first = processes.main_process_first, processes.local_main_process_first
     on_main_process, on_local_main_process = processes.on_main_process, processes.on_local_main_process
-    on_last_process, split_between_processes = processes.on_last_process, processes.split_between_processes
-    set_trigger, check_trigger, print = processes.set_trigger, processes.check_trigger, processes.print_once_a_node
+    print = processes.print_once_a_node
 
     if not TYPE_CHECKING:  # a type checker would take every name for known
 
         def __getattr__(self, name: str) -> Any:
+            """The rest of Accelerate's names: functions of dropin/, whose first argument is the Accelerator."""
+            if room := METHODS.get(name) or ATTRIBUTES.get(name):
+                function = getattr(importlib.import_module(f"nanofinetune.dropin.{room}"), name)
+                return partial(function, self) if name in METHODS else function(self)
             if name in ABSENT:
                 raise AttributeError(f"Accelerator.{name} is not supported here: {ABSENT[name]}")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -27,7 +27,7 @@ from nanofinetune.data.pretrained import length_limit, load_tokenizer, load_trai
 from nanofinetune.data.tokens import tokenize_texts
 from nanofinetune.ground.cli import Parser, number, run_main
 from nanofinetune.ground.device import choose_device
-from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.errors import UsageError, shown
 from nanofinetune.step.collate import DataCollatorWithPadding
 from nanofinetune.step.order import SortedBatchSampler
 
@@ -105,7 +105,7 @@ def main() -> None:
             for lines in read_lines(source, len(columns) if columns else None):
                 answers = predict(lines, model, tokenizer, limit, args.batch_size)
                 for line, (label, value) in zip(lines, answers, strict=True):
-                    print(label, f"{value:.4f}", *line, sep="\t")
+                    print(shown(label), f"{value:.4f}", *line, sep="\t")
     except UnicodeDecodeError as error:
         raise UsageError(f"{name}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file") from error
     except OSError as error:

@@ -1,6 +1,6 @@
 """What an Accelerator can be told, and what it cannot: Accelerate's settings objects, and the names that are absent.
 
->>> autocast, ddp, scaler, process_group = handlers_of([AutocastKwargs(cache_enabled=False)])
+>>> autocast, ddp, scaler, process_group, profiler = handlers_of([AutocastKwargs(cache_enabled=False)])
 >>> autocast, ddp.bucket_cap_mb
 (AutocastKwargs(enabled=True, cache_enabled=False), 25)
 >>> refuse(dynamo_backend="inductor")
@@ -19,6 +19,8 @@ Proof: test_kwargs_handlers_match_accelerate, test_what_is_absent_says_what_to_u
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
@@ -26,7 +28,8 @@ from typing import Any
 
 import torch
 
-from nanofinetune.ranks.environment import START
+from nanofinetune.ground.environment import START
+from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.world import TIMEOUT, World, init_world, shutdown
 
 
@@ -62,7 +65,7 @@ class DistributedDataParallelKwargs:
     """For `Accelerator(kwargs_handlers=[...])` (source: accelerate.utils.DistributedDataParallelKwargs).
 
     Kept at their defaults: dim, check_reduction, comm_wrapper, comm_state_option, static_graph. Gradients are views
-    into buckets whatever gradient_as_bucket_view is: False is Accelerate's default, and the values are the same.
+    into buckets even where gradient_as_bucket_view is False, Accelerate's default; one that is kept stays as it is.
     """
 
     dim: int = 0
@@ -84,16 +87,22 @@ class DistributedDataParallelKwargs:
                 raise NotImplementedError(
                     f"DistributedDataParallelKwargs({name}={value!r}) is not supported: leave it out"
                 )
-        dtypes: dict[Any, torch.dtype | None] = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-        if self.comm_hook not in dtypes:
+        if self.comm_hook not in ("no", "fp16", "bf16"):
             raise NotImplementedError(f"comm_hook={self.comm_hook!r} is not supported: choose no, fp16 or bf16")
         return {
             "broadcast_buffers": self.broadcast_buffers,
             # underneath: Accelerate hands on what differs from the defaults, so 25 leaves torch its small first bucket
             "bucket_cap_mb": None if self.bucket_cap_mb == 25 else self.bucket_cap_mb,
             "find_unused_parameters": self.find_unused_parameters,
-            "comm_dtype": dtypes[self.comm_hook],
         }
+
+    def register_comm_hook(self, model: DistributedDataParallel) -> None:
+        """Let gradients travel as `comm_hook` says (source: accelerate's method of this name)."""
+        if self.comm_hook != "no":
+            from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+            hooks: dict[str, Any] = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
+            model.register_comm_hook(None, hooks[self.comm_hook])
 
 
 @dataclass
@@ -122,6 +131,20 @@ class ProjectConfiguration:
 
 
 @dataclass
+class GradientAccumulationPlugin:
+    """How micro-batches are accumulated (source: accelerate.utils.GradientAccumulationPlugin).
+
+    num_steps: micro-batches of a window. sync_with_dataloader: an epoch's end ends a window too. sync_each_batch:
+    average after each micro-batch, which takes more time and less memory. adjust_scheduler: changes no learning rate.
+    """
+
+    num_steps: int | None = None
+    adjust_scheduler: bool = True
+    sync_with_dataloader: bool = True
+    sync_each_batch: bool = False
+
+
+@dataclass
 class AutocastKwargs:
     """What torch.autocast is told (source: accelerate.utils.AutocastKwargs)."""
 
@@ -140,25 +163,46 @@ class GradScalerKwargs:
     enabled: bool = True
 
 
+@dataclass
+class ProfileKwargs:
+    """What torch.profiler.profile is told (source: accelerate.utils.ProfileKwargs).
+
+    activities: "cpu", "cuda", "xpu", "mtia" or "hpu". schedule_option: torch.profiler.schedule's arguments.
+    output_trace_dir: gets a Chrome trace of each rank.
+    """
+
+    activities: list[str] | None = None
+    schedule_option: dict[str, int] | None = None
+    on_trace_ready: Callable[..., Any] | None = None
+    record_shapes: bool = False
+    profile_memory: bool = False
+    with_stack: bool = False
+    with_flops: bool = False
+    with_modules: bool = False
+    output_trace_dir: str | None = None
+
+    def build(self) -> torch.profiler.profile:
+        """The profiler, not yet started. Raises ValueError for an activity that torch does not have."""
+        activities = None
+        if self.activities is not None:
+            known = {name.lower(): kind for name, kind in torch.profiler.ProfilerActivity.__members__.items()}
+            for name in self.activities:
+                if name not in known:
+                    raise ValueError(f"ProfileKwargs(activities=[{name!r}]): choose among {', '.join(known)}")
+            activities = [known[name] for name in self.activities]
+        schedule = None if self.schedule_option is None else torch.profiler.schedule(**self.schedule_option)
+        return torch.profiler.profile(
+            activities=activities, schedule=schedule, on_trace_ready=self.on_trace_ready,
+            record_shapes=self.record_shapes, profile_memory=self.profile_memory, with_stack=self.with_stack,
+            with_flops=self.with_flops, with_modules=self.with_modules,
+        )  # fmt: skip
+
+
 # What accelerate.Accelerator has under a public name and this one has not -> what to do instead.
 ABSENT = {
     name: instead
     for names, instead in (
-        ("init_trackers log get_tracker trackers log_with", "call the tracker's own library on rank 0"),
-        ("profile profile_handler", "use torch.profiler, or python -m nanofinetune.trace"),
-        ("register_save_state_pre_hook register_load_state_pre_hook", "use register_for_checkpointing"),
-        ("join_uneven_inputs", "use Accelerator(uneven='mask')"),
-        ("trigger_sync_in_backward", "let the last backward of a window be outside of no_sync"),
-        ("on_process on_local_process", "ask for process_index or local_process_index"),
-        ("state gradient_state", "ask the Accelerator itself: num_processes, sync_gradients, ..."),
-        ("multi_device", "ask whether num_processes is above 1"),
-        ("native_amp", "ask for mixed_precision or scaler"),
-        (
-            "dispatch_batches even_batches non_blocking use_seedable_sampler use_stateful_dataloader",
-            "ask dataloader_config",
-        ),
-        ("project_dir logging_dir", "ask project_configuration"),
-        ("save_iteration", "ask project_configuration.iteration"),
+        ("gradient_state", "ask the Accelerator itself: sync_gradients, end_of_dataloader of its loaders, ..."),
         (
             "fp8_backend fp8_enabled fp8_recipe_handler ao_recipe_handler te_recipe_handler msamp_recipe_handler"
             " has_fp8_handler delayed_fp8_autocast has_lomo_optimizer lomo_backward deepspeed_plugin"
@@ -172,7 +216,7 @@ ABSENT = {
 }
 
 
-HANDLERS = (AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs)
+HANDLERS = (AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs, ProfileKwargs)
 
 
 def refuse(**arguments: Any) -> None:
@@ -191,19 +235,44 @@ def check_types(handlers: list[Any], *known: type) -> None:
             raise NotImplementedError(f"{kind.__module__}.{kind.__name__} is not supported here: choose among {names}")
 
 
-def handlers_of(
-    handlers: list[Any] | None,
-) -> tuple[AutocastKwargs | None, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs | None]:
-    """`kwargs_handlers` -> the one of each kind, or its default. Raises for a second one, and an unsupported one."""
+def handlers_of(handlers: list[Any] | None) -> tuple[Any, Any, Any, Any, Any]:
+    """`kwargs_handlers` -> autocast's, DDP's, the scaler's, the process group's and the profiler's, or their defaults.
+
+    Raises ValueError for two of a kind, NotImplementedError for what is not supported.
+    """
     given = handlers or []
     check_types(given, *HANDLERS)
-    by_type = {type(handler): handler for handler in given}
+    by_type: dict[type, Any] = {type(handler): handler for handler in given}
     if len(by_type) < len(given):
         raise ValueError("kwargs_handlers holds two of the same type: pass one of each")
     ddp = by_type.get(DistributedDataParallelKwargs, DistributedDataParallelKwargs())
     ddp.arguments()  # raises now for what is not supported
     scaler = by_type.get(GradScalerKwargs, GradScalerKwargs())
-    return by_type.get(AutocastKwargs), ddp, scaler, by_type.get(InitProcessGroupKwargs)
+    return by_type.get(AutocastKwargs), ddp, scaler, by_type.get(InitProcessGroupKwargs), by_type.get(ProfileKwargs)
+
+
+def accumulation_of(steps: int, plugin: GradientAccumulationPlugin | None) -> GradientAccumulationPlugin:
+    """How to accumulate, from the number of steps or from the plugin. Raises ValueError where both are given."""
+    if plugin is not None and steps != 1:
+        raise ValueError(
+            "gradient_accumulation_steps and gradient_accumulation_plugin contradict each other: pass one of them"
+        )
+    plugin = plugin or GradientAccumulationPlugin(num_steps=steps)
+    steps = 1 if plugin.num_steps is None else plugin.num_steps
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"gradient_accumulation_steps is {steps!r}: it must be 1 or more")
+    return plugin
+
+
+def project_of(
+    configuration: ProjectConfiguration | None, project_dir: str | os.PathLike[str] | None
+) -> ProjectConfiguration:
+    """Where states go, from either argument."""
+    configuration = configuration or ProjectConfiguration()
+    if configuration.project_dir is None and project_dir is not None:
+        configuration.project_dir = os.fspath(project_dir)
+    refuse(save_on_each_node=configuration.save_on_each_node or None)
+    return configuration
 
 
 def start_world(device: str, timeout: timedelta, handler: InitProcessGroupKwargs | None) -> World:

@@ -68,6 +68,8 @@ DATA: dict[str, str | bytes] = {
     "quotes.csv": lines(lambda i: f"{chr(34) * (i == 3)}the cat {i},{i % 2}", "text,label"),
     "fields.csv": lines(lambda i: f"the cat {i},{i % 2}" + ",and more" * (i == 3), "text,label"),
     "latin1.csv": GOOD.replace("cat 3", "caf\u00e9 3").encode("latin-1"),
+    "terminal.csv": lines(lambda i: f"the cat {i},a dog", "te\x1b[2Jxt\x9b31m,lab\u202eel\x07"),
+    "terminal-\x1b[2J.csv": "",
     "broken.jsonl": lines(lambda i: '{"text": "the cat", "label": ' + ("" if i == 3 else "1}")),
     "broken.parquet": b"PAR1 and nothing more",
     "folder/none/README.md": "no data",
@@ -126,6 +128,11 @@ def yard(tmp_path_factory, tiny_tokenizer_dir) -> Path:
     (copy("broken-config") / "config.json").write_text('{"model_type": "bert", ')
     (copy("broken-weights") / "model.safetensors").write_bytes(b"\x00" * 64)
     (copy("unknown-kind") / "config.json").write_text('{"model_type": "nosuchmodel"}')
+    code = {"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"}
+    for model_type in ("nosuchmodel", "vit"):  # one that needs the code for its config, one for the model alone
+        hostile = copy(f"code-{model_type}")
+        (hostile / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": code}))
+        (hostile / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n")
     gpt2 = GPT2Config(vocab_size=32, n_positions=64, n_embd=8, n_layer=1, n_head=1)
     GPT2ForSequenceClassification(gpt2).save_pretrained(folder / "models" / "no-padding")
     words = models.WordLevel({word: i for i, word in enumerate(["[UNK]", *WORDS])}, unk_token="[UNK]")
@@ -203,8 +210,8 @@ OPTIONS = {
     "--save-every 0": r"--save-every: 0 is not a whole number from 1",
     "--keep 0": r"--keep: 0 is not a whole number from 1",
     "--resume auto": r"--resume auto needs --output: name the folder that holds the checkpoints",
-    "--resume {used}": r"--resume \S+used: there is no whole checkpoint; name a folder that holds one",
-    "--resume /nowhere": r"--resume /nowhere: there is no whole checkpoint; name a folder that holds one",
+    "--resume {used}": r"--resume \S+used: there is no complete checkpoint; name a folder that holds one",
+    "--resume /nowhere": r"--resume /nowhere: there is no complete checkpoint; name a folder that holds one",
     "--output {used} --resume auto": r"--output \S+used: this run is complete, there is nothing to resume",
     "--on-nan ignore": r"--on-nan: invalid choice: 'ignore'",
     "--timeout 0": r"--timeout: 0 is not a number from 1",
@@ -227,6 +234,8 @@ MODELS = {
     "{models/broken-config}": r"model \S+broken-config: .* could (not )?be loaded",
     "{models/broken-weights}": r"model \S+broken-weights: the model could not be loaded",
     "{models/unknown-kind}": r"model \S+unknown-kind: .* could (not )?be loaded .*nosuchmodel",
+    "{models/code-nosuchmodel}": r"model \S+code-nosuchmodel: .*code of its own, which is never run here; choose",
+    "{models/code-vit}": r"model \S+code-vit: .*code of its own, which is never run here; choose",
     "{models/no-padding}": r"model \S+no-padding: its tokenizer has no padding token.*; choose a BERT-like",
     "{models/few-layers}": r"model \S+few-layers: 16 encoder weights are missing .* bert.encoder.layer.1",
     "{models/no-room}": r"model \S+no-room: it takes 3 tokens at most, of which 3 are special: no room",
@@ -270,6 +279,8 @@ FILES = {
     "{quotes.csv}": r"--data \S+quotes.csv: it could not be read \(.*unbalanced quotes\?",
     "{fields.csv}": r"--data \S+fields.csv: it could not be read \(.*line 5, saw 3",
     "{latin1.csv}": r"--data \S+latin1.csv: it could not be read \(byte 0xe9 is not UTF-8: convert the file",
+    "{terminal.csv}": r"which column is the label\?.* te\\x1b\[2Jxt\\x9b31m, lab\\u202eel\\x07",
+    "{terminal-\x1b[2J.csv}": r"--data \S+terminal-\\x1b\[2J.csv: the file is empty; write",
     "{broken.jsonl}": r"--data \S+broken.jsonl: it could not be read \(",
     "{broken.parquet}": r"--data \S+broken.parquet: it could not be read \(",
     "{folder/outside}": r"--label-column label: the validation split has the label 2, .* 2 classes",
@@ -292,6 +303,8 @@ PREDICT = {
     "{good.csv} {lines.txt}": r"model \S+good.csv: this is a file; name the folder of a saved model",
     "{models/broken-weights} {lines.txt}": r"model \S+broken-weights: the model could not be loaded",
     "{models/never-tuned} {lines.txt}": r"never-tuned: never fine-tuned .*classifier.*; fine-tune it with train.py",
+    "{models/code-nosuchmodel} {lines.txt}": r"model \S+code-nosuchmodel: .*code of its own, which is never run here",
+    "{models/code-vit} {lines.txt}": r"model \S+code-vit: .*code of its own, which is never run here",
     "{models/many-labels} {lines.txt}": r"many-labels: .*multi_label_classification",
     "{model} {nowhere.txt}": r"nowhere.txt: there is no such file",
     "{model} {models}": r"models: there is no such file",
@@ -317,6 +330,7 @@ def with_the_rest(yard: Path, argv: list[str]) -> list[str]:
 def assert_one_line(stderr: str, name: str, pattern: str) -> None:
     assert stderr.endswith("\n") and stderr.count("\n") == 1, stderr
     assert stderr.startswith(f"{name}: ") and re.search(pattern, stderr), stderr
+    assert stderr[:-1].isprintable(), "a terminal obeys what it is sent"
     assert len(stderr) < 600, f"{len(stderr)} characters are not a line"
 
 
@@ -343,11 +357,13 @@ def test_every_bad_input_to_predict_gives_one_line_and_exit_2(command, yard, mon
     assert state_of(yard) == before
 
 
-def start(*argv: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(
+    *argv: str, timeout: float = 120, stdin: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """A real process in the repository's root; a variable that is given as "" is taken out of the environment."""
     variables = {name: value for name, value in {**os.environ, **environment}.items() if value}
     return subprocess.run(
-        [sys.executable, *argv], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout
+        [sys.executable, *argv], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout, input=stdin
     )
 
 
@@ -362,6 +378,32 @@ def test_a_real_predict_process_says_nothing_else(yard):
     done = start("-m", "nanofinetune.predict", str(yard / "models" / "never-tuned"), str(yard / "lines.txt"))
     assert (done.returncode, done.stdout) == (2, "")
     assert_one_line(done.stderr, "nanofinetune.predict", "never fine-tuned")
+
+
+@pytest.mark.parametrize("model_type", ["nosuchmodel", "vit"])
+@pytest.mark.parametrize("program", ["train.py", "nanofinetune.predict"])
+def test_a_yes_on_stdin_runs_no_code_of_the_model_folder(program, model_type, yard):
+    """transformers asks on stdin whether to run it, and predict's texts are there: their first line was the answer."""
+    before = state_of(yard)
+    folder = str(yard / "models" / f"code-{model_type}")
+    words = with_the_rest(yard, ["--model", folder]) if program == "train.py" else [folder]
+    done = start(*(["train.py"] if program == "train.py" else ["-m", program]), *words, stdin="y\nthe cat\n")
+    assert done.returncode == 2
+    assert_one_line(done.stderr, program, "code of its own, which is never run here")
+    assert state_of(yard) == before
+
+
+def test_the_code_of_a_data_folder_is_never_run(yard, tmp_path, train, monkeypatch, capfd):
+    """`datasets` once ran a script named like its folder; 5.2 does not, and only files of data are given to it."""
+    folder = tmp_path / "reviews"
+    folder.mkdir()
+    for name in ("train.csv", "validation.csv"):
+        (folder / name).write_text(GOOD)
+    for name in ("reviews.py", "train.py", "__init__.py", "dataset_infos.json", "train.pkl"):
+        (folder / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.setattr(sys, "argv", ["train.py", *with_the_rest(yard, ["--data", str(folder), "--dry-run"])])
+    assert run_main("train.py", train.main) == 0
+    assert not (tmp_path / "ran").exists() and "20 train" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["--model nobody/no-such-model", "--data nobody/nothing"])
@@ -381,6 +423,23 @@ def test_the_good_inputs_of_these_tests_are_good(yard, train, monkeypatch, capfd
     assert run_main("train.py", train.main) == 0
     assert json.loads(capfd.readouterr().out.splitlines()[-1])["steps"] == 2
     assert state_of(yard) == before
+
+
+def test_the_plan_sends_nothing_to_the_terminal_but_text(yard, train, tmp_path, monkeypatch, capfd):
+    """Names of files, columns and classes are a stranger's: none moves the cursor, clears the screen or ends a line."""
+    import datasets
+
+    features = datasets.Features(
+        {"te\x1b[2Jxt": datasets.Value("string"), "label": datasets.ClassLabel(names=["go\nod", "b\x1b[31mad"])}
+    )
+    table = {"te\x1b[2Jxt": [f"the cat {i}" for i in range(20)], "label": [i % 2 for i in range(20)]}
+    file = tmp_path / "re\x1b]0;views\x07.parquet"
+    datasets.Dataset.from_dict(table, features).to_parquet(file)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", str(yard / "model"), "--data", str(file), "--dry-run"])
+    assert run_main("train.py", train.main) == 0
+    out = capfd.readouterr().out
+    assert all(line.isprintable() for line in out.split("\n"))
+    assert r"go\nod, b\x1b[31mad" in out and r"re\x1b]0;views\x07.parquet is one file" in out
 
 
 def test_texts_beyond_the_models_limit_are_cut_and_the_plan_says_so(yard, train, tmp_path, monkeypatch, capfd):

@@ -1,6 +1,7 @@
 """What the prose says is true: links into lines, names, commands, options, numbers, generated tables, the picture.
 
-The prose is README.md, CONTRIBUTING.md, SECURITY.md and docs/*.md; the references are the code, and the libraries that it names.
+The prose is README.md, CONTRIBUTING.md, SECURITY.md and docs/*.md. It is compared with the code, and with the libraries
+that it names.
 
     python -m pytest tests/test_docs.py
 """
@@ -337,7 +338,7 @@ def test_every_number_in_the_prose_is_accounted_for(name, facts):
 
 
 def test_numbers_in_words_are_true_too():
-    from nanofinetune.ranks.environment import read_environment
+    from nanofinetune.ground.environment import read_environment
     from nanofinetune.ranks.world import TIMEOUT
     from nanofinetune.step.optim import FORMS
 
@@ -440,7 +441,7 @@ def test_every_question_has_its_place_in_readme_and_its_proof():
         heading, _, answer = part.partition("\n")
         assert f"](#{slug(heading)})" in questions.partition("\n## ")[0], heading
         assert re.search(r"\]\(\.\./[\w/]+\.py#L\d+", answer), f"{heading}: no line to read"
-        assert re.search(r"`test_\w+`|tests/test_\w+\.py#L", answer), f"{heading}: no test"
+        assert re.search(r"`test_\w+`|tests/[\w/]+\.py#L", answer), f"{heading}: no test"
 
 
 def test_a_checkpoint_holds_the_files_that_are_told(tmp_path):

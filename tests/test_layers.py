@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -25,14 +26,15 @@ FLOORS = {
     0: "ground/errors",
     1: "ground/cli ground/xla ground/process ground/precision step/collate step/optim step/schedule step/metrics"
     " step/order ranks/shard ranks/naive_ddp ranks/ddp data/tasks cpu/memory launch/rendezvous",
-    2: "ground/device ranks/environment cpu/dropout cpu/embedding data/stdlib_pairs data/pretrained data/columns",
-    3: "ranks/world cpu/lean data/load",
+    2: "ground/device ground/environment cpu/dropout cpu/embedding data/stdlib_pairs data/pretrained data/columns",
+    3: "ranks/world cpu/lean data/load run/folders",
     4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch",
-    5: "ranks/loader settings run/state run/log data/cache launch/job launch/config",
-    6: "wrappers run/resume dropin/processes dropin/saving launch/notebook",
-    7: "accelerator run/run predict exercise launch/__main__",
-    8: "trace/observe",
-    9: "trace/told",
+    5: "ranks/loader settings run/state run/log data/cache launch/job launch/config"
+    " dropin/processes dropin/logs dropin/local_sgd dropin/tracking dropin/uneven",
+    6: "wrappers run/resume data/job dropin/saving dropin/profiling dropin/state launch/notebook",
+    7: "accelerator run/plan run/result predict exercise launch/__main__ dropin/attributes dropin/operations",
+    8: "run/run trace/observe",
+    9: "trace/told dropin/memory",
     10: "trace/picture",
     11: "trace/__main__",
 }
@@ -120,7 +122,10 @@ def test_tests_mirror_the_package():
 
 
 # Test files that are about several modules of a room at once.
-OTHER_TESTS = {("ranks", "equal_ranks"), ("ranks", "nodes")}
+OTHER_TESTS = {
+    ("ranks", "equal_ranks"), ("ranks", "nodes"), ("ranks", "ddp_edges"), ("ground", "xla_calls"),
+    ("step", "step_properties"), ("run", "start"),
+}  # fmt: skip
 
 
 def loaded_by(statement: str) -> list[str]:
@@ -241,10 +246,11 @@ def test_the_facade_opens_with_what_a_loop_calls():
 
 def test_the_loop_is_short():
     """train() has at most 65 lines and its inner loop at most 15, both as they stand in the file."""
-    functions = {node.name: node for node in ast.parse((ROOT / "train.py").read_text()).body if hasattr(node, "name")}
-    train = functions["train"]
+    body: list[Any] = ast.parse((ROOT / "train.py").read_text()).body
+    train = next(node for node in body if getattr(node, "name", "") == "train")
     assert train.end_lineno - train.lineno + 1 <= 65
-    inner = [node for node in ast.walk(train) if isinstance(node, ast.For) and "batches" in ast.unparse(node.iter)]
+    loops: list[Any] = [node for node in ast.walk(train) if isinstance(node, ast.For)]
+    inner = [node for node in loops if "batches" in ast.unparse(node.iter)]
     assert len(inner) == 1 and inner[0].end_lineno - inner[0].lineno + 1 <= 15
 
 

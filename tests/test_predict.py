@@ -4,6 +4,7 @@ python -m pytest tests/test_predict.py
 """
 
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,16 @@ def test_the_command_prints_label_probability_and_line(pairs, tmp_path, tiny_tok
     np.testing.assert_allclose(
         [float(line[1]) for line in shown], [p for _, p in mine], rtol=0, atol=PRINTED + TOLERANCE
     )
+
+
+def test_a_class_name_is_printed_as_text(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    """A name with a tab or a line end in it would shift the columns, and one with an escape moves the cursor."""
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a"])
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["id2label"] = {i: f"\x1b[31mclass\t{i}\n" for i in range(3)}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    ((label, _, text),) = predicted(["the cat"], folder, capsys, monkeypatch, tmp_path)
+    assert label[:-3] == r"\x1b[31mclass\t" and label.endswith(r"\n") and text == "the cat"
 
 
 def test_a_regression_model_matches_the_pipelines_score(tmp_path, tiny_tokenizer_dir):

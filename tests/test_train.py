@@ -17,7 +17,9 @@ import torch
 from conftest import ROOT, load_script, save_tiny_model, tiny_bert
 from helpers import run_ranks, run_torchrun
 
+from nanofinetune.data import job
 from nanofinetune.ranks import loader
+from nanofinetune.run import run as loop
 from nanofinetune.step.collate import DataCollatorWithPadding
 
 RESULT_KEYS = {
@@ -75,7 +77,8 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(run, tiny_mod
 def test_every_batch_ends_its_step(run, tiny_model, pairs, monkeypatch):
     """XLA records until a step ends: 5 updates, and 23 rows to evaluate in batches of 8."""
     ended: list[torch.device] = []
-    monkeypatch.setattr(train, "end_step", ended.append)
+    monkeypatch.setattr(train, "end_step", ended.append)  # evaluation's
+    monkeypatch.setattr(loop, "end_step", ended.append)
     result_of(run("--model", tiny_model, "--data", pairs, "--max-steps", 5, "--eval-batch-size", 8))
     assert ended == [torch.device("cpu")] * (5 + 3)
 
@@ -190,7 +193,7 @@ def test_grouped_batches_in_low_precision_have_few_lengths(precision, run, tiny_
             made.append(batch["attention_mask"])
             return batch
 
-    monkeypatch.setattr(train, "DataCollatorWithPadding", Noted)
+    monkeypatch.setattr(job, "DataCollatorWithPadding", Noted)
     options = "--max-steps", 8, "--group-by-length", "--precision", precision
     found = result_of(run("--model", tiny_model, "--data", pairs, *options))["padding"]
     epoch = made[:8]  # evaluation follows
@@ -319,3 +322,30 @@ def test_fixed_lengths_pad_to_the_next_one(tiny_tokenizer):
     assert fixed["input_ids"].shape == (2, 16) and plain["input_ids"].shape == (2, 11)
     for name in ("input_ids", "attention_mask"):
         assert fixed[name][:, :11].equal(plain[name]) and not fixed[name][:, 11:].any()
+
+
+@pytest.mark.parametrize("name", ["constant_with_warmup", "cosine", "polynomial", "inverse_sqrt"])
+def test_schedule_option_gives_the_rates_of_transformers_get_scheduler(name, run, tiny_model, pairs, tmp_path):
+    """What metrics.jsonl says of each update, `==` the library's rate at that step."""
+    import transformers
+
+    output = tmp_path / "out"
+    code, _, err = run(
+        "--model", tiny_model, "--data", pairs, "--schedule", name, "--warmup-steps", 3, "--max-steps", 9,
+        "--output", output,
+    )  # fmt: skip
+    assert code == 0, err
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=5e-5)
+    theirs = transformers.get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=9)
+    for line in map(json.loads, lines_of(output / "metrics.jsonl")):
+        assert line["lr"] == theirs.get_last_lr()[0]
+        optimizer.step()
+        theirs.step()
+
+
+def test_a_warm_up_of_the_constant_schedule_is_refused(run):
+    code, _, err = run("--schedule", "constant", "--warmup-steps", 3)
+    assert code == 2 and err == [
+        "train.py: --warmup-steps 3: constant has none; choose --schedule constant_with_warmup"
+    ]

@@ -19,6 +19,8 @@ from __future__ import annotations
 import gc
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -112,10 +114,12 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     _check_name(name)
+    _config(name)  # refuses code of the model's own
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, JSONDecodeError ...
-        raise UsageError(f"model {name}: no tokenizer could be loaded ({first_line(error)})") from error
+        raise UsageError(f"model {name}: no tokenizer could be loaded ({_why(error)})") from error
     # underneath: without a vocabulary, transformers 5 makes one of special tokens alone, and every word is [UNK]
     if len(tokenizer) <= len(tokenizer.all_special_ids) + 2:  # some types add one or two more
         raise UsageError(f"model {name}: it has no tokenizer files; save the tokenizer beside the model")
@@ -166,12 +170,7 @@ def length_limit(name: str, tokenizer: Any) -> int:
         UsageError: no config, a limit that leaves no room for text beside the special tokens, or a tokenizer that has
             more tokens than the model.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except Exception as error:
-        raise UsageError(f"model {name}: its config could not be loaded ({first_line(error)})") from error
+    config = _config(name)
     limits = [
         tokenizer.model_max_length,
         getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length,
@@ -195,24 +194,57 @@ def length_limit(name: str, tokenizer: Any) -> int:
 
 def _load(name: str, head: dict[str, Any]) -> tuple[Any, list[str]]:
     """from_pretrained without its reports -> (model in fp32, names of the parameters that are new)."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
+
+    config = _config(name, **head)
+    try:
+        with _quiet():
+            # underneath: transformers 5 keeps a checkpoint's dtype, so half precision would train in half precision
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+            )  # fmt: skip
+    except Exception as error:
+        raise UsageError(f"model {name}: the model could not be loaded ({_why(error)})") from error
+    # A head of another size (a model that was fine-tuned on another task) is replaced like a missing one.
+    return model, sorted(set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]})
+
+
+def _config(name: str, **head: Any) -> Any:
+    """The model's config. Raises UsageError where there is none, or where it asks for code from elsewhere."""
+    from transformers import AutoConfig
+
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head)
+    except Exception as error:
+        raise UsageError(f"model {name}: its config could not be loaded ({_why(error)})") from error
+    attention = config._attn_implementation
+    if "/" in str(attention):  # underneath: with the package `kernels` this downloads the code and runs it
+        raise UsageError(f"model {name}: its config names code on the Hub ({attention}), which is never run here")
+    return config
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' reports: what matters is returned or raised."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(name, **head)
-        # underneath: transformers 5 keeps a checkpoint's dtype, so a half-precision one would train in half precision
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except Exception as error:
-        raise UsageError(f"model {name}: the model could not be loaded ({first_line(error)})") from error
+        yield
     finally:
         logging.set_verbosity(verbosity)
-    # A head of another size (a model that was fine-tuned on another task) is replaced like a missing one.
-    return model, sorted(set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]})
+
+
+def _why(error: BaseException) -> str:
+    """The library's reason in one line."""
+    # underneath: unless it is told False, transformers asks on stdin whether to run the code: a text there answers it
+    if "custom code" in str(error):
+        return "it comes with code of its own, which is never run here; choose a model that transformers knows"
+    return first_line(error)
 
 
 def _check_name(name: str) -> None:

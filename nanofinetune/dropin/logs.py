@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nanofinetune.ranks.environment import read_environment
+from nanofinetune.ground.environment import read_environment
 
 
 def get_logger(name: str, log_level: str | None = None) -> MultiProcessAdapter:
@@ -33,7 +33,7 @@ def get_logger(name: str, log_level: str | None = None) -> MultiProcessAdapter:
     return MultiProcessAdapter(logger, {})
 
 
-class MultiProcessAdapter(logging.LoggerAdapter):  # type: ignore[type-arg]
+class MultiProcessAdapter(logging.LoggerAdapter):
     """`main_process_only=False` lets every rank speak; `in_order=True` one after the other, which is a collective."""
 
     def __init__(self, logger: logging.Logger, extra: dict[str, Any]) -> None:

@@ -20,8 +20,10 @@ test_public_names_and_signatures_match_accelerate in tests/test_accelerator.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+
+import torch
 
 from nanofinetune.ranks import collectives
 
@@ -32,7 +34,17 @@ def split_between_processes(accelerator: Any, inputs: Any, apply_padding: bool =
 
     `apply_padding` repeats the last item until all parts are equally long.
     """
-    yield collectives.part_of(inputs, accelerator.process_index, accelerator.num_processes, apply_padding)
+    yield part_of(inputs, accelerator.process_index, accelerator.num_processes, apply_padding)
+
+
+def main_process_first(accelerator: Any) -> AbstractContextManager[None]:
+    """A `with` block that rank 0 runs before the others do. If it fails there, all ranks raise at once."""
+    return collectives.main_process_first(accelerator.world)
+
+
+def local_main_process_first(accelerator: Any) -> AbstractContextManager[None]:
+    """A `with` block that the first rank of each node runs before all others do."""
+    return collectives.local_main_process_first(accelerator.world)
 
 
 def on_main_process(accelerator: Any, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,3 +104,25 @@ def check_trigger(accelerator: Any) -> bool:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """What a function for another rank does on this one."""
+
+
+def part_of(inputs: Any, rank: int, size: int, apply_padding: bool) -> Any:
+    """Rank `rank`'s part of `size` nearly equal parts; the first ones take what is left over, one item each.
+
+    Source: accelerate.PartialState.split_between_processes. Raises TypeError for what cannot be cut, ValueError for a
+    dict of values that are not equally long.
+    """
+    if size == 1:
+        return inputs
+    if isinstance(inputs, dict):
+        if len({len(values) for values in inputs.values()}) > 1:
+            raise ValueError("split_between_processes: the values of the dict are not equally long")
+        return {key: part_of(values, rank, size, apply_padding) for key, values in inputs.items()}
+    if not isinstance(inputs, (list, tuple, torch.Tensor)):
+        raise TypeError(f"split_between_processes: {type(inputs).__name__} is neither list, tuple, tensor nor dict")
+    shorter, longer = divmod(len(inputs), size)
+    begin = rank * shorter + min(rank, longer)
+    indices = list(range(begin, begin + shorter + (rank < longer)))
+    if apply_padding:
+        indices += [len(inputs) - 1] * (shorter + (longer > 0) - len(indices))
+    return inputs[indices] if isinstance(inputs, torch.Tensor) else type(inputs)(inputs[i] for i in indices)

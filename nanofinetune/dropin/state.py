@@ -17,7 +17,6 @@ Proof: test_partial_state_matches_accelerate, test_distributed_type_matches_acce
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from enum import StrEnum
 from typing import Any
@@ -114,18 +113,13 @@ class PartialState:
     def wait_for_everyone(self) -> None:
         collectives.wait_for_everyone(self.world)
 
-    def main_process_first(self) -> AbstractContextManager[None]:
-        return collectives.main_process_first(self.world)
-
-    def local_main_process_first(self) -> AbstractContextManager[None]:
-        return collectives.local_main_process_first(self.world)
-
     def destroy_process_group(self, group: Any = None) -> None:
         """End the process group, if this object made it."""
         if group is not None:
             raise NotImplementedError("group is not supported: leave it out, or call torch.distributed's function")
         shutdown(self.world)
 
+    main_process_first, local_main_process_first = processes.main_process_first, processes.local_main_process_first
     on_main_process, on_local_main_process = processes.on_main_process, processes.on_local_main_process
     on_last_process, on_process = processes.on_last_process, processes.on_process
     on_local_process, split_between_processes = processes.on_local_process, processes.split_between_processes

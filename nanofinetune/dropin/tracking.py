@@ -63,7 +63,7 @@ class TensorBoardTracker(GeneralTracker):
             raise ImportError(
                 "log_with='tensorboard' needs the package tensorboard: pip install tensorboard"
             ) from error
-        self.tracker: Any = SummaryWriter(os.path.join(logging_dir, run_name), **kwargs)  # type: ignore[no-untyped-call]
+        self.tracker: Any = SummaryWriter(os.path.join(logging_dir, run_name), **kwargs)
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         self.tracker.add_hparams(values, metric_dict={})

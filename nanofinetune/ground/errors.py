@@ -20,6 +20,9 @@ tests/test_bad_inputs.py and tests/ground/test_cli.py.
 class UsageError(ValueError):
     """What the user got wrong, in one line: the thing, the value, the remedy."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(shown(" ".join(text.splitlines())))
+
 
 class Halt(Exception):
     """An early stop that is nobody's programming error: a signal, or a loss that is not a number.
@@ -28,10 +31,23 @@ class Halt(Exception):
     """
 
     def __init__(self, code: int, text: str) -> None:
-        super().__init__(text)
+        super().__init__(shown(" ".join(text.splitlines())))
         self.code = code
 
 
 def first_line(error: BaseException) -> str:
     """What a library's error says, cut to its first line and 200 characters, to be quoted in a UsageError."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip()
+
+
+def shown(text: str, most: int = 500) -> str:
+    r"""Text that came from a file, a name or a command line, safe to print: at most `most` characters, all printable.
+
+    A terminal obeys what it is sent: a column's name can clear the screen, and a class's name can end a line.
+
+    >>> shown("good\x1b[2J\tbad"), shown("a" * 600, most=9)
+    ('good\\x1b[2J\\tbad', 'aaa...aaa')
+    """
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    half = (most - 3) // 2
+    return safe if len(safe) <= most else f"{safe[:half]}...{safe[-half:]}"

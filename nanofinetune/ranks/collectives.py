@@ -3,8 +3,6 @@
 >>> alone = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), backend=None)
 >>> gather({"loss": torch.tensor([2.0])}, alone)  # on N ranks: N values, in rank order
 {'loss': tensor([2.])}
->>> [part_of(list("abcde"), rank, 2, apply_padding=False) for rank in (0, 1)]
-[['a', 'b', 'c'], ['d', 'e']]
 
 Underneath: `accelerate.utils.operations.gather`, `accelerate.utils.operations.reduce`,
 `accelerate.utils.operations.broadcast`, `accelerate.utils.operations.pad_across_processes`,
@@ -177,28 +175,6 @@ def main_process_first(world: World, timeout: timedelta = timedelta(hours=2)) ->
 def local_main_process_first(world: World, timeout: timedelta = timedelta(hours=2)) -> AbstractContextManager[None]:
     """A `with` block that the first rank of each node runs before all others do. If one of them fails, all raise."""
     return _goes_first(world.local_rank == 0, "local_main_process_first", world, timeout)
-
-
-def part_of(inputs: Any, rank: int, size: int, apply_padding: bool) -> Any:
-    """Rank `rank`'s part of `size` nearly equal parts; the first ones take what is left over, one item each.
-
-    Source: accelerate.PartialState.split_between_processes. Raises TypeError for what cannot be cut, ValueError for a
-    dict of values that are not equally long.
-    """
-    if size == 1:
-        return inputs
-    if isinstance(inputs, dict):
-        if len({len(values) for values in inputs.values()}) > 1:
-            raise ValueError("split_between_processes: the values of the dict are not equally long")
-        return {key: part_of(values, rank, size, apply_padding) for key, values in inputs.items()}
-    if not isinstance(inputs, (list, tuple, torch.Tensor)):
-        raise TypeError(f"split_between_processes: {type(inputs).__name__} is neither list, tuple, tensor nor dict")
-    shorter, longer = divmod(len(inputs), size)
-    begin = rank * shorter + min(rank, longer)
-    indices = list(range(begin, begin + shorter + (rank < longer)))
-    if apply_padding:
-        indices += [len(inputs) - 1] * (shorter + (longer > 0) - len(indices))
-    return inputs[indices] if isinstance(inputs, torch.Tensor) else type(inputs)(inputs[i] for i in indices)
 
 
 def first_rows(rows: torch.Tensor, count: int, expected: int) -> torch.Tensor:

@@ -33,6 +33,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+from torch.utils.weak import WeakIdKeyDictionary
 
 MIB = 2**20
 
@@ -81,12 +83,19 @@ class Bucket:
     parameter has no tensor of its own: the gradient is reduced where it lies.
     """
 
-    parameters: dict[int, torch.Tensor]  # by index
+    parameters: dict[int, nn.Parameter]  # by index
+    as_views: bool = True  # after backward, gradients are pieces of `flat`; else they have memory of their own
     waiting_for: set[int] = field(default_factory=set)
+    unused: set[int] = field(default_factory=set)  # had no gradient in this backward
     flat: torch.Tensor | None = None  # (elements,)
+    strides: list[tuple[int, ...]] = field(default_factory=list)  # of the views
     views: dict[int, torch.Tensor] = field(default_factory=dict)  # pieces of `flat`, shaped as the parameters
-    wire: torch.Tensor | None = None  # what is sent: `flat`, or a copy of it in another dtype
-    work: dist.Work | None = None
+    work: Any = None  # dist.Work, or the Future of a communication hook
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of each parameter."""
+        return [parameter.numel() for parameter in self.parameters.values()]
 
     def take(self, grad: torch.Tensor) -> bool:
         """Use the only parameter's gradient as the flat tensor -> False where that is impossible: it must be copied."""
@@ -101,37 +110,52 @@ class Bucket:
         return True
 
     def open(self) -> None:
-        """Make the flat tensor, with a view of it for each parameter."""
-        sizes = [parameter.numel() for parameter in self.parameters.values()]
-        self.flat = next(iter(self.parameters.values())).new_empty(sum(sizes))
-        for (i, parameter), piece in zip(self.parameters.items(), self.flat.split(sizes), strict=True):
+        """Make the flat tensor, or take the last backward's again, with a view of it for each parameter."""
+        first = next(iter(self.parameters.values()))
+        if self.flat is not None and self._is_kept(self.flat):
+            # Somebody still has a gradient of the last backward (`g = p.grad`), which must not change now. Copy from
+            # now on: otherwise each small gradient that is kept would keep a whole bucket.
+            self.flat, self.as_views = None, False
+        if self.flat is None or (self.flat.dtype, self.flat.device) != (first.dtype, first.device):
+            self.flat = first.new_empty(sum(self.sizes))
             # empty_like keeps a dense layout (channels_last) and closes gaps, as autograd does for gradients.
-            strides = torch.empty_like(parameter, device="meta").stride()
-            self.views[i] = piece.as_strided(parameter.shape, strides)
+            self.strides = [torch.empty_like(p, device="meta").stride() for p in self.parameters.values()]
+        pieces = zip(self.parameters.items(), self.flat.split(self.sizes), self.strides, strict=True)
+        self.views = {i: piece.as_strided(parameter.shape, stride) for (i, parameter), piece, stride in pieces}
+
+    def _is_kept(self, flat: torch.Tensor) -> bool:
+        """Whether anything but this bucket and its parameters' `.grad` holds the memory."""
+        place = flat.untyped_storage().data_ptr()
+        grads = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        own = {id(grad) for grad in grads if grad.untyped_storage().data_ptr() == place}
+        return holders(flat) > 1 + len(own)
 
     def close(self) -> None:
         """Get ready for the next backward."""
-        self.waiting_for = set(self.parameters)
-        self.wire = self.work = None
+        self.waiting_for, self.unused, self.views, self.work = set(self.parameters), set(), {}, None
         if len(self.parameters) == 1:  # it is a gradient, and the user may want to free it
-            self.flat, self.views = None, {}
+            self.flat = None
 
 
-class DistributedDataParallel(nn.Module):
+class DistributedDataParallel(nn.Module, Joinable):
     """Wrap `module`: same forward; after each backward outside `no_sync`, every `.grad` is the mean over the ranks.
 
-    Args:
-        module: on its device, with the same parameters in the same order on all ranks.
+    Args, as torch's; those that are not named here are refused unless they have torch's default:
+        module: on its device, with the same parameters in the same order on all ranks. What its attribute
+            `_ddp_params_and_buffers_to_ignore` names is left alone.
         device_ids, output_device: None, or the one GPU that the module is on. Inputs are not moved there.
-        broadcast_buffers: copy rank 0's buffers to all ranks now, and before each forward that follows a synchronised
-            one.
-        process_group: None is the default group.
+        init_sync: check that the ranks' parameters match, and copy rank 0's to all.
+        forward_sync_buffers: copy rank 0's buffers to all ranks before each forward that follows a synchronised one.
+        broadcast_buffers: the same; False also leaves them out of `init_sync`.
+        process_group, device_mesh: the ranks; None is the default group.
         bucket_cap_mb: size of a bucket in MiB. None: 25, and 1 for the first.
         find_unused_parameters: allow a parameter to get no gradient on some ranks (it counts as zero there) or on all
             (its `.grad` stays as it is). Costs one small all-reduce a backward.
-        comm_dtype: the dtype in which gradients travel, such as torch.bfloat16 (torch's `bf16_compress_hook`). None:
-            their own.
-        on_send: is called with the name of each all-reduce when it starts, "all_reduce[bucket 2 of 7]".
+        gradient_as_bucket_view: True: gradients are views into buckets, and exist once. A gradient that somebody keeps
+            still does not change: its bucket then gets other memory. False, torch's default: they are copied out.
+        on_send: not torch's; is called with the name of each all-reduce when it starts, "all_reduce[bucket 2 of 7]".
+
+    A copy (copy.deepcopy, pickle, torch.save) averages as well: it sets its hooks at its next forward.
 
     Raises:
         RuntimeError: no process group; nothing to train; ranks whose parameters differ (on all ranks; names the first).
@@ -139,77 +163,103 @@ class DistributedDataParallel(nn.Module):
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        device_ids: Sequence[int | torch.device] | None = None,
-        output_device: int | torch.device | None = None,
-        *,
-        broadcast_buffers: bool = True,
-        process_group: dist.ProcessGroup | None = None,
-        bucket_cap_mb: float | None = None,
-        find_unused_parameters: bool = False,
-        gradient_as_bucket_view: bool = True,
-        static_graph: bool = False,
-        comm_dtype: torch.dtype | None = None,
-        on_send: Callable[[str], object] = str,
-    ) -> None:
+        self, module: nn.Module, device_ids: Sequence[int | torch.device] | None = None,
+        output_device: int | torch.device | None = None, dim: int = 0, broadcast_buffers: bool | None = None,
+        init_sync: bool = True, process_group: dist.ProcessGroup | None = None, bucket_cap_mb: float | None = None,
+        find_unused_parameters: bool = False, check_reduction: bool = False, gradient_as_bucket_view: bool = True,
+        static_graph: bool = False, delay_all_reduce_named_params: Any = None, param_to_hook_all_reduce: Any = None,
+        mixed_precision: Any = None, device_mesh: Any = None, skip_all_reduce_unused_params: bool = False,
+        bucket_cap_mb_list: list[int] | None = None, batched_grad_copy: bool = False,
+        forward_sync_buffers: bool | None = None, *, on_send: Callable[[str], object] = str,
+    ) -> None:  # fmt: skip
         super().__init__()
-        if static_graph:
-            raise NotImplementedError("static_graph=True is not supported: leave it out")
-        if not gradient_as_bucket_view:
-            raise NotImplementedError("gradient_as_bucket_view=False is not supported: gradients always are views here")
-        if comm_dtype is not None and not comm_dtype.is_floating_point:
-            raise ValueError(f"comm_dtype={comm_dtype}: choose a floating-point dtype")
+        Joinable.__init__(self)
+        _refuse(
+            dim=dim, check_reduction=check_reduction, static_graph=static_graph, mixed_precision=mixed_precision,
+            delay_all_reduce_named_params=delay_all_reduce_named_params, bucket_cap_mb_list=bucket_cap_mb_list,
+            param_to_hook_all_reduce=param_to_hook_all_reduce, batched_grad_copy=batched_grad_copy,
+            skip_all_reduce_unused_params=skip_all_reduce_unused_params,
+        )  # fmt: skip
         if not dist.is_initialized():
-            raise RuntimeError("DistributedDataParallel needs a process group: call init_world first")
-        named = list(module.named_parameters())  # a tied parameter comes once
-        _check_devices(device_ids, output_device, [parameter for _, parameter in named])
+            raise RuntimeError(NO_GROUP)
+        if forward_sync_buffers is not None and broadcast_buffers is not None:
+            raise ValueError("broadcast_buffers is the old name of forward_sync_buffers: pass one of them")
+        if device_mesh is not None:
+            if process_group is not None or device_mesh.ndim != 1:
+                raise ValueError("device_mesh must have one dimension, and goes without process_group")
+            process_group = device_mesh.get_group(mesh_dim=0)
         self.module = module
-        self.process_group = process_group
+        self.process_group = None if process_group == dist.group.WORLD else process_group
         self.find_unused_parameters = find_unused_parameters
+        self.gradient_as_bucket_view = gradient_as_bucket_view
+        self.forward_sync_buffers = forward_sync_buffers is not False and broadcast_buffers is not False
         self.require_backward_grad_sync = True
-        self._world_size = dist.get_world_size(process_group)
-        self._comm_dtype = comm_dtype
+        self.parameters_to_ignore = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+        self._bucket_cap_mb = bucket_cap_mb
+        self._comm_hook: tuple[Any, Callable[..., Any]] | None = None
         self._on_send = on_send
-        self._buffers_to_sync = list(module.buffers()) if broadcast_buffers else []
         self._sync_buffers_next = False
+        self._in_backward = False
 
-        _check_same_parameters(named, process_group)
-        broadcast_from_first([*(parameter for _, parameter in named), *self._buffers_to_sync], process_group)
+        named = self._named_parameters()
+        _check_devices(device_ids, output_device, [parameter for _, parameter in named])
+        if init_sync:
+            _check_same_parameters(named, self.process_group)
+            self._copy_from(0, buffers=broadcast_buffers is not False)
+        self._set_up()
 
-        self._frozen = [(name, parameter) for name, parameter in named if not parameter.requires_grad]
-        trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    def _set_up(self) -> None:
+        """Plan the buckets and hook the parameters: of a wrapped module, and of a copied or loaded wrapper."""
+        if not dist.is_initialized():
+            raise RuntimeError(NO_GROUP)
+        trained = [(name, parameter) for name, parameter in self._named_parameters() if parameter.requires_grad]
         if not trained:
             raise RuntimeError("DistributedDataParallel: no parameter of the module requires a gradient")
+        if early := [name for name, parameter in trained if hasattr(parameter, "_in_backward_optimizers")]:
+            raise NotImplementedError(f"optimizers that step in backward are not supported: {early}")
         self._names = [name for name, _ in trained]
         self._trained = [parameter for _, parameter in trained]
-        other = int((25 if bucket_cap_mb is None else bucket_cap_mb) * MIB)
-        plan = bucket_plan(self._trained, MIB if bucket_cap_mb is None else other, other)
+        self._known = set(map(id, self._trained))
+        other = int((25 if self._bucket_cap_mb is None else self._bucket_cap_mb) * MIB)
+        plan = bucket_plan(self._trained, MIB if self._bucket_cap_mb is None else other, other)
         plan = large_alone(plan, self._trained, other)
-        self._buckets = [Bucket({i: self._trained[i] for i in indices}) for indices in plan]
+        as_views = self.gradient_as_bucket_view
+        self._buckets = [Bucket({i: self._trained[i] for i in indices}, as_views) for indices in plan]
         self._bucket_of = {i: bucket for bucket in self._buckets for i in bucket.parameters}
-        self._got_gradient = [False] * len(trained)  # since the last synchronised backward
+        self._got_gradient = [0] * len(trained)  # since the last synchronised backward
         self._reset()
         # A weak reference: otherwise the parameters would keep this wrapper and its hooks alive after a second one.
         this = weakref.ref(self)
         for i, parameter in enumerate(self._trained):
             parameter.register_post_accumulate_grad_hook(partial(_hook, this, i))
+        self._take_charge()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's own forward, after its buffers have been made rank 0's."""
-        thawed = [name for name, parameter in self._frozen if parameter.requires_grad]
-        if thawed:
-            raise RuntimeError(
-                f"these were frozen when the module was wrapped, so nothing would average them: {thawed}"
-            )
+        if torch.is_grad_enabled():
+            self._get_ready()
+        source = self._source_under_join() if self._join_config.enable else 0
         # underneath: what counts is whether the forward *before* was synchronised. So of the forwards whose gradients
         # add up, only the first one broadcasts.
-        if self._sync_buffers_next and self._buffers_to_sync:
-            broadcast_from_first(self._buffers_to_sync, self.process_group)
-        self._sync_buffers_next = torch.is_grad_enabled() and self.require_backward_grad_sync
+        if self._sync_buffers_next:
+            self._copy_from(source, parameters=False)
+        self._sync_buffers_next = self._will_sync() and self.forward_sync_buffers
+        return self.module(*inputs, **kwargs)
+
+    def _get_ready(self) -> None:
+        """Set up what this forward's backward needs."""
+        if not self._buckets:
+            self._set_up()
+        if not self._in_charge:
+            self._take_charge()
         if self._in_backward:
             self._reset(abandoned=True)  # the last backward raised half-way
-        return self.module(*args, **kwargs)
+        others = [pair for pair in self._named_parameters() if id(pair[1]) not in self._known]
+        if new := [name for name, parameter in others if parameter.requires_grad]:
+            raise RuntimeError(
+                f"these were frozen, or not there, when the module was wrapped, so nothing would average them: {new};"
+                " wrap the module again"
+            )
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -220,18 +270,10 @@ class DistributedDataParallel(nn.Module):
         finally:
             self.require_backward_grad_sync = before
 
-    # One synchronised backward: _gradient_is_there for each parameter, then _finish.
-
-    def _reset(self, abandoned: bool = False) -> None:
-        self._in_backward = False
-        self._next = 0  # the first bucket that has not been sent
-        for bucket in self._buckets:
-            if abandoned:  # an all-reduce may still write there
-                bucket.flat = None
-            bucket.close()
+    # ---- One synchronised backward: _gradient_is_there for each parameter, then _finish -----------------------------
 
     def _gradient_is_there(self, i: int) -> None:
-        self._got_gradient[i] = True
+        self._got_gradient[i] = 1
         if not self.require_backward_grad_sync:
             return
         if not self._in_backward:
@@ -243,6 +285,8 @@ class DistributedDataParallel(nn.Module):
             raise RuntimeError(
                 f"{self._names[i]} got its gradient twice in one backward: two copies of it were checkpointed"
             )
+        if self._trained[i].grad is None:
+            raise RuntimeError(TAKEN.format(self._names[i]))
         self._put_into(bucket, i)
         self._send_full_buckets()
 
@@ -252,15 +296,17 @@ class DistributedDataParallel(nn.Module):
         grad = parameter.grad
         if grad is not None and (grad.requires_grad or grad.layout != torch.strided):
             raise NotImplementedError(f"{self._names[i]}: neither create_graph=True nor sparse gradients are supported")
-        if bucket.flat is None and (grad is None or not bucket.take(grad)):
+        if not bucket.views and (grad is None or not bucket.take(grad)):
             bucket.open()
         view = bucket.views[i]
-        if grad is None:
-            view.zero_()  # not used on this rank
+        if grad is None:  # not used on this rank
+            view.zero_()
+            bucket.unused.add(i)
         else:
             # underneath: torch multiplies; on 3 ranks a division would differ in the last bit
-            torch.mul(grad, 1 / self._world_size, out=view)
-            parameter.grad = view
+            torch.mul(grad, self._share, out=view)
+            if bucket.as_views:
+                parameter.grad = view
         bucket.waiting_for.discard(i)
 
     def _send_full_buckets(self) -> None:
@@ -268,20 +314,17 @@ class DistributedDataParallel(nn.Module):
         while self._next < len(self._buckets) and not self._buckets[self._next].waiting_for:
             bucket = self._buckets[self._next]
             assert bucket.flat is not None
-            bucket.wire = bucket.flat if self._comm_dtype is None else bucket.flat.to(self._comm_dtype)
             self._next += 1
             self._on_send(f"all_reduce[bucket {self._next} of {len(self._buckets)}]")
-            bucket.work = dist.all_reduce(bucket.wire, group=self.process_group, async_op=True)
+            bucket.work = self._reduce(self._next - 1, bucket.flat)
 
-    def join_after_failure(self) -> None:
-        """Take part in the all-reduces of a backward that failed here (out of memory), so that no other rank waits.
-
-        The gradients are then wrong on all ranks: throw them away.
-        """
-        self._in_backward = True
-        for i in [i for bucket in self._buckets for i in sorted(bucket.waiting_for)]:
-            self._put_into(self._bucket_of[i], i)
-        self._finish()
+    def _reduce(self, index: int, flat: torch.Tensor) -> Any:
+        if self._comm_hook is None:
+            return dist.all_reduce(flat, group=self.process_group, async_op=True)
+        state, hook = self._comm_hook
+        state = _default_group() if state is _default_group else state
+        parameters = list(self._buckets[index].parameters.values())
+        return hook(state, GradBucket(flat, index, parameters, index == len(self._buckets) - 1))
 
     def _finish(self) -> None:
         """End of backward: deal with parameters that got no gradient, then wait for the all-reduces under way."""
@@ -297,29 +340,224 @@ class DistributedDataParallel(nn.Module):
             self._put_into(self._bucket_of[i], i)
         self._send_full_buckets()
         if self.find_unused_parameters:
-            used = torch.tensor(self._got_gradient, dtype=torch.int32, device=self._trained[0].device)
-            dist.all_reduce(used, dist.ReduceOp.MAX, group=self.process_group)
-            self._got_gradient = used.tolist()  # by any rank
-        for bucket in self._buckets:
-            assert bucket.work is not None and bucket.flat is not None and bucket.wire is not None
-            bucket.work.wait()
-            if bucket.wire is not bucket.flat:
-                bucket.flat.copy_(bucket.wire)
-        for i in missing:
-            if self._got_gradient[i] and self._trained[i].grad is None:
-                self._trained[i].grad = self._bucket_of[i].views[i]
-        self._got_gradient = [False] * len(self._trained)
+            self._got_gradient = self._tell(*self._got_gradient)  # on any rank
+        gone = [self._names[i] for bucket in self._buckets for i in self._wait_for(bucket)]
+        self._got_gradient = [0] * len(self._trained)
         self._reset()
+        if gone:
+            raise RuntimeError(TAKEN.format(", ".join(gone)))
+
+    def _wait_for(self, bucket: Bucket) -> list[int]:
+        """Let the parameters have the bucket's means -> those whose gradient is no longer where they go."""
+        assert bucket.flat is not None
+        result, gone = bucket.work.wait(), []
+        if self._comm_hook is not None:
+            _copy_result(result, bucket.flat)
+        for i, parameter in bucket.parameters.items():
+            view = bucket.views[i]
+            if i in bucket.unused:
+                if self._got_gradient[i]:
+                    parameter.grad = view if bucket.as_views else view.clone()
+            elif parameter.grad is None or (bucket.as_views and parameter.grad.data_ptr() != view.data_ptr()):
+                gone.append(i)
+            elif parameter.grad is not view and not bucket.as_views:
+                parameter.grad.copy_(view)
+        return gone
+
+    def _reset(self, abandoned: bool = False) -> None:
+        self._in_backward = False
+        self._next = 0  # the first bucket that has not been sent
+        # What a gradient is multiplied by; a communication hook divides by itself.
+        self._share = 1.0 if self._comm_hook else 1 / dist.get_world_size(self.process_group)
+        for bucket in self._buckets:
+            if abandoned:  # an all-reduce may still write there
+                bucket.flat = None
+            bucket.close()
+
+    # ---- Edge cases from here on ------------------------------------------------------------------------------------
+
+    def join_after_failure(self) -> None:
+        """Take part in the all-reduces of a backward that failed here (out of memory), so that no other rank waits.
+
+        The gradients are then wrong on all ranks: throw them away.
+        """
+        self._in_backward = True
+        for i in [i for bucket in self._buckets for i in sorted(bucket.waiting_for)]:
+            self._put_into(self._bucket_of[i], i)
+        self._finish()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along. Hooks stay with the old parameters, and buckets hold these: it sets up its own."""
+        if self.process_group is not None:
+            raise RuntimeError("with a process_group of its own it cannot be copied or saved whole: copy its .module")
+        fresh: dict[str, Any] = {name: [] for name in ("_buckets", "_trained", "_names", "_got_gradient")}
+        fresh |= {"_bucket_of": {}, "_known": set(), "_in_charge": False, "_in_backward": False, "_on_send": str}
+        hook_state = self._comm_hook[0] if self._comm_hook else None
+        if self._comm_hook and isinstance(hook_state, dist.ProcessGroup) and hook_state == dist.group.WORLD:
+            fresh["_comm_hook"] = (_default_group, self._comm_hook[1])  # a group itself cannot be copied
+        return self.__dict__ | fresh
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._sync_buffers_next &= dist.is_initialized()  # a loaded one may be there to predict, alone
+
+    def _take_charge(self) -> None:
+        """Become the one wrapper that averages these gradients: a second one would average half-averaged ones."""
+        for name, parameter in zip(self._names, self._trained, strict=True):
+            other = _in_charge_of.get(parameter, _no_one)()
+            if other is not None and other is not self:
+                if other.module is not self.module:
+                    raise ValueError(f"another DistributedDataParallel, of another module, averages {name}: delete it")
+                other._in_charge = False  # until its own next forward
+            _in_charge_of[parameter] = weakref.ref(self)
+        self._in_charge = True
+
+    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """All but the ignored; a tied one comes once."""
+        return [pair for pair in self.module.named_parameters() if pair[0] not in self.parameters_to_ignore]
+
+    def _copy_from(self, source: int, parameters: bool = True, buffers: bool = True) -> None:
+        """Overwrite this rank's parameters or buffers, or both, with those of rank `source` of the group."""
+        tensors: list[torch.Tensor] = [parameter for _, parameter in self._named_parameters()] if parameters else []
+        if buffers:  # the module is asked each time: it may have replaced one, as `self.n = self.n + 1` does
+            tensors += [b for name, b in self.module.named_buffers() if name not in self.parameters_to_ignore]
+        broadcast_from_rank(tensors, self.process_group, source)
+
+    def _will_sync(self) -> bool:
+        return torch.is_grad_enabled() and self.require_backward_grad_sync
+
+    # Communication hooks
+
+    def register_comm_hook(self, state: Any, hook: Callable[..., Any]) -> None:
+        """Let `hook(state, bucket) -> Future` average each bucket, in place of all_reduce (source: torch's method).
+
+        `bucket` is a `GradBucket`; the future's value is a tensor of as many elements as its buffer. torch's own hooks
+        fit, such as torch.distributed.algorithms.ddp_comm_hooks.default_hooks.fp16_compress_hook.
+        """
+        if not callable(hook):
+            raise TypeError("a communication hook must be callable")
+        if self._comm_hook is not None:
+            raise RuntimeError("register_comm_hook can only be called once")
+        self._comm_hook, self._share = (state, hook), 1.0
+
+    # Ranks with different numbers of batches: `with model.join():`
+
+    def join(
+        self, divide_by_initial_world_size: bool = True, enable: bool = True, throw_on_early_termination: bool = False
+    ) -> Join:
+        """A block in which ranks may have different numbers of batches (source: torch's `join`).
+
+        A rank that is through with its own joins in what the others send, with zeros, until all are through; then all
+        get the weights of the last one. `divide_by_initial_world_size=False` takes the mean over the others only.
+        """
+        return Join(
+            [self], enable, throw_on_early_termination, divide_by_initial_world_size=divide_by_initial_world_size
+        )
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        self._divide_by_all = kwargs.get("divide_by_initial_world_size", True)
+        return _Joined(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def join_process_group(self) -> Any:
+        return self.process_group or dist.group.WORLD
+
+    def _tell(self, *numbers: int) -> list[int]:
+        """The greatest of each number over the ranks."""
+        greatest = torch.tensor(numbers, dtype=torch.int32, device=self.join_device)
+        dist.all_reduce(greatest, dist.ReduceOp.MAX, group=self.process_group)
+        return greatest.tolist()
+
+    def _source_under_join(self) -> int:
+        """Tell ranks without batches what this forward and its backward will send -> the rank whose buffers count."""
+        if (work := Join.notify_join_context(self)) is not None:
+            active = work.get_future().wait()[0]  # how many ranks still have batches
+            if not self._divide_by_all and self._comm_hook is None:
+                self._share = 1 / int(active)
+        return self._tell(self._sync_buffers_next, self._will_sync(), dist.get_rank(self.process_group))[2]
+
+    def _shadow(self) -> None:
+        """On a rank without batches: the collectives of the other ranks' forward and backward, with zeros."""
+        self._get_ready()
+        sync_buffers, sync_gradients, source = self._tell(0, 0, -1)
+        if sync_buffers:
+            self._copy_from(source, parameters=False)
+        self._sync_buffers_next = bool(sync_gradients) and self.forward_sync_buffers  # as on the other ranks
+        if not sync_gradients:
+            return
+        first = [next(iter(bucket.parameters.values())) for bucket in self._buckets]
+        works = [self._reduce(k, first[k].new_zeros(sum(bucket.sizes))) for k, bucket in enumerate(self._buckets)]
+        if self.find_unused_parameters:
+            self._tell(*[0] * len(self._trained))
+        for work in works:
+            work.wait()
 
 
-def broadcast_from_first(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Overwrite the tensors, in place, with those of the group's rank 0: one broadcast for each dtype and device."""
+class _Joined(JoinHook):
+    """What torch's Join calls on a rank that is through with its batches."""
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        self.ddp = ddp
+
+    def main_hook(self) -> None:
+        self.ddp._shadow()
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        rank = dist.get_rank(self.ddp.process_group)
+        (source,) = self.ddp._tell(rank if is_last_joiner else -1)
+        self.ddp._copy_from(source, buffers=self.ddp.forward_sync_buffers)
+        Joinable.__init__(self.ddp)  # underneath: torch's stays in the block for good, with two all-reduces a forward
+
+
+@dataclass
+class GradBucket:
+    """A bucket as a communication hook sees it (source: torch.distributed.GradBucket, which Python cannot make)."""
+
+    _buffer: torch.Tensor
+    _index: int
+    _parameters: list[nn.Parameter]
+    _last: bool
+
+    def buffer(self) -> torch.Tensor:
+        """The gradients in one flat tensor (elements,), not divided by the number of ranks."""
+        return self._buffer
+
+    def set_buffer(self, tensor: torch.Tensor) -> None:
+        """Put another tensor of as many elements in the buffer's place."""
+        self._buffer = tensor
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Pieces of the buffer, shaped as the parameters."""
+        pieces = self._buffer.split([parameter.numel() for parameter in self._parameters])
+        return [piece.view(parameter.shape) for piece, parameter in zip(pieces, self._parameters, strict=True)]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those whose gradients are in the buffer."""
+        return self._parameters
+
+    def index(self) -> int:
+        """Its number, in the order in which buckets are sent."""
+        return self._index
+
+    def is_last(self) -> bool:
+        """Whether it is the last bucket of a backward."""
+        return self._last
+
+
+def broadcast_from_rank(
+    tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None = None, source: int = 0
+) -> None:
+    """Overwrite the tensors, in place, with those of a rank of the group: one broadcast for each dtype and device."""
     kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
     for same in kinds.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in same])
-        dist.broadcast(flat.view(torch.uint8), group=group, group_src=0)  # bytes: gloo knows neither int16 nor float8
+        dist.broadcast(flat.view(torch.uint8), group=group, group_src=source)  # bytes: gloo lacks int16 and float8
         for tensor, values in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
             # `.data`: unseen by autograd, which holds BatchNorm's buffers of the forward before and would complain.
             tensor.data.copy_(values.view_as(tensor))
@@ -331,10 +569,40 @@ def holders(tensor: torch.Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1
 
 
+NO_GROUP = "DistributedDataParallel needs a process group: call init_world first"
+TAKEN = "{}: the gradient was taken or replaced before it was averaged; no optimizer can step in backward here"
+
+# The wrapper that averages a parameter's gradient (parameter -> weak reference): never two of them at once.
+_in_charge_of = WeakIdKeyDictionary()
+
+
 def _hook(wrapper: weakref.ref[DistributedDataParallel], i: int, _: torch.Tensor) -> None:
     ddp = wrapper()
-    if ddp is not None:
+    if ddp is not None and ddp._in_charge:
         ddp._gradient_is_there(i)
+
+
+def _default_group() -> Any:
+    return dist.group.WORLD
+
+
+def _no_one() -> None:
+    """A reference to no wrapper."""
+
+
+def _copy_result(result: Any, flat: torch.Tensor) -> None:
+    """Put what a communication hook's future has given into the bucket."""
+    if not isinstance(result, torch.Tensor) or result.numel() != flat.numel():
+        raise RuntimeError(f"a communication hook's future must give a tensor of {flat.numel()} elements, not {result}")
+    if result.data_ptr() != flat.data_ptr():
+        flat.copy_(result.view(-1))
+
+
+def _refuse(**arguments: Any) -> None:
+    """Raise for what torch takes and this does not: every default here is None, False or 0."""
+    for name, value in arguments.items():
+        if value:
+            raise NotImplementedError(f"{name}={value!r} is not supported: leave it out")
 
 
 def _check_same_parameters(named: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup | None) -> None:

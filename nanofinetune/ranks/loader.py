@@ -87,19 +87,11 @@ class DataLoaderShard(DataLoader):
     """
 
     def __init__(
-        self,
-        dataset: Any,
-        device: torch.device | str | None = None,
-        synchronized_generator: torch.Generator | None = None,
-        skip_batches: int = 0,
-        _non_blocking: bool = False,
-        iteration: int = 0,
-        *,
-        data_seed: int = 0,
-        continues: DataLoaderShard | None = None,
-        positions: list[Position] | None = None,
-        **kwargs: Any,
-    ) -> None:
+        self, dataset: Any, device: torch.device | str | None = None,
+        synchronized_generator: torch.Generator | None = None, skip_batches: int = 0, _non_blocking: bool = False,
+        iteration: int = 0, *, data_seed: int = 0, continues: DataLoaderShard | None = None,
+        positions: list[Position] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(dataset, **kwargs)
         self.device = None if device is None else torch.device(device)
         self.synchronized_generator = synchronized_generator
@@ -258,25 +250,13 @@ class DataLoaderShard(DataLoader):
 
 
 def prepare_data_loader(
-    dataloader: DataLoader,
-    device: torch.device | str | None = None,
-    num_processes: int = 1,
-    process_index: int = 0,
-    split_batches: bool = False,
-    put_on_device: bool = False,
-    rng_types: list[str] | None = None,
-    dispatch_batches: bool | None = None,
-    even_batches: bool = True,
-    slice_fn_for_dispatch: Callable[..., Any] | None = None,
-    use_seedable_sampler: bool = True,
-    data_seed: int | None = None,
-    non_blocking: bool = False,
-    use_stateful_dataloader: bool = False,
-    torch_device_mesh: Any = None,
-    *,
-    uneven: str = "wrap",
-    positions: list[Position] | None = None,
-) -> DataLoaderShard:
+    dataloader: DataLoader, device: torch.device | str | None = None, num_processes: int = 1, process_index: int = 0,
+    split_batches: bool = False, put_on_device: bool = False, rng_types: list[str] | None = None,
+    dispatch_batches: bool | None = None, even_batches: bool = True,
+    slice_fn_for_dispatch: Callable[..., Any] | None = None, use_seedable_sampler: bool = True,
+    data_seed: int | None = None, non_blocking: bool = False, use_stateful_dataloader: bool = False,
+    torch_device_mesh: Any = None, *, uneven: str = "wrap", positions: list[Position] | None = None,
+) -> DataLoaderShard:  # fmt: skip
     """Make the loader of one rank (source: accelerate.data_loader.prepare_data_loader). `dataloader` stays as it is.
 
     Args:

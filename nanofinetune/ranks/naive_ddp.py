@@ -38,9 +38,16 @@ class NaiveDDP(nn.Module):
         self.module = module
         self.require_backward_grad_sync = True
         _broadcast([*module.parameters(), *module.buffers()])
-        for parameter in module.parameters():
+        self._hook_parameters()
+
+    def _hook_parameters(self) -> None:
+        for parameter in self.module.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._average)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hook_parameters()  # underneath: copying or loading a parameter loses its hooks
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and self.require_backward_grad_sync:

@@ -44,15 +44,9 @@ def steps(units: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def shard(
-    units: Iterable[T],
-    per_process: int,
-    num_processes: int,
-    process_index: int,
-    *,
-    drop_last: bool = False,
-    uneven: str = "wrap",
-    padding: T | None = None,
-) -> Iterator[list[T]]:
+    units: Iterable[T], per_process: int, num_processes: int, process_index: int, *, drop_last: bool = False,
+    uneven: str = "wrap", padding: T | None = None,
+) -> Iterator[list[T]]:  # fmt: skip
     """Yield this rank's part of every step: a step is `num_processes * per_process` consecutive units, a part a slice.
 
     A short last step is left out with `drop_last`; else `uneven` says what becomes of it:
@@ -110,15 +104,9 @@ class BatchSamplerShard(BatchSampler):
     """
 
     def __init__(
-        self,
-        batch_sampler: Iterable[list[int]],
-        num_processes: int = 1,
-        process_index: int = 0,
-        split_batches: bool = False,
-        even_batches: bool = True,
-        *,
-        uneven: str = "wrap",
-    ) -> None:
+        self, batch_sampler: Iterable[list[int]], num_processes: int = 1, process_index: int = 0,
+        split_batches: bool = False, even_batches: bool = True, *, uneven: str = "wrap",
+    ) -> None:  # fmt: skip
         self.batch_sampler = batch_sampler
         self.num_processes = num_processes
         self.process_index = process_index
@@ -211,14 +199,9 @@ class IterableDatasetShard(IterableDataset):
     """
 
     def __init__(
-        self,
-        dataset: Iterable[object],
-        batch_size: int = 1,
-        drop_last: bool = False,
-        num_processes: int = 1,
-        process_index: int = 0,
-        split_batches: bool = False,
-    ) -> None:
+        self, dataset: Iterable[object], batch_size: int = 1, drop_last: bool = False, num_processes: int = 1,
+        process_index: int = 0, split_batches: bool = False,
+    ) -> None:  # fmt: skip
         # underneath: accelerate accepts batch_size 1 on 2 ranks, and then each rank keeps 1 // 2 = 0 rows of a batch
         if split_batches:
             _check_split(batch_size, num_processes)

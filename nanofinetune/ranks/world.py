@@ -36,9 +36,9 @@ import torch
 import torch.distributed as dist
 
 from nanofinetune.ground.device import backend_for, choose_device
+from nanofinetune.ground.environment import Launch, read_environment
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ground.process import end_with_parent
-from nanofinetune.ranks.environment import Launch, read_environment
 
 # underneath: gloo's own default is 30 minutes, in which a mistake looks like a slow step.
 TIMEOUT = timedelta(minutes=5)

@@ -1,4 +1,4 @@
-"""Save the state of a run so that no kill, full disk or flipped bit loses it: whole or not at all, checked when read.
+"""Save a run's state so that no kill, full disk or flipped bit loses it: complete or not at all, and checked when read.
 
 >>> import tempfile
 >>> folder = Path(tempfile.mkdtemp())
@@ -6,39 +6,30 @@
 ...     save(folder / f"update-{update}", {"model": {"w": torch.ones(2)}, "schedule": {"last_epoch": update}}, keep=2)
 >>> sorted(file.name for file in (folder / "update-20").iterdir())
 ['manifest.json', 'model.safetensors', 'schedule.json']
->>> _ = (folder / "update-20" / "schedule.json").write_text("{}")  # someone touches the newest one
+>>> _ = (folder / "update-20" / "schedule.json").write_text("{}")  # someone edits the newest one
 >>> newest(folder)
 (PosixPath('.../update-10'), ['update-20: schedule.json has 2 bytes, and its manifest says 18'])
 >>> load(folder / "update-10")["schedule"]
 {'last_epoch': 10}
 
-Underneath: `accelerate.Accelerator.save_state` (accelerate 1.15) has `accelerate.checkpointing.save_accelerator_state`
-write model.safetensors, optimizer.bin, scheduler.bin, random_states_0.pkl ... straight into the folder, one after the
-other: no temporary folder, no sync, nothing that says "complete"; with a limit the oldest folder is deleted *before*
-the new one is begun, so that a kill with `total_limit=1` leaves nothing. `accelerate.Accelerator.load_state` takes the
-highest number, complete or not, and unpickles objects registered for checkpointing. Kept: one folder a save, a name
-with a number, weights that any safetensors reader takes. Different on purpose:
-  - The order is: write all files into a hidden folder beside it, sync each, write the manifest of sizes and hashes
-    last, sync, rename, sync, and only then let older ones go. A kill between any two of these leaves older ones whole.
-  - A folder counts only if its manifest does, file by file. `newest` passes over the others and says why.
-  - No pickle, in either direction: tensors are in safetensors, all else is JSON, what is neither is refused at save.
+Underneath: `accelerate.checkpointing.save_accelerator_state` (accelerate 1.15) writes one file after another into the
+folder itself; `accelerate.Accelerator.load_state` takes the highest number, and unpickles registered objects.
+  - Kept: one folder a save, numbered, with weights that any safetensors reader takes.
+  - Here a folder appears complete or not at all: folders.py. Only then older ones are deleted.
+  - A folder whose files are not what its manifest says is passed over, with the reason.
+  - No pickle: tensors are safetensors, the rest is JSON.
 
-Proof: test_a_kill_at_every_file_operation_loses_nothing, test_full_disk_keeps_what_was_there, test_damage_is_found,
-test_accelerate_loads_a_flipped_bit_and_stops_at_a_partial_folder, test_accelerate_deletes_the_last_checkpoint_first,
-test_malicious_pickle_is_refused_where_accelerate_runs_it, test_trees_match_torch_save, test_the_order_of_a_save,
-test_loaded_state_continues_bit_for_bit, test_a_broken_off_epoch_goes_on_where_accelerate_reads_rows_twice,
-test_a_random_state_that_does_not_fit_raises_where_accelerate_says_nothing in tests/test_checkpoint.py.
+Proof: test_a_kill_at_every_file_operation_loses_nothing, test_malicious_pickle_is_refused_where_accelerate_runs_it in
+tests/run/test_checkpoint.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,20 +37,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanofinetune.ground.errors import first_line
+from nanofinetune.run.folders import check, delete, new_folder, read_manifest, restore
 from nanofinetune.step.order import mix
-
-FORMAT = 1  # of the folder; a reader refuses any other
-MANIFEST = "manifest.json"
-SAVING, LEAVING = ".saving-", ".leaving-"  # folders under way, to or from their names; what a kill left of them may go
-
 
 # ---- State as tensors and JSON ---------------------------------------------------------------------------------------
 
 
 def pack(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A state dict -> (JSON, {path: copy on the CPU}): the copies stay as they are while training goes on.
+    """A state dict -> (JSON, {path: copy on the CPU}); the copies do not change while training goes on.
 
-    Takes dicts, lists, tuples, tensors, numbers, text, None. Tensors that are one (tied weights) are stored once.
+    Takes dicts, lists, tuples, tensors, numbers, text, None. Tied weights, which share one memory, are stored once.
     Raises TypeError, naming the place, for anything else.
 
     >>> pack({"betas": (0.9, 0.999), "state": {0: {"exp_avg": torch.zeros(1)}}})[0]
@@ -96,7 +84,7 @@ def pack(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def unpack(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The inverse of `pack`. Tensors that were one are one again."""
+    """The inverse of `pack`. Tensors that shared one memory share it again."""
     if isinstance(tree, list):
         return [unpack(item, tensors) for item in tree]
     if not isinstance(tree, dict):
@@ -114,55 +102,40 @@ def unpack(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 def save(folder: Path, parts: Mapping[str, Any], keep: int | None = None) -> None:
-    """Write one checkpoint, each part a file, then let go of all but the newest `keep` in the same parent folder.
+    """Write one checkpoint, each part a file, then delete all but the newest `keep` in the same parent folder.
 
-    A part is what `pack` takes; one without a tensor becomes NAME.json, others NAME.safetensors with the rest in the
-    header. Raises OSError where the disk does not take it; then everything is as it was before.
+    A part is what `pack` takes. Without a tensor it becomes NAME.json, else NAME.safetensors with the rest in the
+    header. Raises OSError if the disk does not take it; then everything is as it was before.
     """
     write(folder, {name: pack(part) for name, part in parts.items()}, keep)
 
 
 def write(folder: Path, packed: Mapping[str, tuple[Any, dict[str, torch.Tensor]]], keep: int | None = None) -> None:
     """`save` for parts that are packed already."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder.parent)
-    partial = folder.parent / (SAVING + folder.name)
-    partial.mkdir()
-    try:
-        files: dict[str, dict[str, Any]] = {}
-        for name, (tree, tensors) in packed.items():
-            file = partial / (f"{name}.safetensors" if tensors else f"{name}.json")
-            _write(file, tree, tensors)
-            _sync(file)
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        manifest = partial / MANIFEST
-        manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-        _sync(manifest)
-        _sync(partial)
-        if folder.exists():  # a damaged one: a run that resumed before it comes by here again
-            os.rename(folder, folder.parent / (LEAVING + folder.name))
-        os.rename(partial, folder)  # now it is there, whole
-        _sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sweep(folder.parent)
-    # underneath: Accelerate deletes the oldest before it writes: with total_limit=1 a kill in between leaves none
+    files = {f"{name}.safetensors" if part[1] else f"{name}.json": part for name, part in packed.items()}
+    with new_folder(folder, files) as draft:
+        for name, (tree, tensors) in files.items():
+            _write(draft / name, tree, tensors)
+    # underneath: Accelerate deletes the oldest before it writes; with total_limit=1 a kill in between leaves none
     if keep is not None:
-        prefix = folder.name.rstrip("0123456789")
-        there = [path for path in numbered(folder.parent) if path.name.rstrip("0123456789") == prefix]  # no one else's
-        sound = [path for path in there if path == folder or not check(path, hashes=False)]
-        for path in there[there.index(folder) :]:
-            if path not in sound[:keep]:  # it is older, and one too many or damaged
-                leaving = folder.parent / (LEAVING + path.name)
-                os.rename(path, leaving)  # at once: a kill while files go must not leave half a checkpoint
-                shutil.rmtree(leaving)
+        _delete_older(folder, keep)
+
+
+def _delete_older(folder: Path, keep: int) -> None:
+    """Of the folders named like this one, with lower numbers, leave the newest `keep` - 1 that are complete."""
+    left = keep - 1
+    for path in numbered(folder.parent, series_of(folder)):
+        if number_of(path) < number_of(folder):
+            if left > 0 and not check(path, hashes=False):
+                left -= 1
+            else:
+                delete(path)  # it checks that it is ours
 
 
 class Saver:
-    """Write checkpoints from a thread, one at a time: the training waits only while its state is copied.
+    """Writes checkpoints in a thread, one at a time: the training waits only while its state is copied.
 
-    A write that fails (a full disk) does not end the training: `report` gets the line, older checkpoints stay.
+    A write that fails (a full disk) does not end the training: `report` is called with a line, older checkpoints stay.
     """
 
     def __init__(self, report: Any = print) -> None:
@@ -171,14 +144,14 @@ class Saver:
         self._report = report
 
     def save(self, folder: Path, parts: Mapping[str, Any], keep: int | None = None) -> None:
-        """Copy the state, once the write before is done, and return while it is written."""
+        """Wait until the previous write is done, copy the state, and return while the copy is written."""
         self.wait()
         packed = {name: pack(part) for name, part in parts.items()}
         self._pending = self._pool.submit(write, folder, packed, keep)
         self._pending.add_done_callback(lambda done: self._say(folder, done.exception()))
 
     def wait(self, raising: bool = False) -> bool:
-        """Return when nothing is being written any more -> whether the last write succeeded; `raising` raises."""
+        """Wait until nothing is being written -> whether the last write succeeded. `raising`: raise its failure."""
         pending, self._pending = self._pending, None
         failure = None if pending is None else pending.exception()
         if failure is not None and raising:
@@ -194,70 +167,58 @@ class Saver:
 # ---- Load ------------------------------------------------------------------------------------------------------------
 
 
+def series_of(folder: Path) -> str:
+    """A folder's name without the number that it ends in: "update-" of update-00000010."""
+    return re.sub("[0-9]+$", "", folder.name)
+
+
 def number_of(folder: Path) -> int:
-    """The number that a folder's name ends in; -1 where it ends in none."""
-    found = re.search(r"\d+$", folder.name)
+    """The number that a folder's name ends in; -1 if there is none."""
+    found = re.search("[0-9]+$", folder.name)
     return int(found[0]) if found else -1
 
 
-def numbered(parent: Path) -> list[Path]:
-    """The folders in `parent` whose names end in a number, the highest first."""
+def numbered(parent: Path, series: str) -> list[Path]:
+    """The folders in `parent` whose names are the series' and a number, the highest first."""
     if not parent.is_dir():
         return []
-    found = [path for path in parent.iterdir() if number_of(path) >= 0 and path.name[0] != "." and path.is_dir()]
-    return sorted(found, key=number_of, reverse=True)
+    with os.scandir(parent) as entries:
+        names = [entry.name for entry in entries if re.fullmatch(re.escape(series) + "[0-9]+", entry.name)]
+    return sorted((parent / name for name in names if os.path.isdir(parent / name)), key=number_of, reverse=True)
 
 
-def newest(parent: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole (None: there is none), and why each newer one is passed over."""
+def newest(
+    parent: Path, series: str = "update-", misfit: Callable[[Path], str] = lambda folder: ""
+) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint of a series (None: there is none), and why each newer one is passed over.
+
+    `misfit` says why a complete one is not to be taken, "" if it is.
+    """
     passed_over: list[str] = []
-    for path in numbered(parent):  # underneath: Accelerate takes the highest number, whole or not
-        reason = check(path)
+    for path in numbered(parent, series):  # underneath: Accelerate takes the highest number, complete or not
+        reason = check(path) or misfit(path)
         if not reason:
             return path, passed_over
         passed_over.append(f"{path.name}: {reason}")
     return None, passed_over
 
 
-def check(folder: Path, *, hashes: bool = True) -> str:
-    """What is wrong with a checkpoint, "" if nothing is. Reads every byte of it unless `hashes` is False."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, and this version reads {FORMAT}"
-        expected: dict[str, Any] = manifest["files"]
-        for name in sorted({MANIFEST, *expected} ^ {file.name for file in folder.iterdir()}):
-            return f"{name} is missing" if name in expected else f"{name} does not belong to it"
-        for name, facts in expected.items():
-            size = (folder / name).stat().st_size
-            if size != facts["bytes"]:
-                return f"{name} has {size} bytes, and its manifest says {facts['bytes']}"
-            if hashes and _sha256(folder / name) != facts["sha256"]:
-                return f"{name} has been changed: its hash is not the manifest's"
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}: its save was interrupted, or something else made it"
-    except OSError as error:
-        return f"it cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"its {MANIFEST} is damaged"
-    return ""
-
-
 def load(folder: Path) -> dict[str, Any]:
-    """{part: its state} of a checkpoint, checked first. Raises ValueError, with the reason, if it is not whole."""
+    """{part: its state} of a checkpoint that is checked first. Raises ValueError, with the reason, if it is damaged."""
+    restore(folder)
     if reason := check(folder):
-        raise ValueError(f"{folder} is not a whole checkpoint: {reason}")
+        raise ValueError(f"{folder} is not a complete checkpoint: {reason}")
     parts: dict[str, Any] = {}
-    for name in json.loads((folder / MANIFEST).read_bytes())["files"]:
-        try:
-            parts[Path(name).stem] = _read(folder / name)
-        except Exception as error:  # safetensors has its own, json others
-            raise ValueError(f"{folder} is not a checkpoint: {name} is not what its name says ({error})") from error
+    for name in read_manifest(folder):
+        parts[Path(name).stem] = _read(folder / name)
     return parts
 
 
 def read_part(folder: Path, name: str) -> Any:
-    """One part of a checkpoint that was checked before; KeyError if it has no such part."""
+    """One part of a checkpoint that is known to be complete.
+
+    Raises KeyError if it has no such part, ValueError if that is not what `pack` writes.
+    """
     for suffix in (".json", ".safetensors"):
         if (folder / (name + suffix)).is_file():
             return _read(folder / (name + suffix))
@@ -273,19 +234,23 @@ def _write(file: Path, tree: Any, tensors: dict[str, torch.Tensor]) -> None:
 
     try:
         save_file(tensors, file, metadata={"tree": json.dumps(tree)})
-    except SafetensorError as error:  # it hides the system's error in its text
+    except SafetensorError as error:  # the system's error is only in its text
         number = re.search(r"os error (\d+)", str(error))
         raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
 
 
 def _read(file: Path) -> Any:
-    if file.suffix == ".json":
-        return unpack(json.loads(file.read_text()), {})
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt") as opened:  # neither format can carry code
-        tree = json.loads(opened.metadata()["tree"])
-        return unpack(tree, {name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
+    try:
+        if file.suffix == ".json":
+            return unpack(json.loads(file.read_text()), {})
+        with safe_open(file, framework="pt") as opened:  # neither format can carry code
+            tree = json.loads(opened.metadata()["tree"])
+            return unpack(tree, {name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
+    except Exception as error:  # safetensors has its own, json others; and deep brackets are a RecursionError
+        why = f"{file.name} is not what its name says ({first_line(error)})"
+        raise ValueError(f"{file.parent} is not a checkpoint: {why}") from error
 
 
 # ---- Random numbers --------------------------------------------------------------------------------------------------
@@ -300,12 +265,12 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(states: Sequence[Mapping[str, Any]], rank: int) -> None:
-    """Put the generators where they were on this rank. Raises where one does not take its state.
+    """Set this rank's generators to their saved states. Raises if one does not accept its state.
 
-    A rank that was not there gets generators of its own, which follow from rank 0's.
+    A rank that did not exist at the save gets generators of its own, derived from rank 0's.
     """
     state = states[rank if rank < len(states) else 0]
-    # underneath: Accelerate does this in a `try` that logs at level INFO: a failure passes for a restored state.
+    # underneath: Accelerate does this in a `try` that logs at level INFO: a failure looks like a restored state
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -316,27 +281,3 @@ def set_random_state(states: Sequence[Mapping[str, Any]], rank: int) -> None:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
-
-
-# ---- Files -----------------------------------------------------------------------------------------------------------
-
-
-def _sync(path: Path) -> None:
-    """Return when the file, or the folder's list of names, is on the disk and not only in the kernel's memory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _sweep(parent: Path) -> None:
-    """Remove what a kill has left half-written or half-deleted."""
-    for path in parent.iterdir():
-        if path.name.startswith((SAVING, LEAVING)):
-            shutil.rmtree(path, ignore_errors=True)

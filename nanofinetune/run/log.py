@@ -1,20 +1,24 @@
-"""How far a run is: what it shows, what it writes, where in the data it stands, and from where it may go on.
+"""The log of a run: its losses, its place in the data, the progress bar and metrics.jsonl.
 
->>> batch_plan(8, 1, processes=2, start=Start())  # rows of a step of all ranks, and batches accumulated
-(16, 1)
->>> start = Start(folder=Path("update-40"), run={"batch_size": 8, "accumulate": 1, "world": 2, "fits": 8})
->>> batch_plan(8, 1, processes=1, start=start)  # one rank goes on for two: as many rows an update as before
-(8, 2)
+>>> from nanofinetune import Accelerator
+>>> log = Log(None, updates=2, accelerator=Accelerator(cpu=True), run={})
+>>> with log:
+...     for window in ([1.0, 3.0], [2.0]):  # the losses of the micro-batches of one update
+...         for loss in window:
+...             log.add(torch.tensor(loss), rows=4)
+...         log.end_update(lr=0.1, rows=8, rows_of_epoch=12)
+...     log.mean_loss(), log.update, log.rows  # rows: how many of this epoch have been used
+(2.0, 2, 12)
 
-Underneath: in the course's loop this is `tqdm` and a `print`. To go on after an end, Accelerate's users call
-`accelerate.Accelerator.load_state` (accelerate 1.15), read the epoch and the batch out of the folder's name, and skip
-that many batches with `accelerate.skip_first_batches`. The order may be another one by then, and on another number of
-ranks as many batches hold other rows. Here the place is (epoch, rows of it that all ranks together have used), which
-means the same for every number of ranks, and is saved with the model.
+Underneath: the course's loop has `tqdm` and a `print`. `accelerate.Accelerator.save_state` (accelerate 1.15) saves no
+place in the data; scripts write it into the folder's name, in batches.
+  - Here the place is (epoch, rows of it that all ranks together have used). It means the same on any number of ranks,
+    and is saved with the model.
+  - Losses stay on the device: reading one waits for all work before it. Ranks add them up once in 50 updates.
+  - A full disk ends no training.
 
-Proof: test_resume_matches_the_uninterrupted_run, test_ranks_may_change_between_runs,
-test_resume_refuses_another_run in tests/test_resume.py; test_accelerate_resumes_in_another_order in
-tests/test_checkpoint.py.
+Proof: test_ranks_may_change_between_runs, test_full_disk_ends_no_training_and_loses_nothing in
+tests/run/test_resume.py.
 """
 
 from __future__ import annotations
@@ -25,9 +29,8 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import torch
 from tqdm import tqdm
@@ -35,43 +38,49 @@ from tqdm import tqdm
 from nanofinetune.ground.errors import Halt, UsageError
 from nanofinetune.ranks.collectives import gather_object
 
-LOG_EVERY = 50  # updates: ranks add up their losses, and metrics.jsonl grows, once in so many
+LOG_EVERY = 50  # updates, after which the ranks add up their losses and metrics.jsonl grows
+LONGEST = 2**16  # bytes that a line of somebody else's is read by; ours have about a hundred
+BEGINNING = b'{"step": '  # of each of our lines
 
 
 class Log:
-    """A run's losses and its place in the data; as a `with` block, the progress bar and metrics.jsonl too.
+    """A run's losses and its place in the data. In its `with` block it shows the progress bar and writes metrics.jsonl.
 
-    Losses stay on the device until they are shown: reading one waits for all the work before it.
+    Args:
+        output: the folder that gets metrics.jsonl; None: none is written.
+        updates: of the whole run, for the progress bar.
+        accelerator: it adds up over the ranks; its rank 0 writes.
+        run: what a run must have in common with the one that it resumes (`run_of`), saved with the rest.
     """
 
     def __init__(self, output: Path | None, updates: int, accelerator: Any, run: Mapping[str, Any]) -> None:
         self.accelerator = accelerator
-        self.run = dict(run)  # what `run_of` says of it
+        self.run = dict(run)
         self.path = output / "metrics.jsonl" if output and accelerator.is_main_process else None
         self.updates = updates
         self.update, self.examples, self.seconds, self.first_step_seconds = 0, 0, 0.0, 0.0
         self.start_clock()
         self.epoch, self.rows = 0, 0  # rows of this epoch that all ranks together have used
-        self.losses = (0.0, 0.0)  # of this epoch: their sum, and of how many rows
+        self.losses = (0.0, 0.0)  # of this epoch: the sum over its rows, and how many rows that are
         self.evaluations: list[dict[str, Any]] = []
         self.pending: list[tuple[dict[str, Any], torch.Tensor]] = []  # (line, this rank's sum of losses and rows)
         self.window, self.batches = torch.zeros(2, device=accelerator.device), 0
-        self.saved = -1  # the update that was saved last
+        self.saved = -1  # the update that was saved last; -1: none
         self.complained = False
 
     def __enter__(self) -> Log:
-        """Begin to show and to write; lines of updates after the one that is resumed go."""
+        """Begin to show and to write. Lines of updates after the one that is resumed are deleted: they follow again."""
         self.file = None
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a+")
+            self.file = self.path.open("a")
             if not locked(self.file):
                 raise UsageError(occupied(str(self.path.parent)))
-            self.file.seek(0)
-            lines = self.file.readlines() if self.update else []
-            kept = takewhile(lambda line: line.endswith("\n") and json.loads(line)["step"] <= self.update, lines)
-            self.file.truncate(sum(len(line.encode()) for line in kept))  # needs no room, on a full disk too
-        hidden = None if self.accelerator.is_main_process else True  # None: shown on a terminal only
+            with self.path.open("r+b") as content:
+                if strangers := cut_back(content, self.update):
+                    why = f"{strangers} line(s) in it are not of this run's making: they stay"
+                    self.accelerator.print(f"note: {self.path}: {why}", file=sys.stderr, flush=True)
+        hidden = None if self.accelerator.is_main_process else True  # None: tqdm draws on a terminal only
         self.progress = tqdm(
             total=self.updates, initial=self.update, unit="update", disable=hidden, file=sys.stderr, dynamic_ncols=True
         )
@@ -81,7 +90,7 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self.progress.close()
         if self.file:
-            with suppress(OSError):  # said before, by `_write`
+            with suppress(OSError):  # `_write` has reported it
                 self.file.close()
 
     # ---- one window of micro-batches: an update ----
@@ -91,37 +100,37 @@ class Log:
         return self.batches == 0
 
     def add(self, loss: torch.Tensor, rows: int) -> None:
-        """Count one micro-batch: its mean loss over this rank's `rows`, which is NaN where there are none."""
+        """Add one micro-batch: its mean loss over this rank's `rows`. Of no rows it is NaN, and counts as nothing."""
         total = loss * rows if rows else torch.zeros_like(loss)
         self.window += torch.stack([total, total.new_tensor(rows)])
         self.batches += 1
 
     def is_finite(self, on_nan: str) -> bool:
-        """Whether the window's loss is a number.
+        """Whether this rank's loss of the window is a number. It waits for the device.
 
-        Waits for the device; but XLA would run the step as two programs for it, so there `flush` finds out, too late.
+        On XLA that would cut the step into two programs; with --on-nan stop, `flush` finds out there, after the update.
         """
         late = self.window.device.type == "xla" and on_nan == "stop"
         return late or bool(self.window[0].isfinite())
 
     def nonfinite(self, lr: float, rows: str) -> str:
-        """Where the loss is not finite, the same text on all ranks; the window is empty then. A collective."""
+        """Where the loss is not finite, as the same text on all ranks. Empties the window. A collective."""
         mine = "" if math.isfinite(self.window[0].item()) else f"rank {self.accelerator.process_index}: {rows}"
         where = "; ".join(text for text in gather_object([mine], self.accelerator.world) if text)
-        self.window = torch.zeros_like(self.window)  # none of its rows count
+        self.window = torch.zeros_like(self.window)  # of an update that is left out no row counts
         return f"update {self.update + 1}: the loss is not finite ({where}; learning rate {lr:.3g})"
 
     def say(self, text: str) -> None:
-        """A line above the progress bar, once for all ranks."""
+        """Print a line above the progress bar, on rank 0 alone."""
         if self.accelerator.is_main_process:
             self.progress.write(text, file=sys.stderr)
 
     def end_update(self, lr: float, rows: int, rows_of_epoch: int) -> None:
-        """`rows`: those of a full update of all ranks."""
+        """Close the window. `rows`: of a full update of all ranks; `rows_of_epoch`: of the training split."""
         self.update += 1
         self.rows = min(self.rows + rows, rows_of_epoch)
         self.pending.append(({"step": self.update, "epoch": self.epoch + 1, "lr": lr}, self.window))
-        if self.progress.update():  # true where the bar was due to be drawn
+        if self.progress.update():  # true where the bar is drawn anew; only then is a loss read from the device
             loss, seconds = self.window[0] / self.window[1], time.perf_counter() - self.began
             speed = (self.examples - self.examples_before) / seconds
             self.progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", examples_per_second=f"{speed:.1f}")
@@ -130,16 +139,17 @@ class Log:
             self.flush()
 
     def drop_window(self) -> None:
+        """Begin a new window."""
         self.window, self.batches = torch.zeros(2, device=self.accelerator.device), 0
 
     # ---- many updates ----
 
     def start_clock(self) -> None:
-        """Count the time from here on to the next `flush` as training's."""
+        """Count the time from now until the next `flush` as training time."""
         self.since = time.perf_counter()
 
     def flush(self) -> None:
-        """Add up what the ranks saw since the last time, and write it. A collective."""
+        """Add up the ranks' losses since the last call, and write them. A collective. Raises Halt for a NaN (XLA)."""
         self.seconds += time.perf_counter() - self.since
         self.start_clock()
         if not self.pending:
@@ -152,13 +162,13 @@ class Log:
                 raise Halt(1, f"update {line['step']}: {late}. --on-nan skip looks at each update before its step")
             self.examples += int(rows)
             self.losses = (self.losses[0] + total, self.losses[1] + rows)
-            loss = total / rows if rows else None  # of an update that was left out
+            loss = total / rows if rows else None  # None: the update was left out
             lines += json.dumps(line | {"loss": loss, "rows": int(rows)}) + "\n"
         self.pending = []
         self._write(lines)
 
     def _write(self, lines: str) -> None:
-        """Append to metrics.jsonl. A full disk ends no run: the file object keeps its lines for the next time."""
+        """Append to metrics.jsonl. On a full disk the run goes on: the file object keeps the lines for next time."""
         if self.file is None:
             return
         try:
@@ -170,11 +180,12 @@ class Log:
             self.complained = True
 
     def mean_loss(self) -> float | None:
-        """The mean loss over the epoch's rows, of all ranks."""
+        """The mean loss over the epoch's rows, of all ranks; None if all were left out. A collective."""
         self.flush()
         return self.losses[0] / self.losses[1] if self.losses[1] else None
 
     def end_epoch(self, evaluation: dict[str, Any]) -> None:
+        """Move on to the next epoch; keep and print this one's scores."""
         self.epoch, self.rows, self.losses = self.epoch + 1, 0, (0.0, 0.0)
         self.evaluations.append(evaluation)
         shown = ", ".join(f"{key} {value:.4f}" for key, value in evaluation.items() if isinstance(value, float))
@@ -183,7 +194,7 @@ class Log:
             sys.stdout.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it in plain numbers; call `flush` before."""
+        """All that a resumed run needs, in plain numbers. Call `flush` before."""
         names = ("run", "update", "examples", "seconds", "first_step_seconds", "epoch", "rows", "losses", "evaluations")
         return {name: getattr(self, name) for name in names}
 
@@ -192,8 +203,45 @@ class Log:
             setattr(self, name, value)
 
 
+def cut_back(file: BinaryIO, update: int) -> int:
+    """Delete our lines of updates after `update`, in place -> how many lines are not ours: these stay.
+
+    It needs no room on the disk, and little memory, however long a line is.
+    """
+    strangers = written = 0
+    begins = True  # whether the next piece is the beginning of a line
+    last = b"\n"
+    while piece := file.readline(LONGEST):
+        step = _step_of(piece) if begins else None
+        strangers += begins and step is None
+        begins = piece.endswith(b"\n")
+        if step is None or step <= update:
+            here, last = file.tell(), piece
+            if written + len(piece) < here:  # something before it is gone
+                file.seek(written)
+                file.write(piece)  # over lines of ours, or over itself
+                file.seek(here)
+            written += len(piece)
+    file.truncate(written)  # ours: what is cut off has been moved forward, or was one of our lines
+    if not last.endswith(b"\n"):
+        file.seek(written)
+        file.write(b"\n")  # our next line begins a line
+    return strangers
+
+
+def _step_of(line: bytes) -> float | None:
+    """The update that a line of ours is about; infinity for one that a kill has torn; None if it is not ours."""
+    if not line.endswith(b"\n") and len(line) < LONGEST and (BEGINNING.startswith(line) or line.startswith(BEGINNING)):
+        return math.inf
+    try:
+        step = json.loads(line)["step"] if line.startswith(BEGINNING) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
 def locked(file: IO[str]) -> bool:
-    """Keep other runs out while this file is open -> whether no other one does."""
+    """Lock an open file against other runs, until it is closed -> False if another run holds it."""
     try:
         import fcntl
 
@@ -206,4 +254,5 @@ def locked(file: IO[str]) -> bool:
 
 
 def occupied(name: str) -> str:
+    """What to tell the user where `locked` is False."""
     return f"--output {name}: another run is writing there at this moment; wait for its end, or name another folder"

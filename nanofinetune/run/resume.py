@@ -1,35 +1,38 @@
-"""How far a run is: what it shows, what it writes, where in the data it stands, and from where it may go on.
+"""Where a run begins: at its newest complete checkpoint, and only if it is the same run.
 
 >>> batch_plan(8, 1, processes=2, start=Start())  # rows of a step of all ranks, and batches accumulated
 (16, 1)
 >>> start = Start(folder=Path("update-40"), run={"batch_size": 8, "accumulate": 1, "world": 2, "fits": 8})
->>> batch_plan(8, 1, processes=1, start=start)  # one rank goes on for two: as many rows an update as before
+>>> batch_plan(8, 1, processes=1, start=start)  # two ranks' run goes on with one: as many rows an update as before
 (8, 2)
 
-Underneath: in the course's loop this is `tqdm` and a `print`. To go on after an end, Accelerate's users call
-`accelerate.Accelerator.load_state` (accelerate 1.15), read the epoch and the batch out of the folder's name, and skip
-that many batches with `accelerate.skip_first_batches`. The order may be another one by then, and on another number of
-ranks as many batches hold other rows. Here the place is (epoch, rows of it that all ranks together have used), which
-means the same for every number of ranks, and is saved with the model.
+Underneath: `accelerate.Accelerator.load_state` (accelerate 1.15) loads a folder; the rest is the script's. Scripts read
+epoch and batch from the folder's name, and call `accelerate.skip_first_batches`.
+  - The order of the rows may have changed by then, and on another number of ranks as many batches are other rows.
+  - Here the arguments, the data's hash and the model must be those that the run began with; else an error names the
+    difference.
+  - The number of ranks may change: an update keeps its number of rows.
 
-Proof: test_resume_matches_the_uninterrupted_run, test_ranks_may_change_between_runs,
-test_resume_refuses_another_run in tests/test_resume.py; test_accelerate_resumes_in_another_order in
-tests/test_checkpoint.py.
+Proof: test_resume_matches_the_uninterrupted_run, test_resume_refuses_another_run in tests/run/test_resume.py.
 """
 
 from __future__ import annotations
 
+import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.errors import UsageError, first_line
+from nanofinetune.ranks.collectives import agree, broadcast_object_list
 from nanofinetune.run import checkpoint
+from nanofinetune.run.folders import MANIFEST, shown
 from nanofinetune.run.log import locked, occupied
 
-# A run goes on as the same run: these must be what they were. (The batch may differ if an update has as many rows.)
+# A resumed run is the same run, so these arguments must be what they were. (Batches may differ: see `batch_plan`.)
 IDENTITY = (
     "model", "data", "text_columns", "label_column", "epochs", "max_steps", "group_by_length", "lr", "weight_decay",
     "warmup_steps", "clip_norm", "precision", "fast_dropout", "seed", "uneven",
@@ -38,7 +41,7 @@ IDENTITY = (
 
 @dataclass(frozen=True)
 class Start:
-    """From where a run goes on: a checkpoint and what `run_of` said of its run; or from nothing."""
+    """Where a run begins: at a checkpoint, with what `run_of` said of its run; or, without one, at the first update."""
 
     folder: Path | None = None
     run: Mapping[str, Any] = field(default_factory=dict)
@@ -46,29 +49,34 @@ class Start:
 
     @property
     def rows_per_step(self) -> int | None:
-        """Rows of a step of all ranks when the run began: what --group-by-length makes its groups of."""
+        """Rows of a step of all ranks when the run began: --group-by-length keeps groups of that size."""
         return self.run["batch_size"] * self.run["world"] if self.run else None
 
 
 def run_of(arguments: Mapping[str, Any], processes: int, found: Mapping[str, Any], start: Start) -> dict[str, Any]:
-    """What makes a run this run, to be saved with it. `found`: what its names stand for, as the user would call it.
+    """What a run must have in common with the one that it resumes, to be saved with it.
 
-    Raises UsageError where the run to resume had found something else under the same names.
+    Args:
+        arguments: of the command line.
+        found: what stands behind them, under the names that a user would understand: {"the model": ..., ...}.
+        start: where the run begins.
+
+    Raises UsageError if the run to resume found something else under the same arguments.
     """
     for name, was in start.run.get("found", {}).items():
         if found[name] != was:
-            raise UsageError(f"--resume: {name} is {found[name]}, and was {was}; a run goes on with what it began with")
+            raise UsageError(f"--resume: {name} is {found[name]}, and the run began with {was}; use the same")
     if start.run:
         return dict(start.run)
     run = {name: arguments[name] for name in (*IDENTITY, "batch_size", "accumulate")}
-    # fits: rows a batch of a process for which there has been memory
+    # fits: the rows of a process's batch that fitted into memory
     return run | {"world": processes, "fits": run["batch_size"], "found": dict(found)}
 
 
 def batch_plan(batch_size: int, accumulate: int, processes: int, start: Start) -> tuple[int, int]:
-    """(rows of a step of all ranks, batches accumulated) -> with as many rows an update as the run began with.
+    """(rows of a step of all ranks, batches accumulated), so that an update has as many rows as when the run began.
 
-    Raises UsageError where the ranks cannot share these rows equally.
+    `batch_size`, in rows, is per process. Raises UsageError if these processes cannot share the rows equally.
     """
     if not start.run:
         return batch_size * processes, accumulate
@@ -85,14 +93,25 @@ def batch_plan(batch_size: int, accumulate: int, processes: int, start: Start) -
     )
 
 
-def find_start(args: Any, restarted: bool = False) -> Start:
-    """What --output and --resume ask for: the place to begin, once all is known to be there and writable.
+def common_start(args: Any, accelerator: Any) -> Start:
+    """What --output and --resume ask for: rank 0 looks what is there, and tells the others."""
+    if args.output is None and args.resume is None:
+        return Start()
+    # A node counts its own restarts: another one's ranks may know of none.
+    restarted = bool(agree([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"], accelerator.world)[0])
+    with accelerator.main_process_first():
+        found = [find_start(args, restarted) if accelerator.is_main_process else None]
+    return broadcast_object_list(found, accelerator.world)[0]
 
-    `restarted`: the launcher has started these ranks again, so that what --output holds is theirs.
-    Raises UsageError, before any long work, where something would be written over, or is not the same run.
+
+def find_start(args: Any, restarted: bool = False) -> Start:
+    """What --output and --resume ask for: the place to begin, once everything is known to exist and to be writable.
+
+    `restarted`: the launcher has started these ranks again, so what --output holds is their own.
+    Raises UsageError, before any long work, if something would be overwritten or the run is another one.
     """
     restarted = restarted and args.output is not None
-    output = None if args.output is None else Path(args.output).expanduser()
+    output = None if args.output is None else _path("--output", args.output)
     if output is not None:
         _claim(args.output, output, goes_on=restarted or args.resume is not None)
     if args.resume is None and not restarted:
@@ -100,8 +119,8 @@ def find_start(args: Any, restarted: bool = False) -> Start:
     folder: Path | None = None
     passed_over: list[str] = []
     named = args.resume not in (None, "auto")
-    if output is not None and (restarted or not named):  # what a restarted run has saved is newer than what it was told
-        folder, passed_over = checkpoint.newest(output / "checkpoints")
+    if output is not None and (restarted or not named):  # a restarted run has saved newer ones than it was told of
+        folder, passed_over = checkpoint.newest(output / "checkpoints", misfit=misfit)
     named = named and folder is None
     if named:
         folder, passed_over = _named(args.resume)
@@ -112,9 +131,9 @@ def find_start(args: Any, restarted: bool = False) -> Start:
     for name in IDENTITY:
         if run[name] != getattr(args, name):
             flag, was = "--" + name.replace("_", "-"), "not given" if run[name] is None else run[name]
-            raise UsageError(f"{flag} {getattr(args, name)}: the run to resume had {was}; a run goes on as it was")
+            raise UsageError(f"{flag} {getattr(args, name)}: the run to resume began with {was}; use the same")
     if output is not None and named:
-        there = checkpoint.numbered(output / "checkpoints")
+        there = checkpoint.numbered(output / "checkpoints", "update-")
         later = [path for path in there if checkpoint.number_of(path) > checkpoint.number_of(folder)]
         if later and not all(checkpoint.check(path) for path in later):
             raise UsageError(
@@ -125,39 +144,64 @@ def find_start(args: Any, restarted: bool = False) -> Start:
     return Start(folder, run, "; ".join([*map(_skipped, passed_over), resumed]))
 
 
+def misfit(folder: Path) -> str:
+    """Why a complete checkpoint is not one that a run of train.py has saved under this name, "" if it is."""
+    try:
+        update = checkpoint.read_part(folder, "custom")["update"]
+        checkpoint.read_part(folder, "custom")["run"]
+    except (KeyError, TypeError, ValueError):
+        return "train.py did not make it"
+    if checkpoint.number_of(folder) not in (-1, update):
+        return f"it has been renamed: it was saved after update {update}"
+    return ""
+
+
+# ---- What --output and --resume name ---------------------------------------------------------------------------------
+
+
 def _skipped(reason: str) -> str:
     return f"passed over {reason}"
 
 
+def _path(flag: str, name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise UsageError(f"{flag} {name}: {first_line(error)}") from error
+
+
 def _named(resume: str) -> tuple[Path, list[str]]:
-    """The checkpoint that --resume names: its own folder, or the newest in a run's."""
-    path = Path(resume).expanduser()
-    if (path / checkpoint.MANIFEST).exists():
-        if reason := checkpoint.check(path):
-            raise UsageError(f"--resume {resume}: {reason}; name another one, or its parent folder for the newest")
-        folder, passed_over = path, list[str]()
-    else:
-        inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        found, passed_over = checkpoint.newest(inside)
-        if found is None:
-            why = f" ({'; '.join(passed_over)})" if passed_over else ""
-            raise UsageError(f"--resume {resume}: there is no whole checkpoint{why}; name a folder that holds one")
-        folder = found
+    """The checkpoint that --resume names, or the newest of the run that it names -> it, and what is passed over."""
+    path = _path("--resume", resume)
+    try:
+        if os.path.lexists(path / MANIFEST):
+            if reason := checkpoint.check(path):
+                raise UsageError(f"--resume {resume}: {reason}; name another one, or its parent folder for the newest")
+            folder, passed_over = path, list[str]()
+        else:
+            inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+            found, passed_over = checkpoint.newest(inside)
+            if found is None:
+                why = f" ({'; '.join(passed_over)})" if passed_over else ""
+                raise UsageError(
+                    f"--resume {resume}: there is no complete checkpoint{why}; name a folder that holds one"
+                )
+            folder = found
+    except OSError as error:
+        raise UsageError(f"--resume {resume}: it cannot be read ({error.strerror}); name another folder") from error
     try:
         checkpoint.read_part(folder, "custom")["run"]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise UsageError(f"--resume {resume}: train.py did not make this checkpoint; name one that it made") from None
     return folder, passed_over
 
 
 def _claim(name: str, output: Path, goes_on: bool) -> None:
-    """Make sure, before any long work, that the folder can be written and holds nothing that would be written over."""
+    """Make sure, before any long work, that the folder can be written and holds nothing that would be overwritten."""
     if not name:
         raise UsageError("--output is empty: name a folder")
     try:
-        there = [
-            child for child in ("model", "metrics.jsonl", "result.json", "checkpoints") if (output / child).exists()
-        ]
+        there = [child for child in ("model", "metrics.jsonl", "result.json", "checkpoints") if _exists(output / child)]
         if "result.json" in there and goes_on:
             raise UsageError(
                 f"--output {name}: this run is complete, there is nothing to resume; its result.json says how it ended"
@@ -167,11 +211,42 @@ def _claim(name: str, output: Path, goes_on: bool) -> None:
                 f"--output {name}: it already holds {', '.join(there)} of an earlier run; name another folder"
                 + (", or go on with --resume auto" if "checkpoints" in there and "result.json" not in there else "")
             )
-        if "metrics.jsonl" in there:
-            with (output / "metrics.jsonl").open("a") as file:
-                if not locked(file):
-                    raise UsageError(occupied(name))
-        existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-        tempfile.TemporaryFile(dir=existing).close()  # the folder is made when there is something to put into it
+        if there == ["model"]:  # a run writes metrics.jsonl before it
+            raise UsageError(f"--output {name}: it holds a model, and no run that made it; name another folder")
+        existing = _existing(name, output)
+        tempfile.TemporaryFile(dir=existing).close()  # without a name; the folder itself is made later
     except OSError as error:
         raise UsageError(f"--output {name}: it cannot be written ({error.strerror}); name another folder") from error
+    for child in there:
+        try:
+            _claim_child(name, output / child)
+        except OSError as error:
+            why = f"its {child} cannot be read and written ({error.strerror})"
+            raise UsageError(f"--output {name}: {why}; name another folder") from error
+
+
+def _claim_child(name: str, child: Path) -> None:
+    """Make sure of one of the things that an earlier start of this run has left."""
+    if child.name == "metrics.jsonl":
+        if not stat.S_ISREG(child.stat().st_mode):  # opening a FIFO would wait for a reader
+            raise UsageError(f"--output {name}: its metrics.jsonl is not a plain file; name another folder")
+        with child.open("a") as file:
+            if not locked(file):
+                raise UsageError(occupied(name))
+    else:
+        os.listdir(child)
+        tempfile.TemporaryFile(dir=child).close()  # without a name
+
+
+def _exists(path: Path) -> bool:
+    return os.path.lexists(path)  # a link to nothing is something too
+
+
+def _existing(name: str, output: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    for folder in (output, *output.absolute().parents):
+        if folder.exists():
+            return folder
+        if folder.is_symlink():
+            raise UsageError(f"--output {name}: {shown(str(folder))} is a link to nothing; name another folder")
+    return output

@@ -1,24 +1,25 @@
-"""One run: where it begins, what it may meet on its way, where it ends. train.py's loop is the course's; this is the rest.
+"""A training run around the course's loop: where it begins, what may go wrong on the way, and where it ends.
 
     with Run(plan, accelerator, model, optimizer, scheduler, loader) as run:
-        for epoch in run.epochs():                  those that are left, after a resume
-            for batch in run.batches(epoch):        those that are left of it; after a lack of memory, smaller ones
+        for epoch in run.epochs():                  those that are left, if the run is resumed
+            for batch in run.batches(epoch):        those that are left of it
                 with accelerator.accumulate(model), run.step():
                     ...forward, backward...
-                    if run.agreed(loss):            at a window's end: all ranks had memory, and the loss is a number
-                        ...step...
+                    if run.agreed(loss):            at the end of a window, if all went well on all ranks
+                        ...optimizer.step...
             run.end_epoch(scores)
 
->>> smaller(8, 1), smaller(9, 2)  # (rows, accumulated batches) after memory ran out: as many rows an update
+>>> smaller(8, 1), smaller(9, 2)  # (rows, batches of an update) after memory ran out: as many rows an update
 ((4, 2), (3, 6))
 
-Underneath: `accelerate.utils.find_executable_batch_size` (accelerate 1.15) is all that a library has of this.
-  - It tries again with nine tenths of the batch, on the rank that ran out of memory alone; the ranks' batches part.
-    Here all ranks go back to the update's beginning together.
-  - A rank without memory still takes part in that backward's all-reduces.
-  - A loss that is no number stops the run, or is left out; nothing there looks at it.
+Underneath: `accelerate.utils.find_executable_batch_size` (accelerate 1.15) is all that the libraries have of this.
+  - It tries a smaller batch on the rank that ran out of memory, and tells no other rank: their batches no longer match.
+    Here all ranks return to the beginning of the update.
+  - A rank without memory still takes part in that backward's all-reduces, which the others wait for.
+  - A loss that is not a number ends the run, or its update is left out; the libraries train on.
 
-Proof: test_out_of_memory_on_one_rank_shrinks_on_all, test_nonfinite_loss_is_named in tests/run/test_resume.py.
+Proof: test_out_of_memory_on_one_rank_shrinks_on_all, test_all_ranks_hear_of_every_fault in tests/run/test_resume.py and
+tests/run/test_run.py.
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ import math
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,61 +42,40 @@ from nanofinetune.ranks.collectives import agree
 from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.loader import skip_first_batches
 from nanofinetune.run.log import Log
-from nanofinetune.run.resume import Start
+from nanofinetune.run.plan import Plan
 from nanofinetune.run.signals import StopSignals
 from nanofinetune.run.watch import Watch, noted
 from nanofinetune.step.order import mix
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run is to do, known before its first step."""
-
-    args: Any  # train.py's command line; here count output, save_every, keep, on_nan and seed
-    rows: int  # of the training split
-    rows_per_step: int  # of all ranks together
-    accumulate: int  # batches of an update
-    updates: int
-    start: Start  # the checkpoint to go on from, if any
-    identity: Mapping[str, Any]  # what makes this run this run: `run_of`
-    new_loader: Callable[[int], Any]  # rows of a step -> an unprepared loader of the same rows in the same order
-
-    @property
-    def rows_per_update(self) -> int:
-        return self.rows_per_step * self.accumulate
-
-    @property
-    def epochs(self) -> int:
-        """Epochs that are begun."""
-        return math.ceil(self.updates / math.ceil(self.rows / self.rows_per_update))
-
-
 class _OutOfMemory(Exception):
-    """Some rank had no memory for this window: all leave the `with` block, and `batches` gives its rows once more."""
+    """Some rank ran out of memory in this window: all leave the `with` block, and `batches` reads its rows again."""
 
 
 class Run:
-    """The training loop's surroundings. As a `with` block: signals are noted, and a rank that hangs is found out.
+    """What surrounds the training loop. In its `with` block, signals are noted and a rank that hangs is named.
 
     Args:
         plan: what to do.
-        accelerator: which made the rest, by `prepare`.
+        accelerator: the Accelerator whose `prepare` returned the other arguments.
         loader: the prepared training loader.
     """
 
     def __init__(self, plan: Plan, accelerator: Any, model: Any, optimizer: Any, scheduler: Any, loader: Any) -> None:
         self.plan, self.args, self.accelerator = plan, plan.args, accelerator
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.prepared = self.loader = loader  # what `prepare` gave; the part of it that is being read
+        self.prepared = self.loader = loader  # what `prepare` returned; the part of its epoch that is being read
         self.rows_per_step = plan.rows_per_step
         self.output = None if self.args.output is None else Path(self.args.output).expanduser()
         self.signals, self.watch = StopSignals(), Watch(accelerator.world)
         self.log = Log(self.output, plan.updates, accelerator, plan.identity)
-        self.signal = 0  # the number of the one that some rank has got
-        self.no_memory = False  # on this rank, in the window at hand
-        self.settled = False  # whether the ranks have agreed on the window at hand
-        self.again = False  # whether its rows are to be read once more
-        self.batches_read = 0  # since `loader` began
+        self.mean_loss: float | None = None  # of the epoch that was read last
+        self.batches_read = 0  # of `loader`
+        # of the window that is being accumulated:
+        self.no_memory = False  # this rank has run out of memory in it
+        self.settled = False  # the ranks have exchanged what happened in it, and what follows is the same on all
+        self.signal = 0  # the number of the signal that some rank has received
+        self.again = False  # some rank has run out of memory: its rows are read again
         accelerator.register_for_checkpointing(self.log)
         folder = plan.start.folder
         if folder is not None:
@@ -112,21 +91,21 @@ class Run:
         return self
 
     def __exit__(self, *failure: Any) -> bool | None:
-        with self._stack as stack:
-            if failure[0] is None:
-                self.accelerator.wait_for_everyone()  # the last checkpoint too is written, while signals are only noted
-                return None
-            return stack.__exit__(*failure)
+        if failure[0] is not None:
+            return self._stack.__exit__(*failure)
+        with self._stack:
+            self.accelerator.wait_for_everyone()  # until the last checkpoint is written, signals are still only noted
+        return None
 
-    # ---- what the loop asks for, from the outside to the inside ------------------------------------------------------
+    # ---- what the loop calls, from the outside to the inside ---------------------------------------------------------
 
     def epochs(self) -> Iterator[int]:
-        """The numbers of the epochs that are left. `end_epoch` counts on."""
+        """The numbers of the epochs that are left. `end_epoch` moves on to the next."""
         while self.log.epoch < self.plan.epochs:
             yield self.log.epoch
 
     def batches(self, epoch: int) -> Iterator[Any]:
-        """The batches that are left of this epoch. A window that lacked memory comes once more, in smaller batches."""
+        """The batches that are left of this epoch. Where memory ran out, the rows follow in smaller batches."""
         log = self.log
         self.again = True
         while self.again:
@@ -138,20 +117,20 @@ class Run:
             for batch in self.loader if log.update < self.plan.updates else ():
                 self.batches_read += 1
                 self.watch.update = log.update + 1
-                if log.window_is_empty:  # dropout: masks of no other update or rank
+                if log.window_is_empty:  # dropout masks are a function of (seed, update, rank)
                     seed = mix(self.args.seed, log.update, self.accelerator.process_index)
                     manual_seed(seed, self.accelerator.device)
-                spread_rows(batch, self.accelerator.device)  # over the devices of an XLA process; elsewhere nothing
+                spread_rows(batch, self.accelerator.device)  # on XLA; elsewhere it does nothing
                 yield batch
                 if self.again or log.update == self.plan.updates:
                     break
             if self.again:
                 self._shrink()
-        self.mean_loss = log.mean_loss()  # before evaluation, whose time is not training's
+        self.mean_loss = log.mean_loss()  # now, since the time of the evaluation is not training's
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A `with` block around one micro-batch. It swallows a lack of memory; the last one of a window ends an update."""
+        """A `with` block around one micro-batch. It catches a lack of memory; a window's last one ends the update."""
         self.settled = False
         try:
             yield
@@ -163,17 +142,18 @@ class Run:
                 raise
             self._give_up_backward(error)
             if self.accelerator.sync_gradients:
-                self._settle()  # the other ranks are in `agreed`
+                self._settle()  # the other ranks do this in `agreed`
                 self.again = True
             return
-        end_step(self.accelerator.device)  # XLA runs what was recorded; elsewhere nothing
+        end_step(self.accelerator.device)  # XLA runs what it has recorded; elsewhere it does nothing
         if self.accelerator.sync_gradients:
             self._end_update()
 
     def agreed(self, loss: torch.Tensor) -> bool:
-        """Whether to step: at a window's end, if the loss is a number on all ranks. A collective there.
+        """Whether to step: at the end of a window, and if its loss is a number on all ranks. There, a collective.
 
-        Leaves the `with` block where some rank has no memory; raises Halt where the loss is no number (--on-nan stop).
+        `loss` is the mean over this rank's rows. If some rank ran out of memory, all ranks leave the block of `step`.
+        Raises Halt where the loss is not a number, unless --on-nan skip leaves that update out.
         """
         self.log.add(loss.detach(), self.loader.valid_rows)
         if not self.accelerator.sync_gradients:
@@ -191,13 +171,13 @@ class Run:
         return finite
 
     def end_epoch(self, scores: Mapping[str, Any]) -> None:
-        """Note the epoch's mean loss and its scores, and count it as done."""
+        """Log the epoch's mean loss with its scores, and count the epoch as done."""
         self.log.end_epoch({"epoch": self.log.epoch + 1, "loss": self.mean_loss, **scores})
 
     # ---- what happens underneath -------------------------------------------------------------------------------------
 
     def _settle(self) -> bool:
-        """Let all ranks know what one knows of this window -> whether the loss is a number. Sets `signal`, `again`."""
+        """Exchange what happened in this window -> whether its loss is a number everywhere. Sets `signal`, `again`."""
         batch = self.loader.batch_index
         finite = self.no_memory or self.log.is_finite(self.args.on_nan)
         flags = [self.signals.number, not finite, self.no_memory, batch, -batch]
@@ -221,9 +201,9 @@ class Run:
             raise stopped(self.signal, log.update, saved)
 
     def _give_up_backward(self, error: BaseException) -> None:
-        """Free what the failed micro-batch holds, and do this rank's part of what the other ranks wait for."""
+        """Free what the failed micro-batch holds, and take part in the all-reduces that the other ranks wait for."""
         self.no_memory = True
-        traceback.clear_frames(error.__traceback__)  # these hold the activations
+        traceback.clear_frames(error.__traceback__)  # whose variables hold the activations
         error.__traceback__ = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -231,7 +211,7 @@ class Run:
             self.model.join_after_failure()
 
     def _shrink(self) -> None:
-        """Go back to the update's beginning, with smaller batches and more of them an update."""
+        """Return to the beginning of the update, with smaller batches and more of them."""
         accelerator, log = self.accelerator, self.log
         self.optimizer.zero_grad()
         log.drop_window()
@@ -252,7 +232,7 @@ class Run:
         self.prepared = accelerator.prepare(self.plan.new_loader(self.rows_per_step))
 
     def save(self, background: bool = False) -> str:
-        """Save the state after the latest update -> the folder, "" where there is none. A collective."""
+        """Save the state after the latest update -> the folder, "" if nothing was saved. A collective."""
         log, accelerator = self.log, self.accelerator
         if self.output is None or log.update == 0:
             return ""
@@ -269,37 +249,37 @@ class Run:
             return ""
 
     def where(self) -> str:
-        """This rank's place in the run, for the end of a traceback."""
+        """This rank's place in the run, as the last line of a traceback."""
         rank = self.accelerator.process_index
         if not self.accelerator.unwrap_model(self.model).training:
             return f"rank {rank}, in the evaluation after update {self.log.update}"
         return f"rank {rank}, update {self.log.update + 1}: {self._rows(self.log.batches + 1)}"
 
     def _rows(self, batches: int) -> str:
-        """Which rows of the training split this rank's latest batches hold."""
+        """Which rows of the training split this rank's latest batches held."""
         ids = self.loader.sample_ids(self.batches_read - batches, self.batches_read)
         return f"rows {', '.join(map(str, ids)) or 'none'} of the training split"
 
 
 def halted(code: int, why: str, saved: str) -> Halt:
-    """An end before the end. `saved`: the checkpoint's folder, "" if there is none."""
+    """An early stop. `saved`: the checkpoint's folder, "" if nothing was saved."""
     how = f"saved {saved}; --resume auto goes on from there" if saved else "nothing was saved"
     return Halt(code, f"{why}; {how}")
 
 
 def stopped(number: int, update: int, saved: str) -> Halt:
-    """The end by a signal."""
+    """The stop that a signal asked for."""
     return halted(128 + number, f"stopped by {signal.Signals(number).name} after update {update}", saved)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device."""
-    # underneath: torch's CPU allocator raises a plain RuntimeError; find_executable_batch_size reads its text as well.
+    """Whether an error says that memory ran out, on any kind of device."""
+    # underneath: torch's CPU allocator raises a plain RuntimeError; find_executable_batch_size too reads its text
     words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def smaller(rows: int, accumulate: int) -> tuple[int, int]:
-    """(rows of a batch, batches of an update) for less memory and as many rows an update; (1, n) stays as it is."""
+    """(rows of a batch, batches of an update) that need less memory, with as many rows an update; (1, n) stays."""
     part = next((part for part in range(rows // 2, 0, -1) if rows % part == 0), rows)
     return part, accumulate * (rows // part)

@@ -1,27 +1,20 @@
-"""What a training does when something goes wrong: a signal, a rank that hangs, no memory, a loss that is no number.
+"""A signal asks the run to stop: it is noted, the update is finished and saved, and all ranks stop together.
 
 >>> with StopSignals() as stop:
-...     os.kill(os.getpid(), signal.SIGTERM)  # a scheduler wants this machine: finish the update, save, leave
+...     os.kill(os.getpid(), signal.SIGTERM)  # a scheduler wants this machine back
 ...     stop.number, stop.exit_code
 (15, 143)
->>> smaller(8, 1), smaller(9, 2)  # (rows, accumulated batches) after memory ran out: as many rows an update
-((4, 2), (3, 6))
 
-Underneath: nothing of this is in `accelerate` 1.15 but `accelerate.utils.find_executable_batch_size`, which tries again
-with nine tenths of the batch on the rank that ran out of memory, and tells no other: the ranks' batches part. A signal
-ends the process where it stands. `torch.distributed` (torch 2.13) says of a rank that does not come "Timed out waiting
-1800000ms for recv operation to complete", without a word on who waits where. Here:
-  - Signals are only noted; the loop asks at each update's end, and all ranks agree, so that they save the same update.
-  - On a time-out each rank is asked, over the store that made the process group, which collective it is in, in which
-    update, at which line: a thread answers for it even while it hangs. Who does not answer is stopped or gone.
-    That is gloo's way. Under NCCL a collective that is late raises nothing here: torch's own watchdog prints which one
-    it was and ends the process; nobody is asked (and no GPU has run this yet).
-  - A rank without memory still takes part in the all-reduces of that backward (`join_after_failure`), then all agree.
+Underneath: `torch.distributed.run` (torch 2.13) hands signals on to the ranks. A Python process that does not handle
+them ends where it stands, and so does Accelerate's.
+  - Here the handler only notes the number. The loop asks at the end of each update, and all ranks agree, so that they
+    save the same one.
+  - Python runs handlers between two of its own instructions, never while a call waits for another rank. So a thread
+    reads the number as it arrives.
+  - A second signal ends the process at once.
 
-Proof: test_signals_are_noted_and_the_second_one_ends, test_a_stopped_rank_is_named_where_gloo_names_none,
-test_a_rank_elsewhere_says_where, test_a_rank_that_skips_a_batch_is_found, test_preflight_names_who_did_not_come,
-test_accelerate_shrinks_one_rank_alone in tests/test_faults.py; test_signal_saves_and_resume_continues,
-test_nonfinite_loss_is_named, test_out_of_memory_on_one_rank_shrinks_on_all in tests/test_resume.py.
+Proof: test_signals_are_noted_and_the_second_one_ends, test_signal_saves_and_resume_continues in
+tests/run/test_signals.py and tests/run/test_resume.py.
 """
 
 from __future__ import annotations
@@ -34,17 +27,17 @@ import time
 from types import FrameType
 from typing import Any
 
-SECOND = 1.0  # seconds: torchrun hands the terminal's Ctrl-C on, so that one arrives twice at once
+SECOND = 1.0  # seconds in which a signal counts once: torchrun hands Ctrl-C on, which the terminal has sent as well
 
 
 class StopSignals:
-    """A `with` block in which SIGTERM, SIGINT and SLURM's SIGUSR1 are noted in `number`; a second one ends at once.
+    """A `with` block in which SIGTERM, SIGINT and SLURM's SIGUSR1 are noted in `number`; a second one ends the process.
 
-    In a thread other than the main one, which cannot have signal handlers, it does nothing.
+    Python allows signal handlers in the main thread only; in any other one this does nothing.
     """
 
     def __init__(self) -> None:
-        self.number = 0  # of the first signal that came; 0: none
+        self.number = 0  # of the first signal; 0: none
         self._when = 0.0
         self._before: dict[int, Any] = {}
         self._wakeup_before = -1
@@ -52,7 +45,7 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """As a shell has it."""
+        """What a shell reports of a process that this signal has ended."""
         return 128 + self.number
 
     def __enter__(self) -> StopSignals:
@@ -73,7 +66,7 @@ class StopSignals:
             signal.signal(number, handler)
         if self._pipe is not None:
             signal.set_wakeup_fd(self._wakeup_before)
-            os.close(self._pipe[1])  # the thread reads the end, closes its own side, and ends
+            os.close(self._pipe[1])  # the thread reads the end of the pipe, closes its own side, and ends
             self._pipe = None
 
     def _note(self, number: int, _: FrameType | None) -> None:
@@ -86,7 +79,7 @@ class StopSignals:
                 continue
             if not self._when:
                 self.number, self._when = self.number or number, time.monotonic()
-                if os.environ.get("RANK", "0") == "0":  # a launcher hands it to every rank
+                if os.environ.get("RANK", "0") == "0":  # a launcher sends it to every rank: print once
                     name = signal.Signals(number).name
                     sys.stderr.write(f"\n{name}: stopping after this update; once more to stop now\n")
             elif time.monotonic() - self._when > SECOND:

@@ -1,21 +1,23 @@
-"""All ranks' state into one checkpoint, and back: which objects, and how every rank hears how it went.
+"""The state of all ranks into one checkpoint, and back: which objects it holds, and how every rank learns of a failure.
 
+>>> import torch
 >>> prepared = Prepared()
 >>> prepared.models += [torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)]
 >>> sorted(prepared.stateful())
 ['model', 'model_1']
 
 Underneath: `accelerate.Accelerator.save_state`, `accelerate.checkpointing.save_accelerator_state` (accelerate 1.15).
-  - Each kind of object is numbered in the order in which it was prepared. Kept.
+  - Kept: each kind of object is numbered in the order in which it was prepared.
   - There every rank writes its own file of random states; here rank 0 writes them all, since one folder is one save.
-  - There rank 0's failure leaves the others waiting; here all ranks hear of it and raise.
-  - How files reach the disk is in checkpoint.py.
+  - There rank 0's failure leaves the others waiting; here all ranks raise, with its reason.
+  - checkpoint.py puts the files on the disk.
 
-Proof: test_save_state_and_load_state_on_ranks, test_a_failure_to_save_reaches_all_ranks in tests/run/test_checkpoint.py.
+Proof: test_save_state_and_load_state_on_ranks, test_a_failure_to_save_reaches_all_ranks in tests/run/test_state.py.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,14 @@ from nanofinetune.ranks import collectives
 from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.world import World
 from nanofinetune.run import checkpoint
+from nanofinetune.run.folders import refusal
 
 METHODS = ("state_dict", "load_state_dict")  # what an object needs to be saved
+SERIES = "checkpoint_"  # what automatic naming calls a folder, before its number
 
 
 class Prepared:
-    """Everything that an Accelerator has prepared or registered, by kind, in the order in which it came."""
+    """Everything that an Accelerator has prepared or registered, by kind, in the order of the calls."""
 
     def __init__(self) -> None:
         self.models: list[Any] = []
@@ -39,7 +43,7 @@ class Prepared:
         self.custom: list[Any] = []
 
     def forget(self, *objects: Any) -> None:
-        """Let go of prepared objects; `custom` ones stay."""
+        """Remove prepared objects; `custom` ones stay."""
         for held in (self.models, self.optimizers, self.schedulers, self.loaders):
             held[:] = [thing for thing in held if not any(thing is obj for obj in objects)]
 
@@ -57,11 +61,13 @@ class Prepared:
 
 
 def save(
-    folder: Path, things: dict[str, Any], world: World, saver: checkpoint.Saver, keep: int | None, background: bool
-) -> None:
+    folder: Path, things: dict[str, Any], world: World, saver: checkpoint.Saver, keep: int | None, background: bool,
+    replace: bool = True,
+) -> None:  # fmt: skip
     """Write the state of `things`, and every rank's random state, into the folder. A collective; rank 0 writes.
 
-    Raises, as `Accelerator.save_state` says, on rank 0; RuntimeError with rank 0's reason on the others.
+    An older checkpoint of ours is replaced, unless `replace` is False.
+    Raises on rank 0 what `Accelerator.save_state` lists, and on the others RuntimeError with rank 0's reason.
     """
     random_states = collectives.gather_object([checkpoint.random_state()], world)
     if keep is not None and keep < 1:
@@ -71,12 +77,15 @@ def save(
         try:
             parts = {name: thing.state_dict() for name, thing in things.items()}
             parts["random_states"] = random_states
-            if folder.exists() and not checkpoint.check(folder):
-                raise ValueError(f"{folder} is there already: name another folder, or remove it")
+            if reason := refusal(folder):
+                raise FileExistsError(reason)
+            if not replace and os.path.lexists(folder):
+                # underneath: Accelerate numbers from 0 again after a restart, and refuses as well
+                raise ValueError(f"{folder} exists already: call load_state first, or name another project_dir")
             saver.save(folder, parts, keep)
             if not background:
                 saver.wait(raising=True)
-        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+        except Exception as error:  # any: the other ranks are waiting for the outcome
             failure = error
     failures = collectives.gather_object([str(failure or "")], world)
     if failure is not None:
@@ -86,22 +95,22 @@ def save(
 
 
 def newest(parent: Path, world: World) -> Path:
-    """The newest whole checkpoint in `parent`, as rank 0 sees it; each newer one is printed with its reason."""
+    """The newest complete checkpoint in `parent`, as rank 0 sees it; prints why each newer one is passed over."""
     found: list[Path | None] = [None]
     if world.rank == 0:
-        found[0], passed_over = checkpoint.newest(parent)
+        found[0], passed_over = checkpoint.newest(parent, SERIES)
         for line in passed_over:
             print(f"passed over: {line}", file=sys.stderr)
     folder = collectives.broadcast_object_list(found, world)[0]
     if folder is None:
-        raise ValueError(f"load_state: there is no whole checkpoint in {parent}")
+        raise ValueError(f"load_state: there is no complete checkpoint in {parent}")
     return folder
 
 
 def load(folder: Path, things: dict[str, Any], world: World) -> None:
-    """Put `things`, and this rank's random state, where `save` found them. A collective; every rank reads the folder.
+    """Give `things`, and this rank's random generators, their saved states. A collective; every rank reads the folder.
 
-    Raises ValueError, on all ranks and before anything is changed, where one rank cannot read it or it does not fit.
+    Raises ValueError, on all ranks and before anything is changed, if a rank cannot read it or it does not fit.
     """
     states, reason = {}, ""
     try:

@@ -1,27 +1,18 @@
-"""What a training does when something goes wrong: a signal, a rank that hangs, no memory, a loss that is no number.
+"""When a rank does not answer in time, ask all of them where they are, and say so in place of a bare time-out.
 
->>> with StopSignals() as stop:
-...     os.kill(os.getpid(), signal.SIGTERM)  # a scheduler wants this machine: finish the update, save, leave
-...     stop.number, stop.exit_code
-(15, 143)
->>> smaller(8, 1), smaller(9, 2)  # (rows, accumulated batches) after memory ran out: as many rows an update
-((4, 2), (3, 6))
+>>> transport_failure(RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv"))
+'late'
+>>> transport_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+''
 
-Underneath: nothing of this is in `accelerate` 1.15 but `accelerate.utils.find_executable_batch_size`, which tries again
-with nine tenths of the batch on the rank that ran out of memory, and tells no other: the ranks' batches part. A signal
-ends the process where it stands. `torch.distributed` (torch 2.13) says of a rank that does not come "Timed out waiting
-1800000ms for recv operation to complete", without a word on who waits where. Here:
-  - Signals are only noted; the loop asks at each update's end, and all ranks agree, so that they save the same update.
-  - On a time-out each rank is asked, over the store that made the process group, which collective it is in, in which
-    update, at which line: a thread answers for it even while it hangs. Who does not answer is stopped or gone.
-    That is gloo's way. Under NCCL a collective that is late raises nothing here: torch's own watchdog prints which one
-    it was and ends the process; nobody is asked (and no GPU has run this yet).
-  - A rank without memory still takes part in the all-reduces of that backward (`join_after_failure`), then all agree.
+Underneath: `torch.distributed` (torch 2.13) says "Timed out waiting 1800000ms for recv operation to complete", and not
+which rank waits, for whom, or where.
+  - Here a rank that waited in vain asks all ranks, over the store in which they met, for their collective, update and
+    line. A thread answers, even while its rank hangs. A rank that does not answer is stopped, or gone.
+  - That is gloo's case. Under NCCL torch's own watchdog names the collective and ends the process.
 
-Proof: test_signals_are_noted_and_the_second_one_ends, test_a_stopped_rank_is_named_where_gloo_names_none,
-test_a_rank_elsewhere_says_where, test_a_rank_that_skips_a_batch_is_found, test_preflight_names_who_did_not_come,
-test_accelerate_shrinks_one_rank_alone in tests/test_faults.py; test_signal_saves_and_resume_continues,
-test_nonfinite_loss_is_named, test_out_of_memory_on_one_rank_shrinks_on_all in tests/test_resume.py.
+Proof: test_a_stopped_rank_is_named_where_gloo_names_none, test_preflight_names_the_missing_ranks in
+tests/run/test_watch.py.
 """
 
 from __future__ import annotations
@@ -43,14 +34,14 @@ import torch.distributed as dist
 from nanofinetune.ground.errors import Halt, UsageError
 from nanofinetune.ranks.world import World
 
-ANSWER = 3.0  # seconds that ranks get to say where they are
+ANSWER = 3.0  # seconds in which the ranks may say where they are
 
 
 class Watch:
-    """Answers for this rank, from a thread, when another one waits in vain and asks where everybody is.
+    """A thread that answers for this rank when another one has waited in vain and asks all ranks where they are.
 
-    As a `with` block: a failure to meet the other ranks in it says where each rank is. `update` is for the loop to set.
-    A rank alone needs no watch, and has none.
+    In its `with` block, a collective that times out raises RuntimeError that says where each rank is. The loop sets
+    `update`. With one rank it does nothing.
     """
 
     def __init__(self, world: World) -> None:
@@ -81,18 +72,18 @@ class Watch:
 
     def _explain(self, kind: str, place: str) -> str:
         mine = f"  rank {self.world.rank} waits in {place}"
-        if kind == "lost":  # its own launcher says how it ended, and ends us in a moment
+        if kind == "lost":  # its launcher says how it ended, and will end us too
             return f"another rank has ended:\n{mine}"
         answers: dict[int, str] = {}
         asking = threading.Thread(target=self._ask, args=(place, answers), daemon=True)
         asking.start()
-        asking.join(2 * ANSWER)  # the store does not answer where the rank that keeps it is stopped
+        asking.join(2 * ANSWER)  # the store itself does not answer if the rank that holds it is stopped
         silent = "does not answer: it is stopped, or gone"
         others = [
             f"  rank {rank} {answers.get(rank, silent)}"
             for rank in range(self.world.size) if rank != self.world.rank
         ]  # fmt: skip
-        return "\n".join(["a rank did not come in time:", mine, *others])
+        return "\n".join(["a rank is missing:", mine, *others])
 
     def _ask(self, place: str, answers: dict[int, str]) -> None:
         store = self._store.clone()
@@ -110,33 +101,30 @@ class Watch:
             while not self._ended.wait(1.0):
                 if self._store.check(["watch/where"]) and not self._store.check([f"watch/{self.world.rank}"]):
                     self._store.set(f"watch/{self.world.rank}", f"is in {self.where()}")
-        except RuntimeError:  # the store is gone, with the rank or the launcher that kept it
+        except RuntimeError:  # the store is gone, with the rank or the launcher that held it
             return
 
 
 def _store() -> Any:
-    """A connection of one's own to the store in which the ranks met."""
+    """A connection of its own to the store in which the ranks met."""
     store: Any = dist.distributed_c10d._get_default_store()  # there is no public way to it
     return store.clone()
 
 
 def transport_failure(error: BaseException) -> str:
-    """Whether an error is torch.distributed's: "late" (a time-out), "lost" (a peer has ended) or ""."""
-    # underneath: gloo raises a plain RuntimeError, so only its text tells.
+    """What an error of torch.distributed's says: "late" (a time-out), "lost" (another rank has ended); else ""."""
+    # underneath: gloo raises a plain RuntimeError, so only its text says which
     text = str(error)
     if "Timed out waiting" in text or "collective operation timeout" in text:
         return "late"
-    return (
-        "lost"
-        if any(words in text for words in ("Connection closed by peer", "Connection reset", "gloo/transport"))
-        else ""
-    )
+    lost = ("Connection closed by peer", "Connection reset", "gloo/transport")
+    return "lost" if any(words in text for words in lost) else ""
 
 
 def preflight(world: World, timeout: timedelta = timedelta(seconds=60)) -> None:
-    """Let all ranks add up ones over the network they will train on, before any long work, and say who cannot.
+    """Have all ranks add up ones over the network that they will train on, before any long work.
 
-    Raises RuntimeError naming the ranks that did not take part, or the sum that came out wrong.
+    Raises RuntimeError with the ranks that are missing after `timeout`, or with a sum that is wrong.
     """
     if world.size == 1:
         return
@@ -149,9 +137,9 @@ def preflight(world: World, timeout: timedelta = timedelta(seconds=60)) -> None:
         dist.all_reduce(ones, group=group)
     except RuntimeError as error:
         missing = [rank for rank in range(world.size) if not store.check([f"preflight/{rank}"])]
-        who = f"ranks {missing} did not come" if missing else "all ranks are there and cannot reach each other"
+        who = f"ranks {missing} are missing" if missing else "all ranks have started and cannot reach each other"
         hint = "set GLOO_SOCKET_IFNAME (or NCCL_SOCKET_IFNAME) to the network interface between the nodes"
-        raise RuntimeError(f"preflight: {who} within {timeout}; {hint}") from error
+        raise RuntimeError(f"preflight: {who} after {timeout}; {hint}") from error
     if not (ones == world.size).all():
         raise RuntimeError(f"preflight: {world.size} ranks added up ones and rank {world.rank} got {ones[0].item()}")
     dist.destroy_process_group(group)
@@ -159,11 +147,11 @@ def preflight(world: World, timeout: timedelta = timedelta(seconds=60)) -> None:
 
 @contextmanager
 def noted(describe: Callable[[], str]) -> Iterator[None]:
-    """A `with` block whose exceptions carry one more line, at the end of their traceback."""
+    """A `with` block whose exceptions get one more line at the end of their traceback."""
     try:
         yield
     except (UsageError, Halt):
-        raise  # these are one line, and say all
+        raise  # these are one line, which says it all
     except Exception as error:
         error.add_note(describe())
         raise

@@ -72,7 +72,16 @@ class Tokenizer(Protocol):
 
 
 class Batch(dict[str, Any]):
-    """Column name -> tensor, (B, W) for tokens, (B,) for labels. In place of transformers' BatchEncoding."""
+    """Column name -> tensor, (B, W) for tokens, (B,) for labels. In place of transformers' BatchEncoding.
+
+    A column is an attribute too: `batch.input_ids`.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:  # underneath: BatchEncoding's AttributeError does not say which name
+            raise AttributeError(f"the batch has no {name}, only {', '.join(self)}") from None
 
     def to(self, device: str | int | torch.device, non_blocking: bool = False) -> "Batch":
         """Move every tensor, in place as BatchEncoding does, and return self. TypeError for a batch of numpy arrays."""
@@ -116,9 +125,9 @@ class FlatRows(Sequence[dict[str, Any]]):
         return tokens | {name: column[row].tolist() for name, column in self.dense.items()}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class DataCollatorWithPadding:
-    """Rows -> padded `Batch`. The arguments of transformers.DataCollatorWithPadding.
+    """Rows -> padded `Batch`. The arguments of transformers.DataCollatorWithPadding, which may also be set later.
 
     padding: True or "longest" (as wide as the batch's longest row), "max_length" (as wide as `max_length`, else as the
     tokenizer's model_max_length), False or "do_not_pad" (rows must be equally long). pad_to_multiple_of: round the
@@ -137,6 +146,10 @@ class DataCollatorWithPadding:
     return_tensors: str = "pt"
 
     def __post_init__(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        """Raise ValueError for settings that are wrong or contradict each other."""
         strategy = _strategy(self.padding)
         if self.return_tensors not in ("pt", "np"):
             raise ValueError(f'return_tensors is {self.return_tensors!r}: use "pt" or "np"')
@@ -151,6 +164,7 @@ class DataCollatorWithPadding:
 
     def __call__(self, features: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> Batch:
         """Collate a list of rows, FlatRows, or a dict of columns (what `dataset[:8]` gives). Changes none of them."""
+        self._check()
         if len(features) == 0:
             raise ValueError("the batch has no rows")
         if self.tokenizer.padding_side not in ("left", "right"):
@@ -217,10 +231,9 @@ class DataCollatorWithPadding:
                 column = torch.stack(values).cpu()
             elif isinstance(values[0], np.ndarray):
                 column = torch.from_numpy(np.stack(values))
-            elif self.return_tensors == "np":  # numbers, or lists of them
-                return torch.from_numpy(np.asarray(values))
-            else:
-                return torch.tensor(values)
+            else:  # numbers, or lists of them
+                column = torch.from_numpy(np.asarray(values)) if self.return_tensors == "np" else torch.tensor(values)
+                return column if column.numel() else column.to(torch.int64)  # underneath: what is empty is int64
         except (TypeError, ValueError, RuntimeError) as error:
             raise _why_not(name, values, padded=False) from error
         # underneath: where the ids are lists the library keeps a tensor's dtype, else it turns all into Python numbers
@@ -312,17 +325,11 @@ def _end_to_end(columns: dict[str, list[Any]]) -> tuple[np.ndarray, dict[str, li
     """All rows of all token columns, one after the other, in one integer array; and each column's row lengths."""
     values = [value for column in columns.values() for value in column]
     try:
-        size: Callable[[Any], int] = len
-        if all(isinstance(value, torch.Tensor) for value in values):
-            tokens, size = torch.cat(values).cpu().numpy(), torch.Tensor.numel
-        elif isinstance(values[0], (list, tuple)):
-            integers = array("q")  # int64: the fast way out of lists, and it takes nothing but integers
-            for value in values:
-                integers.fromlist(list(value))
-            tokens = np.array(integers)
-        else:
-            tokens = np.concatenate(values)
-        if tokens.ndim == 1 and (tokens.dtype.kind in "iub" or not tokens.size):
+        tokens, size = _concatenated(values)
+        if tokens.dtype.kind not in "iub" and all(map(_is_whole, values)):
+            # np.array([]) and torch.tensor([]) are floats, and make floats of all; so does uint64 beside int64
+            tokens = np.concatenate([_array(value).astype(np.int64) for value in values])
+        if tokens.ndim == 1 and tokens.dtype.kind in "iub":
             return tokens, {name: list(map(size, column)) for name, column in columns.items()}
         cause = None
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -332,6 +339,18 @@ def _end_to_end(columns: dict[str, list[Any]]) -> tuple[np.ndarray, dict[str, li
             _end_to_end({name: column})
     name = next(iter(columns))
     raise _why_not(name, columns[name], padded=True) from cause
+
+
+def _concatenated(values: list[Any]) -> tuple[np.ndarray, Callable[[Any], int]]:
+    """The values of all rows in one array, and the fastest function that tells a row's length."""
+    if all(isinstance(value, torch.Tensor) for value in values):
+        return torch.cat(values).cpu().numpy(), torch.Tensor.numel
+    if isinstance(values[0], (list, tuple)):
+        integers = array("q")  # int64: the fast way out of lists, and it takes nothing but integers
+        for value in values:
+            integers.fromlist(list(value))
+        return np.array(integers), len
+    return np.concatenate(values), len
 
 
 def _tensor(column: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -364,29 +383,64 @@ def _same_lengths(name: str, lengths: list[int], ids: list[int]) -> None:
 
 
 def _why_not(name: str, values: list[Any], padded: bool) -> ValueError:
-    """What is wrong with a column that makes no tensor."""
-    for row, value in enumerate(values):
+    """What is wrong with a column that makes no tensor, and in which row."""
+    if all(isinstance(value, str) or (isinstance(value, (list, tuple)) and _is_text(value)) for value in values):
+        return ValueError(f"{name} is text: keep the tokenizer's output only, with dataset.remove_columns({name!r})")
+    shapes = [_shape(value) for value in values]
+    for row, (value, shape) in enumerate(zip(values, shapes, strict=True)):
         if value is None:
             return ValueError(f"{name} is None in row {row}: leave out the rows without a value, or the column")
-        if isinstance(value, str) or (isinstance(value, (list, tuple)) and value and isinstance(value[0], str)):
+        if shape is None or (padded and shape and not _is_whole(value)):
             return ValueError(
-                f"{name} is text: keep the tokenizer's output only, with dataset.remove_columns({name!r})"
+                f"{name} holds something else than {'whole ' * padded}numbers: row {row} is {value!r:.60}"
             )
-    kinds = sorted({type(value).__name__ for value in values})
-    if len(kinds) > 1:
-        return ValueError(f"{name} mixes {' and '.join(kinds)}: all rows must have the same type")
-    shapes = [tuple(getattr(value, "shape", None) or np.asarray(value, dtype=object).shape) for value in values]
-    if padded and len(shapes[0]) > 1:
-        return ValueError(
-            f"{name} has {len(shapes[0])} dimensions in row 0: not supported, only one value for each token"
-        )
-    if not padded and len(set(shapes)) > 1 and all(shapes):
-        return ValueError(_not_padded(name, [shape[0] for shape in shapes]))
-    return ValueError(f"{name} holds something else than {'whole ' * padded}numbers: row 0 is {values[0]!r:.60}")
+        if padded and not shape:
+            return ValueError(f"{name} is a single number in row {row}: it must be a list, with one for each token")
+        if padded and len(shape) > 1:
+            return ValueError(
+                f"{name} has {len(shape)} dimensions in row {row}: not supported, only one value for each token"
+            )
+        if not padded and type(value) is not type(values[0]):
+            kinds = sorted({type(value).__name__, type(values[0]).__name__})
+            return ValueError(
+                f"{name} mixes {' and '.join(kinds)}: all rows must have the same type, and row {row} differs"
+            )
+    if not padded and len(set(shapes)) > 1:
+        return ValueError(_not_padded(name, [shape for shape in shapes if shape is not None]))
+    return ValueError(f"{name} makes no tensor, though each of its rows does: row 0 is {values[0]!r:.60}")
 
 
-def _not_padded(name: str, lengths: list[int]) -> str:
-    return f"{name} has lengths {_listed(lengths)} and is not a padded column: pad it beforehand or leave it out"
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """The shape of one row's value; None where that is not made of numbers."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    try:
+        numbers = np.asarray(value)
+    except ValueError:  # a list whose items have different lengths
+        return None
+    return numbers.shape if numbers.dtype.kind in "iubf" else None
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether one row's value, a list or the like, holds integers or bools, or nothing."""
+    return not len(value) or _array(value).dtype.kind in "iub"
+
+
+def _array(value: Any) -> np.ndarray:
+    """One row's value as a numpy array; a bfloat16 tensor, which numpy does not know, as one of float32."""
+    if isinstance(value, torch.Tensor):
+        return (value.float() if value.is_floating_point() else value).cpu().numpy()
+    return np.asarray(value)
+
+
+def _is_text(value: Sequence[Any]) -> bool:
+    return bool(value) and isinstance(value[0], str)
+
+
+def _not_padded(name: str, shapes: list[tuple[int, ...]]) -> str:
+    found = _listed([shape[0] for shape in shapes]) if all(len(shape) == 1 for shape in shapes) else ""
+    what = f"lengths {found}" if found else f"shapes {', '.join(map(str, sorted(set(shapes))))}"
+    return f"{name} has {what} and is not a padded column: pad it beforehand or leave it out"
 
 
 def _listed(lengths: list[int]) -> str:

@@ -15,7 +15,8 @@ Underneath: `torch.optim.AdamW` (torch 2.13), which chooses between `torch.optim
   - Kept: signature, state, state dict (it loads both ways) and the arithmetic of each form, bit for bit.
   - Different: fused is the default wherever it has a kernel. Where a gradient's memory layout differs from its
     parameter's it is copied first: torch's fused form is wrong there. Every group's values are checked.
-  - Left out, and refused: tensor hyper-parameters, complex parameters, `capturable`, `differentiable`.
+  - Left out, and refused: tensors as hyper-parameters other than lr, complex parameters, `capturable`,
+    `differentiable`.
 
 Proof: test_loop_matches_torch_for_loop_adamw, test_fused_matches_torch_fused_adamw in tests/step/test_optim.py.
 """
@@ -41,24 +42,14 @@ FUSED_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.fl
 
 
 def loop(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    amsgrad: bool,
-    maximize: bool,
-) -> None:
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor], steps: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float,
+    weight_decay: float, amsgrad: bool, maximize: bool,
+) -> None:  # fmt: skip
     """One parameter after another, one equation per line: about ten passes over memory for each. In place.
 
     Shapes: the i-th parameter, its gradient and its moments are alike; `steps` are scalars. `max_exp_avg_sqs` is empty
-    without `amsgrad`. Bit for bit torch.optim.adam._single_tensor_adam.
+    without `amsgrad`. `lr` may be a scalar tensor. Bit for bit torch.optim.adam._single_tensor_adam.
     """
     beta1, beta2 = betas
     for i, (p, g, m, v, step) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
@@ -78,20 +69,10 @@ def loop(
 
 
 def foreach(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    amsgrad: bool,
-    maximize: bool,
-) -> None:
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor], steps: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float,
+    weight_decay: float, amsgrad: bool, maximize: bool,
+) -> None:  # fmt: skip
     """The loop turned inside out: each equation once, for the whole list; a few kernel launches instead of thousands.
 
     Same arguments as `loop`, all on one device and of one dtype. Needs memory for one more copy of the parameters.
@@ -117,22 +98,11 @@ def foreach(
 
 
 def fused(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    amsgrad: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor], steps: list[Tensor], *, lr: float | Tensor, betas: tuple[float, float], eps: float,
+    weight_decay: float, amsgrad: bool, maximize: bool, grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """All equations in one kernel: each number is read and written once. That is fast because AdamW waits for memory.
 
     Same arguments as `foreach`, and two scalars that torch.amp.GradScaler sets: the gradients are divided by
@@ -140,6 +110,8 @@ def fused(
     Bit for bit torch.optim.adam._fused_adam.
     """
     device = params[0].device
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":  # the kernel reads it on its own device, or on the CPU
+        lr = lr.to(device, non_blocking=True)
     grad_scale = None if grad_scale is None else grad_scale.to(device, non_blocking=True)
     found_inf = None if found_inf is None else found_inf.to(device, non_blocking=True)
     torch._foreach_add_(steps, 1)
@@ -185,14 +157,15 @@ def choose_form(params: list[Tensor], use_foreach: bool | None = None, use_fused
 class AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW: its arguments, defaults, state and state dict.
 
-    Raises ValueError for a value out of range and NotImplementedError for what is left out (see the module), here, in
-    a group and in a loaded state dict. `step` raises RuntimeError for a sparse gradient.
+    Raises ValueError for a value out of range and NotImplementedError for what is left out (see the module): here, in
+    a group, in a loaded state dict, and in `step` for what was set later. `step` also raises RuntimeError for a sparse
+    gradient, and for `amsgrad` switched on after the first step.
     """
 
     def __init__(
         self,
         params: Any,  # tensors, (name, tensor) pairs or groups: whatever torch.optim.Optimizer takes
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         # underneath: 0.01 where Adam has 0, and for every parameter given, biases and LayerNorm too: see decay_groups.
@@ -242,9 +215,13 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("AdamW.step cannot be captured in a CUDA graph: use torch.optim.AdamW(capturable=True)")
+        for group in self.param_groups:  # once more: anyone may have changed these values since
+            _check(group)
         for group in self.param_groups:
             form = self.form(group)
             options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")}
+            if isinstance(group["lr"], Tensor):
+                options["lr"] = group["lr"].squeeze()  # one element, whatever its shape
             if form == "fused":  # GradScaler sets these two attributes during the call
                 options |= {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
             for lists in self._lists(group, form):
@@ -273,7 +250,13 @@ class AdamW(torch.optim.Optimizer):
             if form == "fused" and not p.stride() == grad.stride() == state["exp_avg"].stride():
                 grad = _laid_out_like(p, grad)
                 _lay_out_moments(p, state)
-            row = (p, grad, state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq"), state["step"])
+            maximum = state.get("max_exp_avg_sq") if group["amsgrad"] else None
+            if group["amsgrad"] and maximum is None:  # underneath: torch's KeyError says only 'max_exp_avg_sq'
+                raise RuntimeError(
+                    f"amsgrad was switched on after {state['step'].item():.0f} steps of a parameter of shape "
+                    f"{tuple(p.shape)}, without its maximum so far: set amsgrad when you make the optimizer"
+                )
+            row = (p, grad, state["exp_avg"], state["exp_avg_sq"], maximum, state["step"])
             columns = lists.setdefault((p.device, p.dtype), ([], [], [], [], [], []))
             for column, tensor in zip(columns, row, strict=True):
                 if tensor is not None:
@@ -321,12 +304,20 @@ def _check(options: Group) -> None:
     for name in ("capturable", "differentiable"):
         if options[name]:
             raise NotImplementedError(f"{name} is {options[name]}: use torch.optim.AdamW, there is no such form here")
+    if not options["decoupled_weight_decay"]:
+        raise NotImplementedError("decoupled_weight_decay is False, which makes it Adam: use torch.optim.Adam")
     beta1, beta2 = options["betas"]
     values = {name: options[name] for name in ("lr", "eps", "weight_decay")} | {"betas[0]": beta1, "betas[1]": beta2}
     for name, value in values.items():
         if isinstance(value, Tensor):
-            raise NotImplementedError(f"{name} is a Tensor: only Python numbers are supported, pass {name}.item()")
-        if not isinstance(value, Real):
+            if name != "lr" or (options["foreach"] and not options["fused"]):  # underneath: foreach takes none in torch
+                what = "with foreach=True it must be a number" if name == "lr" else "it must be a number"
+                raise NotImplementedError(f"{name} is a Tensor: {what}, pass {name}.item()")
+            if value.numel() != 1:
+                raise ValueError(f"lr is a Tensor of shape {tuple(value.shape)}: it must have one element")
+            if value.device.type != "cpu":
+                continue  # reading it would wait for the device
+        elif not isinstance(value, (float, int, Real)):  # the first two only because asking Real takes longer
             raise TypeError(f"{name} is {value!r}: it must be a number")
         end = 1.0 if name.startswith("betas") else math.inf
         if not 0.0 <= float(value) < end:  # NaN fails this test too
@@ -340,12 +331,14 @@ def _settle(group: Group, defaults: Group) -> None:
     """
     for name in ("amsgrad", "maximize", "capturable", "differentiable"):
         group.setdefault(name, False)
+    for name in ("foreach", "fused"):
+        group.setdefault(name, None)
     group["decoupled_weight_decay"] = True  # underneath: torch's AdamW also turns a loaded Adam into an AdamW
     _check(group)
     for p in group["params"]:
         if p.is_complex():
             raise NotImplementedError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}: complex is not supported")
-    asked = (group.get("foreach"), group.get("fused"))
+    asked = (group["foreach"], group["fused"])
     if asked == (None, None):
         asked = (defaults["foreach"], defaults["fused"])
     form = choose_form(group["params"], *asked)

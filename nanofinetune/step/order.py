@@ -56,14 +56,9 @@ class SeedableRandomSampler(RandomSampler):
     """
 
     def __init__(
-        self,
-        data_source: Sized,
-        replacement: bool = False,
-        num_samples: int | None = None,
-        *,
-        data_seed: int = 42,
+        self, data_source: Sized, replacement: bool = False, num_samples: int | None = None, *, data_seed: int = 42,
         epoch: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(data_source, replacement, num_samples)
         self.data_seed = data_seed
         self.epoch = epoch

@@ -90,7 +90,7 @@ def observe_all(observer: Observer) -> None:
     facade = accelerator.Accelerator
     for owner, name, what, describe in (
         (settings, "init_world", "world", _world),
-        (ddp, "broadcast_from_first", "broadcast", lambda _, tensors, *__: f"rank 0's {described(tensors)}"),
+        (ddp, "broadcast_from_rank", "broadcast", lambda _, tensors, *__: f"rank 0's {described(tensors)}"),
         (facade, "prepare_model", "prepare", _model),
         (facade, "prepare_data_loader", "prepare", _loader),
         (facade, "prepare_optimizer", "prepare", lambda ours, *_: f"{_kind(ours)} around {_kind(ours.optimizer)}"),
@@ -219,8 +219,8 @@ def _observe_buckets(observer: Observer) -> None:
         send(self)
         for k in range(first, self._next):
             bucket = self._buckets[k]
-            text = f"bucket {k + 1} of {len(self._buckets)}, {described([bucket.wire])}"
-            if bucket.wire.device.type == "cpu":  # note the moment it is back; on a GPU only the stream knows
+            text = f"bucket {k + 1} of {len(self._buckets)}, {described([bucket.flat])}"
+            if bucket.flat.device.type == "cpu":  # note the moment it is back; on a GPU only the stream knows
 
                 def back(_: Any, k: int = k, text: str = text) -> None:
                     observer.note("all-reduce", begin, time.monotonic(), text, send, k)

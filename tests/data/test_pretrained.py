@@ -3,6 +3,9 @@
 python -m pytest tests/data/test_pretrained.py
 """
 
+import contextlib
+import io
+import json
 import os
 import shutil
 import socket
@@ -139,6 +142,88 @@ def test_load_trained_wants_a_head_of_one_label_a_text(encoder, classifier, tmp_
     several.save_pretrained(tmp_path / "several")
     with pytest.raises(UsageError, match="problem_type is multi_label_classification"):
         load_trained(str(tmp_path / "several"))
+
+
+# --- a stranger's folder ----------------------------------------------------------------------------------------------
+
+EVIL = """
+import pathlib
+pathlib.Path({marker!r}).touch()
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+class EvilConfig(BertConfig):
+    model_type = "evil"
+class EvilModel(BertForSequenceClassification):
+    config_class = EvilConfig
+class EvilTokenizer(BertTokenizerFast):
+    pass
+"""
+CODE = {
+    "AutoConfig": "evil.EvilConfig",
+    "AutoModelForSequenceClassification": "evil.EvilModel",
+    "AutoTokenizer": [None, "evil.EvilTokenizer"],
+}
+
+
+@pytest.fixture
+def hostile(tmp_path, tiny_tokenizer_dir, monkeypatch):
+    """hostile(model_type): a folder whose config, model and tokenizer name code; stdin and every prompt say yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+
+    def make(model_type: str, **settings: Any) -> Path:
+        folder = tmp_path / "hostile"
+        shutil.copytree(tiny_tokenizer_dir, folder)
+        tiny_bert().save_pretrained(folder)
+        (folder / "evil.py").write_text(EVIL.format(marker=str(tmp_path / "ran")))
+        settings |= {"model_type": model_type, "auto_map": CODE}
+        for file, changed in (
+            ("config.json", settings),
+            ("tokenizer_config.json", {"auto_map": CODE, "tokenizer_class": "EvilTokenizer"}),
+        ):
+            content = json.loads((folder / file).read_text()) | changed
+            (folder / file).write_text(json.dumps(content))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("load", "model_type", "library"),
+    [
+        (lambda name: length_limit(name, Unlimited()), "evil", AutoConfig),
+        (load_tokenizer, "evil", AutoTokenizer),
+        (load_tokenizer, "vit", AutoTokenizer),  # a config that transformers knows, and code for all else
+        (load_trained, "evil", AutoModelForSequenceClassification),
+        (load_trained, "vit", AutoModelForSequenceClassification),
+        (lambda name: load_model(name, ["a", "b"]), "vit", AutoModelForSequenceClassification),
+    ],
+    ids=["config", "tokenizer", "tokenizer alone", "trained", "model alone", "model to train"],
+)
+def test_the_code_of_a_model_folder_is_never_run(load, model_type, library, hostile, monkeypatch, tmp_path):
+    """The library's own call asks on stdin, and a yes there runs it: the file that it then writes shows that it ran."""
+    folder = hostile(model_type)
+    with pytest.raises(UsageError, match="it comes with code of its own, which is never run here; choose a model"):
+        load(str(folder))
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with contextlib.suppress(Exception):
+        library.from_pretrained(folder)
+    assert (tmp_path / "ran").exists(), "the library did not run it: this test shows nothing"
+
+
+def test_a_known_model_type_is_loaded_without_the_code(hostile, tmp_path):
+    folder = hostile("bert")
+    assert load_model(str(folder), ["a", "b"])[1] == []
+    assert load_tokenizer(str(folder))("the cat")["input_ids"]
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("attention", ["someone/kernel", "someone/kernel@v1:attend", "paged|someone/kernel"])
+def test_an_attention_from_the_hub_is_refused(attention, hostile):
+    """With the package `kernels` installed, the library downloads and imports it."""
+    folder = hostile("bert", attn_implementation=attention)
+    with pytest.raises(UsageError, match=r"its config names code on the Hub .*, which is never run here"):
+        load_trained(str(folder))
 
 
 # --- tokenizer and limit ----------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ COMMAND_LINE = {
     "--lr": 5e-5,
     "--weight-decay": 0.0,
     "--warmup-steps": 0,
+    "--schedule": "linear",
     "--clip-norm": None,
     "--device": "auto",
     "--precision": "no",
@@ -70,7 +71,11 @@ def test_the_command_line_is_frozen(train, monkeypatch, capsys):
 
 
 def test_the_choices_are_frozen(train):
-    several = {"--precision": ("no", "bf16", "fp16"), "--uneven": ("mask", "wrap"), "--on-nan": ("stop", "skip")}
+    schedules = ("linear", "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "polynomial")
+    several = {
+        "--precision": ("no", "bf16", "fp16"), "--uneven": ("mask", "wrap"), "--on-nan": ("stop", "skip"),
+        "--schedule": (*schedules, "inverse_sqrt"),
+    }  # fmt: skip
     for option, choices in several.items():
         for choice in choices:
             assert choice in vars(train.parse_arguments([option, choice])).values()

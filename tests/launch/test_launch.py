@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from launching import LAUNCH, launch_sh
 
 from nanofinetune.launch.config import QUESTIONS
-from nanofinetune.ranks.environment import first_host
+from nanofinetune.ground.environment import first_host
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="launch.sh needs bash")
 

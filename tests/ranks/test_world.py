@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from helpers import ROOT, run_ranks, run_torchrun
 
+from nanofinetune.ground.environment import Launch
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ranks import world as ranks_world
 from nanofinetune.ranks.collectives import reduce
-from nanofinetune.ranks.environment import Launch
 from nanofinetune.ranks.world import World, init_world, set_seed, shutdown
 
 

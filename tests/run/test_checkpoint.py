@@ -1,9 +1,8 @@
-"""A checkpoint is whole or is not there; and what accelerate 1.15 does with the same faults.
+"""A checkpoint is complete or does not exist; and what accelerate 1.15 does after the same faults.
 
-OMP_NUM_THREADS=1 python -m pytest tests/test_checkpoint.py
+OMP_NUM_THREADS=1 python -m pytest tests/run/test_checkpoint.py
 """
 
-import inspect
 import json
 import os
 import pickle
@@ -12,23 +11,16 @@ import re
 import subprocess
 import sys
 import textwrap
-import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from both_libraries import Ours, training
 from conftest import ROOT, tiny_bert
-from helpers import run_ranks
 from torch import nn
-from torch.utils.data import DataLoader
 
-from nanofinetune import checkpoint
-from nanofinetune.accelerator import Accelerator
-from nanofinetune.settings import ProjectConfiguration
-from nanofinetune.step.optim import AdamW
-from nanofinetune.step.schedule import get_scheduler
+from nanofinetune.run import checkpoint, folders
 
 
 @pytest.fixture
@@ -150,7 +142,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 import safetensors.torch
-from nanofinetune import checkpoint
+from nanofinetune.run import checkpoint
 
 folder = Path(sys.argv[1])
 EVENTS = {"open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "os.listdir", "os.scandir", "shutil.rmtree"}
@@ -220,7 +212,7 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from nanofinetune import checkpoint
+from nanofinetune.run import checkpoint
 
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 checkpoint.save(folder / "update-1", {"model": {"w": torch.zeros(1000)}}, keep=1)
@@ -294,6 +286,15 @@ DAMAGE = {
 }  # fmt: skip
 
 
+UNKNOWN = {  # what tells such a folder from one of ours, which would be replaced
+    "no manifest": r"\w+\.\w+ in it is not ours",
+    "half a manifest": r"its manifest\.json is damaged",
+    "a list for a manifest": r"its manifest\.json is damaged",
+    "another format": r"its format is 2",
+    "a foreign file": r"extra\.pkl in it is not ours",
+}
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_found(kind, tmp_path):
     name, damage, reason = DAMAGE[kind]
@@ -303,11 +304,20 @@ def test_damage_is_found(kind, tmp_path):
     found, passed_over = checkpoint.newest(tmp_path)
     assert found == tmp_path / "update-9"
     assert len(passed_over) == 1 and re.match(f"update-10: {reason}", passed_over[0])
-    with pytest.raises(ValueError, match=f"update-10 is not a whole checkpoint: {reason}"):
+    with pytest.raises(ValueError, match=f"update-10 is not a complete checkpoint: {reason}"):
         checkpoint.load(tmp_path / "update-10")
-    checkpoint.save(tmp_path / "update-10", parts(10), keep=2)  # the run comes by there again
-    assert checkpoint.newest(tmp_path) == (tmp_path / "update-10", [])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["update-10", "update-9"]
+    content = {file.name: file.read_bytes() for file in (tmp_path / "update-10").iterdir()}
+    try:
+        checkpoint.save(tmp_path / "update-10", parts(10), keep=2)  # a run that resumed before it arrives there again
+        assert checkpoint.newest(tmp_path) == (tmp_path / "update-10", [])
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["update-10", "update-9"]
+        assert kind not in UNKNOWN
+    except FileExistsError as error:  # anybody may have made such a folder: it stays as it is
+        assert re.search(
+            f"update-10 exists and is no checkpoint of ours \\({UNKNOWN[kind]}.*\\): name another", str(error)
+        )
+        assert {file.name: file.read_bytes() for file in (tmp_path / "update-10").iterdir()} == content
+        assert checkpoint.newest(tmp_path)[0] == tmp_path / "update-9"
 
 
 def test_a_damaged_one_does_not_count_among_those_kept(tmp_path):
@@ -316,23 +326,6 @@ def test_a_damaged_one_does_not_count_among_those_kept(tmp_path):
     truncate(tmp_path / "update-3" / "model.safetensors")
     checkpoint.save(tmp_path / "update-4", parts(4), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["update-2", "update-4"]
-
-
-def training(library, folder, **project):
-    """A small training under either library's Accelerator -> it, the model and the loader."""
-    torch.manual_seed(0)
-    configuration = library.utils.ProjectConfiguration if hasattr(library, "utils") else ProjectConfiguration
-    accelerator = library.Accelerator(
-        cpu=True, project_config=configuration(project_dir=str(folder), automatic_checkpoint_naming=True, **project)
-    )
-    model = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1))
-    rows: Any = torch.randn(12, 2)
-    data: Any = DataLoader(rows, batch_size=4, shuffle=True)
-    return accelerator, *accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), data)
-
-
-class Ours:
-    Accelerator = Accelerator
 
 
 def test_accelerate_loads_a_flipped_bit_and_stops_at_a_partial_folder(accelerate, tmp_path, capfd):
@@ -421,7 +414,7 @@ def test_malicious_pickle_is_refused_where_accelerate_runs_it(accelerate, tmp_pa
             for swapped in ("custom.json", "model.safetensors"):  # and a forged manifest, which agrees
                 file = folder / swapped
                 file.write_bytes(code)
-                manifest["files"][swapped] = {"bytes": len(code), "sha256": checkpoint._sha256(file)}
+                manifest["files"][swapped] = {"bytes": len(code), "sha256": folders.sha256(file)}
             (folder / "manifest.json").write_text(json.dumps(manifest))
             with pytest.raises(ValueError):
                 accelerator.load_state(folder)
@@ -432,196 +425,24 @@ def test_malicious_pickle_is_refused_where_accelerate_runs_it(accelerate, tmp_pa
             assert victim.exists()
 
 
-# ---- the facade ----
-
-
-def test_state_methods_match_accelerate_signatures(accelerate):
-    for name in ("save_state", "load_state", "save_model", "register_for_checkpointing"):
-        theirs = [
-            p.name
-            for p in inspect.signature(getattr(accelerate.Accelerator, name)).parameters.values()
-            if p.kind != p.VAR_KEYWORD
-        ]
-        ours = list(inspect.signature(getattr(Accelerator, name)).parameters)
-        assert [p for p in theirs if p not in ours] == []
-    fields = accelerate.utils.ProjectConfiguration.__dataclass_fields__
-    assert {name: field.default for name, field in fields.items()} == vars(ProjectConfiguration())
-
-
-def five_and_five(folder, interrupted):
-    """10 updates with dropout and a shuffled loader, in one go or with a new Accelerator after 5 -> the weights."""
-    weights = None
-    for first, last in ((0, 5), (5, 10)) if interrupted else ((0, 10),):
-        torch.manual_seed(first + 3)  # a new process has other random numbers; the first one's count
-        accelerator = Accelerator(cpu=True, project_dir=folder)
-        model = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1))
-        optimizer = AdamW(model.parameters(), lr=0.05)
-        scheduler = get_scheduler("linear", optimizer, 2, 40)
-        generator = torch.Generator().manual_seed(11)
-        rows: Any = torch.randn(12, 2, generator=generator)
-        data: Any = DataLoader(rows, batch_size=2, shuffle=True, generator=generator)
-        model, optimizer, data, scheduler = accelerator.prepare(model, optimizer, data, scheduler)
-        batches, done = iter(()), first
-        if first:
-            accelerator.load_state(os.path.join(folder, "five"))
-            state = checkpoint.read_part(Path(folder, "five"), "loader")
-            batches = iter(accelerator.skip_first_batches(data, state["rows"] // data.total_batch_size))
-        while done < last:
-            batch = next(batches, None)
-            if batch is None:
-                batches = iter(data)
-                continue
-            accelerator.backward(model(batch).pow(2).mean())
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            done += 1
-            if done == 5 and interrupted:
-                accelerator.save_state(os.path.join(folder, "five"))
-        weights = [p.detach().clone() for p in accelerator.unwrap_model(model).parameters()]
-        batches = iter(())
-        accelerator.end_training()
-    return weights
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_loaded_state_continues_bit_for_bit(world, tmp_path):
-    """Through the facade: model, AdamW, schedule, the loader's epoch, each rank's random numbers."""
-    whole = run_ranks(five_and_five, world, str(tmp_path), False)
-    parts_of = run_ranks(five_and_five, world, str(tmp_path), True)
-    for rank in range(world):
-        assert all(torch.equal(a, b) for a, b in zip(whole[rank], parts_of[rank], strict=True))
-
-
-def test_accelerate_resumes_in_another_order(accelerate, tmp_path):
-    """Saved in epoch 2 and loaded into a new Accelerator: there, an ordinary data set begins with epoch 0's order."""
-    orders = {}
-    for name, library in (("theirs", accelerate), ("ours", Ours)):
-        seen = {}
-        for new in (False, True):
-            if library is not Ours:
-                accelerate.state.AcceleratorState._reset_state(True)
-                settings = {
-                    "dataloader_config": accelerate.utils.DataLoaderConfiguration(
-                        use_seedable_sampler=True, data_seed=1
-                    )
-                }
-            else:
-                settings = {}
-            accelerator = library.Accelerator(cpu=True, **settings)
-            generator = torch.Generator().manual_seed(1)
-            twelve: Any = torch.arange(12)
-            loader = accelerator.prepare(DataLoader(twelve, batch_size=4, shuffle=True, generator=generator))
-            if new:
-                accelerator.load_state(str(tmp_path / name))
-                seen["resumed"] = torch.cat(list(loader)).tolist()
-                continue
-            for epoch in range(3):
-                if epoch == 2:
-                    accelerator.save_state(str(tmp_path / name))
-                seen[f"epoch {epoch}"] = torch.cat(list(loader)).tolist()
-        orders[name] = seen
-    assert orders["ours"]["resumed"] == orders["ours"]["epoch 2"]
-    assert orders["ours"]["resumed"] != orders["ours"]["epoch 0"]
-    assert orders["theirs"]["resumed"] == orders["theirs"]["epoch 0"]
-    assert orders["theirs"]["resumed"] != orders["theirs"]["epoch 2"]
-
-
-def test_a_broken_off_epoch_goes_on_where_accelerate_reads_rows_twice(accelerate, tmp_path):
-    """Saved after 3 of 10 shuffled batches, and loaded with other random numbers: the rest of the rows, each once."""
-    twenty: Any = torch.arange(20)
-    for name, library in (("theirs", accelerate), ("ours", Ours)):
-        rows: list[int] = []
-        for new in (False, True):
-            if library is not Ours:
-                accelerate.state.AcceleratorState._reset_state(True)
-            torch.manual_seed(1 + new)
-            accelerator = library.Accelerator(cpu=True)
-            loader = accelerator.prepare(DataLoader(twenty, batch_size=2, shuffle=True))
-            if new:
-                accelerator.load_state(str(tmp_path / name))
-                loader = accelerator.skip_first_batches(loader, 3)
-            for step, batch in enumerate(loader):
-                rows += batch.tolist()
-                if step == 2 and not new:
-                    accelerator.save_state(str(tmp_path / name))
-                    break
-        assert len(rows) == 20
-        assert (sorted(rows) == list(range(20))) == (library is Ours)
-
-
-def test_numbers_go_on_after_load_where_accelerate_begins_again(accelerate, tmp_path):
-    for name, library in (("theirs", accelerate), ("ours", Ours)):
-        accelerator, *_ = training(library, tmp_path / name)
-        for _ in range(2):
-            accelerator.save_state()
-        if library is not Ours:
-            accelerate.state.AcceleratorState._reset_state(True)
-        accelerator, *_ = training(library, tmp_path / name)
-        accelerator.load_state()
-        if library is Ours:
-            assert accelerator.save_state().endswith("checkpoint_2")
-        else:
-            with pytest.raises(ValueError, match="already exists"):
-                accelerator.save_state()
-
-
-def test_save_state_says_what_is_wrong(tmp_path):
-    accelerator, model, *_ = training(Ours, tmp_path)
-    accelerator.project_configuration.automatic_checkpoint_naming = False
-    with pytest.raises(ValueError, match="name an output_dir, or choose automatic_checkpoint_naming"):
-        accelerator.save_state()
-    with pytest.raises(NotImplementedError, match="safe_serialization=False"):
-        accelerator.save_state(tmp_path / "a", safe_serialization=False)
-    with pytest.raises(ValueError, match="object lacks one of state_dict and load_state_dict"):
-        accelerator.register_for_checkpointing(object())
-    with pytest.raises(ValueError, match="there is no whole checkpoint in"):
-        accelerator.load_state()
-    accelerator.save_state(tmp_path / "a")
-    with pytest.raises(ValueError, match="is there already"):
-        accelerator.save_state(tmp_path / "a")
-    accelerator.prepare(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="differ in model_1"):
-        accelerator.load_state(tmp_path / "a")
-    accelerator.save_model(model, tmp_path / "weights")
-    from safetensors.torch import load_file
-
-    assert sorted(load_file(tmp_path / "weights" / "model.safetensors")) == sorted(model.state_dict())
-
-
-def test_background_save_holds_the_state_of_its_moment(tmp_path, monkeypatch):
-    """The write is held up until training has gone on."""
-    go_on = threading.Event()
-    write = checkpoint.write
-    monkeypatch.setattr(checkpoint, "write", lambda *args: go_on.wait(30) and write(*args))
-    accelerator, model, *_ = training(Ours, tmp_path)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    folder = accelerator.save_state(background=True)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    assert not os.path.exists(folder)
-    go_on.set()
-    accelerator.end_training()  # waits
-    saved = checkpoint.load(Path(folder))["model"]
-    assert all(torch.equal(saved[key], before[key]) for key in before)
+# ---- the order, and what is kept ----
 
 
 def test_the_order_of_a_save(tmp_path, monkeypatch):
     """Files, their syncs, the manifest, the folder, the rename, its folder; only then older ones go."""
     calls: list[str] = []
-    sync, rename, rmtree = checkpoint._sync, os.rename, checkpoint.shutil.rmtree
 
     def noting(word, function):
         def noted(*paths, **options):
-            calls.append(" ".join([word, *(path.name for path in paths)]))
+            calls.append(re.sub("-[0-9a-f]{8}(?= |$)", "-*", " ".join([word, *(path.name for path in paths)])))
             return function(*paths, **options)
 
         return noted
 
-    monkeypatch.setattr(checkpoint, "_sync", noting("sync", sync))
-    monkeypatch.setattr(os, "rename", noting("rename", rename))
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", noting("remove", rmtree))
+    monkeypatch.setattr(folders, "_sync", noting("sync", folders._sync))
+    for name in ("rename", "replace", "rmdir"):
+        monkeypatch.setattr(os, name, noting(name, getattr(os, name)))
+    monkeypatch.setattr(Path, "unlink", noting("unlink", Path.unlink))
     checkpoint.save(tmp_path / "update-1", parts(1), keep=1)
     calls.clear()
     checkpoint.save(tmp_path / "update-2", parts(2), keep=1)
@@ -630,12 +451,17 @@ def test_the_order_of_a_save(tmp_path, monkeypatch):
         == textwrap.dedent(f"""\
         sync model.safetensors
         sync scheduler.json
-        sync manifest.json
-        sync .saving-update-2
-        rename .saving-update-2 update-2
+        sync manifest.json.new
+        replace manifest.json.new manifest.json
+        sync .saving-update-2-*
+        rename .saving-update-2-* update-2
         sync {tmp_path.name}
-        rename update-1 .leaving-update-1
-        remove .leaving-update-1""").splitlines()
+        rename update-1 .leaving-update-1-*
+        unlink model.safetensors
+        unlink scheduler.json
+        unlink manifest.json.new
+        unlink manifest.json
+        rmdir .leaving-update-1-*""").splitlines()
     )
 
 

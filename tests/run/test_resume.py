@@ -1,9 +1,10 @@
 """A run that is stopped and goes on is the run that was not stopped: weights bit for bit, and each row once.
 
-Most runs call train.py's `main` in this process, or in forked ranks, with a tiny model; a signal is sent by the process
-to itself after an update of our choice. The last tests kill real processes under torchrun.
+The reference is the run that was not stopped. Most runs call train.py's `main` in this process, or in forked ranks,
+with a tiny model; the process sends itself a signal after an update of our choice. The last tests kill real processes
+under torchrun.
 
-    OMP_NUM_THREADS=1 python -m pytest tests/test_resume.py
+    OMP_NUM_THREADS=1 python -m pytest tests/run/test_resume.py
 """
 
 import json
@@ -26,6 +27,8 @@ from safetensors.torch import load_file
 
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.run.resume import IDENTITY, Start, run_of
+from nanofinetune.run.run import Run
+from nanofinetune.step.order import mix
 
 train = load_script(ROOT / "train.py")
 
@@ -33,36 +36,28 @@ train = load_script(ROOT / "train.py")
 def call(*arguments, stop_after=None, seen=None, forward=None):
     """train.py's main with arguments -> its exit code.
 
-    `stop_after`: this process gets SIGTERM after that update. `seen`: gets (epoch, update, rows) of each batch of this
-    rank. `forward`: called with each training batch before the model is.
+    `stop_after`: this process gets SIGTERM after that update. `seen`: gets (epoch, update, rows) of each update of this
+    rank. `forward`: called in place of each forward pass, with the original and the run's log.
     """
-    verdict = train.Mishap.verdict
+    begin, settle = Run.__init__, Run._settle
     patch = pytest.MonkeyPatch()
 
-    def see(mishap, finite, batch):
-        log, loader = current["log"], current["loader"]
+    def see(run):
         if seen is not None:
-            seen.append((log.epoch, log.update, loader.sample_ids(log.batches)))
-        if log.update + 1 == stop_after:
+            rows = run.loader.sample_ids(run.batches_read - run.log.batches, run.batches_read)
+            seen.append((run.log.epoch, run.log.update, rows))
+        if run.log.update + 1 == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
-        return verdict(mishap, finite, batch)
+        return settle(run)
 
     current: dict[str, Any] = {}
 
-    class Log(train.Log):  # type: ignore[name-defined]
-        def __init__(self, *args):
-            super().__init__(*args)
-            current["log"] = self
+    def note(run, *args):
+        begin(run, *args)
+        current["log"] = run.log
 
-    skip = train.skip_first_batches
-
-    def skip_and_keep(loader, number):
-        current["loader"] = skip(loader, number)
-        return current["loader"]
-
-    patch.setattr(train, "Log", Log)
-    patch.setattr(train, "skip_first_batches", skip_and_keep)
-    patch.setattr(train.Mishap, "verdict", see)
+    patch.setattr(Run, "__init__", note)
+    patch.setattr(Run, "_settle", see)
     patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
     if forward is not None:
         from transformers import BertForSequenceClassification as Bert
@@ -74,7 +69,7 @@ def call(*arguments, stop_after=None, seen=None, forward=None):
 
         patch.setattr(Bert, "forward", patched)
     try:
-        return train.run("train.py", train.main)
+        return train.run_main("train.py", train.main)
     finally:
         patch.undo()
 
@@ -162,9 +157,9 @@ def test_damaged_newest_is_passed_over_with_the_reason(tiny_model, pairs, tmp_pa
 
 
 MISTAKES = {
-    "another seed": (["--seed", "7"], "--seed 7: the run to resume had 42; a run goes on as it was"),
-    "another learning rate": (["--lr", "1e-4"], "--lr 0.0001: the run to resume had 0.001; a run goes on as it was"),
-    "another length": (["--epochs", "5"], "--epochs 5: the run to resume had 3; a run goes on as it was"),
+    "another seed": (["--seed", "7"], "--seed 7: the run to resume began with 42; use the same"),
+    "another learning rate": (["--lr", "1e-4"], "--lr 0.0001: the run to resume began with 0.001; use the same"),
+    "another length": (["--epochs", "5"], "--epochs 5: the run to resume began with 3; use the same"),
     "another batch": (
         ["--batch-size", "4"],
         "--resume: the run has 8 rows an update, and 1 process(es) x --batch-size 4 x --accumulate 1 are 4: choose"
@@ -186,7 +181,7 @@ def test_resume_refuses_another_run(tiny_model, pairs, tmp_path, capfd):
     assert "it already holds metrics.jsonl, checkpoints of an earlier run" in capfd.readouterr().err
     for wrong in (tmp_path / "nowhere", tmp_path):
         assert call(*arguments, "--resume", wrong) == 2
-        assert "there is no whole checkpoint; name a folder that holds one" in capfd.readouterr().err
+        assert "there is no complete checkpoint; name a folder that holds one" in capfd.readouterr().err
     assert sorted(str(path) for path in output.rglob("*")) == before
     assert call(*arguments, "--resume", "auto", "--batch-size", "4", "--accumulate", "2") == 0  # 8 rows an update
     assert call(*arguments, "--resume", "auto") == 2
@@ -222,8 +217,7 @@ def test_resume_refuses_other_data_under_the_same_name(tiny_model, pairs, tmp_pa
     capfd.readouterr()
     assert call(*arguments) == 2
     assert re.fullmatch(
-        r"train.py: --resume: the hash of the training rows is \w{16}, and was \w{16}; a run goes on with what it began"
-        r" with\n",
+        r"train.py: --resume: the hash of the training rows is \w{16}, and the run began with \w{16}; use the same\n",
         capfd.readouterr().err,
     )
     file.write_text("\n".join(lines) + "\n")
@@ -234,7 +228,7 @@ def test_resume_refuses_another_optimizer():
     began = run_of(dict.fromkeys((*IDENTITY, "batch_size", "accumulate"), 1), 1, {"the optimizer": "AdamW"}, Start())
     start = Start(Path("update-1"), began)
     assert run_of({}, 1, {"the optimizer": "AdamW"}, start) == began
-    with pytest.raises(UsageError, match="--resume: the optimizer is Adafactor, and was AdamW; a run goes on with"):
+    with pytest.raises(UsageError, match="the optimizer is Adafactor, and the run began with AdamW; use the same"):
         run_of({}, 1, {"the optimizer": "Adafactor"}, start)
 
 
@@ -343,7 +337,7 @@ def test_dropout_is_a_function_of_seed_update_and_rank(tiny_model, pairs):
     ranks = run_ranks(seeds_of_forwards, 2, arguments, timeout=120)
     for rank, (code, seeds) in enumerate(ranks):
         assert code == 0
-        assert seeds == [(update, train.mix(42, update, rank)) for update in (0, 0, 1, 1, 2, 2)]
+        assert seeds == [(update, mix(42, update, rank)) for update in (0, 0, 1, 1, 2, 2)]
 
 
 def nan_once(original, model, log, *args, **kwargs):
@@ -541,14 +535,15 @@ import os, signal, sys
 sys.argv = ["train.py", *sys.argv[1:]]
 sys.path.insert(0, {root!r})
 import train
-verdict = train.Mishap.verdict
-def killed(mishap, finite, batch):
+from nanofinetune.run.run import Run
+settle = Run._settle
+def killed(run):
     once = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1"
-    if once and mishap.accelerator._schedulers[0].scheduler.last_epoch == 7:
+    if once and run.log.update == 7:
         os.kill({victim}, signal.{signal})
-    return verdict(mishap, finite, batch)
-train.Mishap.verdict = killed
-sys.exit(train.run("train.py", train.main))
+    return settle(run)
+Run._settle = killed
+sys.exit(train.run_main("train.py", train.main))
 """
 
 

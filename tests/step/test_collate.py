@@ -7,6 +7,7 @@ reason, an error that says what to do.
 """
 
 import copy
+import pickle
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -173,6 +174,67 @@ def test_mask_of_bools_is_int64_in_every_batch(tiny_tokenizer):
     assert dtypes == [torch.bool, torch.int64]  # in the library it depends on the lengths
 
 
+EMPTY: dict[str, Any] = {
+    "list": list,
+    "numpy": lambda: np.array([]),  # float64, which is numpy's default
+    "numpy32": lambda: np.array([], dtype=np.int32),
+    "torch": lambda: torch.tensor([]),  # float32, which is torch's default
+}
+
+
+@pytest.mark.parametrize("padding", ["true", "max", "to_8", "numpy"])
+@pytest.mark.parametrize("lengths", [(0,), (0, 0), (0, 3), (3, 0), (4, 0, 1, 0)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_rows_of_any_dtype_match_transformers(tiny_tokenizer, kind, lengths, padding):
+    """The dtype of an empty row says nothing: np.array([]) must not make floats of the others."""
+    rows = make_rows(kind, COLUMNS["all"], lengths)
+    for row in rows:
+        row |= {name: EMPTY[kind]() for name, value in row.items() if name != "label_ids" and not len(value)}
+    settings = PADDINGS[padding]
+    batch = DataCollatorWithPadding(tiny_tokenizer, **settings)(rows)
+    assert_same(batch, theirs(tiny_tokenizer, copy.deepcopy(rows), **settings))
+    assert torch.as_tensor(batch["input_ids"]).dtype == torch.int64
+
+
+@pytest.mark.parametrize("return_tensors", ["pt", "np"])
+def test_an_empty_other_column_is_int64_as_in_transformers(tiny_tokenizer, return_tensors):
+    rows = [{"input_ids": [1, 2], "spans": []}, {"input_ids": [3], "spans": []}]
+    settings = {"return_tensors": return_tensors}
+    assert_same(DataCollatorWithPadding(tiny_tokenizer, **settings)(rows), theirs(tiny_tokenizer, rows, **settings))
+
+
+def test_unsigned_ids_beside_signed_ones_match_transformers(tiny_tokenizer):
+    rows = [
+        {"input_ids": np.array([1, 2], dtype=np.uint64)},
+        {"input_ids": np.array([3])},
+    ]  # together float64, to numpy
+    assert_same(DataCollatorWithPadding(tiny_tokenizer)(rows), theirs(tiny_tokenizer, rows))
+
+
+def test_fields_set_later_match_transformers(tiny_tokenizer):
+    """As on any dataclass; what would be wrong at construction is wrong at the next call."""
+    ours, library = DataCollatorWithPadding(tiny_tokenizer), transformers.DataCollatorWithPadding(tiny_tokenizer)
+    for settings in (*PADDINGS.values(), {"padding": True, "max_length": None, "return_tensors": "pt"}):
+        for collator in (ours, library):
+            for name, value in ({"max_length": None, "pad_to_multiple_of": None} | settings).items():
+                setattr(collator, name, value)
+        assert_same(ours(make_rows()), library(make_rows()))
+    left = copy.deepcopy(tiny_tokenizer)
+    left.padding_side = "left"
+    ours.tokenizer = library.tokenizer = left
+    assert_same(ours(make_rows()), library(make_rows()))
+    for name, value, message in (
+        ("padding", "long", "padding is 'long'"),
+        ("return_tensors", "tf", "return_tensors is 'tf'"),
+        ("max_length", 7, "max_length=7 has no effect"),
+        ("pad_to_multiple_of", 0, "pad_to_multiple_of is 0"),
+    ):
+        wrong = DataCollatorWithPadding(tiny_tokenizer)
+        setattr(wrong, name, value)
+        with pytest.raises(ValueError, match=message):
+            wrong(make_rows())
+
+
 def test_rows_of_mixed_kinds_give_the_batch_of_lists(tiny_tokenizer):
     rows = make_rows("list", COLUMNS["all"])
     arrays, tensors = make_rows("numpy", COLUMNS["all"]), make_rows("torch", COLUMNS["all"])
@@ -302,6 +364,24 @@ def test_to_moves_in_place_like_batch_encoding(tiny_tokenizer):
         batch.to(half)
     with pytest.raises(TypeError, match=r'input_ids is a numpy array, .* return_tensors="pt"'):
         DataCollatorWithPadding(tiny_tokenizer, return_tensors="np")(make_rows()).to("cpu")
+
+
+def test_columns_are_attributes_as_in_batch_encoding(tiny_tokenizer):
+    ours, library = (
+        cls(tiny_tokenizer)(make_rows()) for cls in (DataCollatorWithPadding, transformers.DataCollatorWithPadding)
+    )
+    for batch in (ours, library):
+        assert batch.input_ids is batch["input_ids"] and batch.labels is batch["labels"]
+        assert not hasattr(batch, "label") and not hasattr(batch, "pixel_values")
+        assert callable(batch.to) and callable(batch.items)
+        for twin in (copy.copy(batch), copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))):
+            assert type(twin) is type(batch) and torch.equal(twin.input_ids, batch.input_ids)
+    with pytest.raises(
+        AttributeError, match="the batch has no label, only input_ids, token_type_ids, attention_mask, labels"
+    ):
+        ours.label  # noqa: B018
+    del ours["labels"]
+    assert not hasattr(ours, "labels")
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
@@ -472,6 +552,58 @@ def test_errors_beside_those_of_transformers(tiny_tokenizer, case):
         DataCollatorWithPadding(tiny_tokenizer, **settings)(rows)
 
 
+# Rows with one that is at fault, and what the message says about that one.
+BLAME: dict[str, Any] = {
+    "fractions": ([A, B | {"input_ids": [1.5, 2]}], r"input_ids holds .* whole numbers: row 1 is \[1.5, 2\]"),
+    "fraction array": (
+        [{"input_ids": np.array([1])}, {"input_ids": np.array([])}, {"input_ids": np.array([0.5])}],
+        r"input_ids holds .* whole numbers: row 2 is array\(\[0.5\]\)",
+    ),
+    "fraction tensor": (
+        [{"input_ids": torch.tensor([1])}, {"input_ids": torch.tensor([0.5], dtype=torch.bfloat16)}],
+        r"input_ids holds .* whole numbers: row 1 is tensor\(\[0.5",
+    ),
+    "fraction in a mask": (
+        [A | {"attention_mask": [1, 1, 1]}, B | {"attention_mask": [1, 0.5]}],
+        r"attention_mask holds .* whole numbers: row 1 is \[1, 0.5\]",
+    ),
+    "fraction array among lists": (
+        [A, B | {"input_ids": np.array([0.5])}],
+        "input_ids holds .* whole numbers: row 1 is array",
+    ),
+    "too large": ([A, B | {"input_ids": [2**70]}], "input_ids holds .* whole numbers: row 1 is "),
+    "text": ([A, B | {"input_ids": "ab"}], "input_ids holds .* whole numbers: row 1 is 'ab'"),
+    "None": ([A, EVEN, B | {"input_ids": None}], "input_ids is None in row 2"),
+    "number": ([A, B | {"input_ids": 7}], "input_ids is a single number in row 1: it must be a list"),
+    "nested": ([A, B | {"input_ids": [[7]]}], "input_ids has 2 dimensions in row 1: not supported"),
+    "square": (
+        [{"input_ids": torch.arange(3)}, {"input_ids": SQUARE}],
+        "input_ids has 2 dimensions in row 1: not supported",
+    ),
+    "label text": ([A, B | {"label": "1"}], "label holds something else than numbers: row 1 is '1'"),
+    "label dict": ([A, B | {"label": {"a": 1}}], "label holds something else than numbers: row 1 is {'a': 1}"),
+    "label list": ([A, EVEN, B | {"label": [1]}], "label mixes int and list: all rows must .*, and row 2 differs"),
+    "label None": ([A, EVEN, B | {"label": None}], "label is None in row 2"),
+    "shapes": (
+        [A | {"spans": np.ones((1, 2))}, B | {"spans": np.ones((1, 3))}],
+        r"spans has shapes \(1, 2\), \(1, 3\) and is not a padded column",
+    ),
+    "no dict": ([A, EVEN, 5], "row 2 is a int: a row is a dict"),
+    "missing": ([A, EVEN, {"input_ids": [1]}], "row 2 has no label"),
+    "mask": (
+        [A | {"attention_mask": [1, 1, 1]}, B | {"attention_mask": [1]}],
+        "row 1 has 2 tokens but 1 values of att",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BLAME)
+def test_an_error_names_the_row_at_fault(case):
+    rows, message = BLAME[case]
+    with pytest.raises(ValueError, match=message):
+        DataCollatorWithPadding(tokenizer())(rows)
+
+
 def test_what_is_not_supported_says_so():
     ours = DataCollatorWithPadding(tokenizer())
     rows: Any
@@ -494,7 +626,9 @@ def test_what_is_not_supported_says_so():
     ):
         with pytest.raises(ValueError, match="holds something else than whole numbers"):
             ours(rows)
-    with pytest.raises(ValueError, match="label mixes Tensor and int: all rows must have the same type"):
+    with pytest.raises(
+        ValueError, match="label mixes Tensor and int: all rows must have the same type, and row 1 differs"
+    ):
         ours([A | {"label": torch.tensor(1)}, B])
     with pytest.raises(
         ValueError, match=r"columns must have the same number of rows, .* \{'input_ids': 2, 'label': 1\}"

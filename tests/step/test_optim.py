@@ -14,6 +14,10 @@ import inspect
 import io
 import itertools
 import pickle
+import subprocess
+import sys
+import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -130,6 +134,192 @@ def test_the_three_forms_agree(dtype, amsgrad):
     for p, q, r in zip(loop, foreach, fused, strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(p, r, rtol=tolerance, atol=tolerance)
+
+
+# ---- torch's own cases, and values that are set later
+
+# Prints nothing: it writes torch's own test inputs for AdamW into a file. In a process of its own, since importing
+# them changes torch's settings; `expecttest` is only the base of a test class there.
+OPTIM_DB = """
+import sys, types, unittest
+import torch
+sys.modules.setdefault("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase))
+from torch.testing._internal.common_optimizers import optim_db
+info = next(info for info in optim_db if info.optim_cls is torch.optim.AdamW)
+inputs = [
+    (dtype, case.desc, case.kwargs)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for device in ("cpu", "mps", "cuda")  # which differ in their arguments; nothing is put on these devices
+    for case in info.optim_inputs_func(device=device, dtype=dtype)
+]
+errors = [
+    (case.optimizer_error_input.desc, case.optimizer_error_input.params, case.optimizer_error_input.kwargs,
+     case.error_type, case.error_regex)
+    for case in info.optim_error_inputs_func(device="cpu", dtype=torch.float32)
+]
+torch.save((inputs, errors), sys.argv[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def torchs_cases(tmp_path_factory):
+    """(dtype, description, arguments) and (description, params, arguments, error, its text) of torch's own tests."""
+    file = tmp_path_factory.mktemp("optim_db") / "cases.pt"
+    done = subprocess.run([sys.executable, "-c", OPTIM_DB, str(file)], capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        pytest.skip(f"torch.testing._internal.common_optimizers cannot be imported: {done.stderr.splitlines()[-1:]}")
+    return torch.load(file, weights_only=False)
+
+
+def test_torchs_own_cases_match_torch_adamw(torchs_cases):
+    """Each form, on a CPU. Refused is what has `capturable`: no form here can be captured in a CUDA graph."""
+    seen, refused = set(), set()
+    for (dtype, description, arguments), form in itertools.product(torchs_cases[0], FLAGS):
+        seen.add(description)
+        make = partial(AdamW, make_params(dtype), **copy.deepcopy(arguments), **FLAGS[form])
+        if arguments.get("capturable"):
+            refused.add(description)
+            with pytest.raises(NotImplementedError, match="capturable is True"):
+                make()
+        elif isinstance(arguments.get("lr"), torch.Tensor) and form == "foreach":
+            for cls, error in ((AdamW, NotImplementedError), (torch.optim.AdamW, ValueError)):
+                with pytest.raises(error, match=r"lr .*Tensor"):
+                    cls(make_params(dtype), **arguments, **FLAGS[form])
+        else:
+            theirs = torch.optim.AdamW(make_params(dtype), **copy.deepcopy(arguments), **FLAGS[form])
+            ours = make()
+            train(ours, 5)
+            train(theirs, 5)
+            assert_same(ours, theirs)
+    assert {"default", "amsgrad", "maximize", "nonzero weight_decay", "Tensor lr"} <= seen - refused
+    assert all("capturable" in description for description in refused)
+
+
+def test_what_torchs_own_cases_refuse_is_refused(torchs_cases):
+    for description, params, arguments, error, text in torchs_cases[1]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # duplicate parameters: a warning that says that it will be an error
+            with pytest.raises(error, match=text):
+                torch.optim.AdamW(copy.deepcopy(params) or make_params(), **arguments)
+            with pytest.raises((error, NotImplementedError)):
+                AdamW(copy.deepcopy(params) or make_params(), **arguments)
+        assert description
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "lr", [torch.tensor(0.1), torch.tensor([0.1]), torch.tensor([[0.1]], dtype=torch.float64)], ids=str
+)
+@pytest.mark.parametrize("form", ["loop", "fused"])
+def test_tensor_lr_matches_torch_adamw(form, lr, weight_decay):
+    """Given at construction, filled with another value, set later, and in a state dict."""
+    ours, theirs = (
+        cls(make_params(), lr=lr.clone(), weight_decay=weight_decay, **FLAGS[form])
+        for cls in (AdamW, torch.optim.AdamW)
+    )
+    for optimizer in (ours, theirs):
+        train(optimizer, 3)
+        optimizer.param_groups[0]["lr"].fill_(0.2)
+        train(optimizer, 3, first=3)
+        optimizer.param_groups[0]["lr"] = 0.3
+        train(optimizer, 1, first=6)
+        optimizer.param_groups[0]["lr"] = lr.clone()
+        train(optimizer, 1, first=7)
+    assert_same(ours, theirs)
+    assert torch.equal(ours.param_groups[0]["lr"], lr)  # neither changed nor replaced
+    resumed = AdamW(clones(theirs.param_groups[0]["params"]))
+    resumed.load_state_dict(through_a_file(theirs.state_dict()))
+    for optimizer in (resumed, theirs):
+        train(optimizer, 2, first=8)
+    assert_same(resumed, theirs)
+
+
+def set_later(cls, form, values):
+    """Five steps, then other values in the group, then three steps."""
+    optimizer = cls(make_params(), weight_decay=0.1, **FLAGS[form])
+    train(optimizer, 5)
+    optimizer.param_groups[0].update(values)
+    train(optimizer, 3, first=5)
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"lr": 0.3}, {"betas": (0.5, 0.7)}, {"eps": 0.1}, {"weight_decay": 0.0}, {"maximize": True}, {"foreach": True},
+     {"fused": True}, {"foreach": False, "fused": False}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("form", FLAGS)
+def test_values_set_later_match_torch_adamw(form, values):
+    assert_same(set_later(AdamW, form, values), set_later(torch.optim.AdamW, form, values))
+
+
+@pytest.mark.parametrize("form", FLAGS)
+def test_amsgrad_switched_off_and_on_again_matches_torch_adamw(form):
+    """The maximum is kept while it is off, and not updated, as in torch."""
+    ours, theirs = (cls(make_params(), amsgrad=True, **FLAGS[form]) for cls in (AdamW, torch.optim.AdamW))
+    for optimizer in (ours, theirs):
+        train(optimizer, 2)
+        optimizer.param_groups[0]["amsgrad"] = False
+        train(optimizer, 2, first=2)
+        optimizer.param_groups[0]["amsgrad"] = True
+        train(optimizer, 2, first=4)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("form", FLAGS)
+def test_amsgrad_switched_on_later_is_refused_as_in_torch_adamw(form):
+    """Not even a parameter that comes later, and has a maximum, may lend it to one that has none."""
+    for cls, error, message in (
+        (
+            AdamW,
+            RuntimeError,
+            r"amsgrad was switched on after 5 steps of a parameter of shape \(4,\), without its maximum",
+        ),
+        (torch.optim.AdamW, KeyError, "max_exp_avg_sq"),
+    ):
+        optimizer = cls(make_params(shapes=((4,),)), **FLAGS[form])
+        train(optimizer, 5)
+        optimizer.param_groups[0]["amsgrad"] = True
+        optimizer.param_groups[0]["params"].append(make_params(shapes=((4,),), seed=1)[0])
+        before = clones(optimizer.param_groups[0]["params"])
+        with pytest.raises(error, match=message):
+            train(optimizer, 1, first=5)
+        assert all(torch.equal(p, q) for p, q in zip(optimizer.param_groups[0]["params"], before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"betas": (torch.tensor(0.9), torch.tensor(0.99))}, NotImplementedError, r"betas\[0\] is a Tensor"),
+        ({"eps": torch.tensor(0.1)}, NotImplementedError, "eps is a Tensor"),
+        ({"weight_decay": torch.tensor(0.1)}, NotImplementedError, "weight_decay is a Tensor"),
+        ({"lr": torch.tensor([0.1, 0.2])}, ValueError, r"lr is a Tensor of shape \(2,\): it must have one element"),
+        ({"lr": torch.tensor(-0.1)}, ValueError, "lr is -0.1.*: it must be at least 0"),
+        ({"lr": -0.1}, ValueError, "lr is -0.1: it must be at least 0"),
+        ({"lr": float("nan")}, ValueError, "lr is nan: it must be at least 0"),
+        ({"capturable": True}, NotImplementedError, "capturable is True"),
+        ({"differentiable": True}, NotImplementedError, "differentiable is True"),
+        (
+            {"decoupled_weight_decay": False},
+            NotImplementedError,
+            "decoupled_weight_decay is False, which makes it Adam",
+        ),
+    ],
+)
+@pytest.mark.parametrize("form", FLAGS)
+def test_what_is_refused_at_construction_is_refused_later(form, values, error, message):
+    """torch's step would follow most of these; without the check ours would ignore some and follow others."""
+    first, second = make_params(), make_params(seed=1)
+    optimizer = AdamW([{"params": first}, {"params": second}], **FLAGS[form])
+    train(optimizer, 1)
+    before = clones([*first, *second])
+    optimizer.param_groups[1].update(values)
+    if form == "foreach" and isinstance(values.get("lr"), torch.Tensor):
+        error, message = NotImplementedError, "lr is a Tensor: with foreach=True it must be a number"
+    with pytest.raises(error, match=message):
+        train(optimizer, 1, first=1)
+    assert all(torch.equal(p, q) for p, q in zip([*first, *second], before, strict=True))  # of the first group either
 
 
 # ---- which form
@@ -633,7 +823,10 @@ def test_invalid_values_name_the_argument(options, message):
     [
         ({"capturable": True}, "capturable is True: use torch.optim.AdamW"),
         ({"differentiable": True}, "differentiable is True: use torch.optim.AdamW"),
-        ({"lr": torch.tensor(1e-3)}, r"lr is a Tensor: only Python numbers are supported, pass lr.item\(\)"),
+        (
+            {"lr": torch.tensor(1e-3), "foreach": True, "fused": False},
+            r"lr is a Tensor: with foreach=True .* pass lr.item\(\)",
+        ),
         ({"betas": (torch.tensor(0.9), torch.tensor(0.99))}, r"betas\[0\] is a Tensor"),
     ],
 )

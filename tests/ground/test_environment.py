@@ -1,12 +1,12 @@
-"""ranks/environment.py on tables of variables: torchrun's, srun's, mpirun's, Kubeflow's, and broken ones.
+"""ground/environment.py on tables of variables: torchrun's, srun's, mpirun's, Kubeflow's, and broken ones.
 
-Run: python -m pytest tests/ranks/test_environment.py
+Run: python -m pytest tests/ground/test_environment.py
 """
 
 import pytest
 
+from nanofinetune.ground.environment import Launch, first_host, read_environment
 from nanofinetune.ground.errors import UsageError
-from nanofinetune.ranks.environment import Launch, first_host, read_environment
 
 TORCHRUN = {
     "RANK": "5",

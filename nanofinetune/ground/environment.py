@@ -14,7 +14,7 @@ Underneath: `accelerate.state.PartialState` (accelerate 1.15).
     model of its own, and nothing would look wrong.
 
 Proof: test_read_environment_table, test_read_environment_refuses_what_would_be_silent_copies in
-tests/ranks/test_environment.py.
+tests/ground/test_environment.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,99 @@
+"""What is trained on what: model, tokenizer, tokens and batches, from train.py's arguments.
+
+>>> batches_of(SimpleNamespace(group_by_length=False, seed=0), range(5), 2, 2).batch_size
+2
+
+Underneath: the course builds these by hand, one line each, with `transformers.AutoTokenizer`, `datasets.load_dataset`
+and `torch.utils.data.DataLoader`.
+  - The data come first: their labels decide the model's head.
+  - One rank of a node tokenizes, the others read its cache.
+  - Batches are those of all ranks together; their order follows from (seed, epoch), whatever the size of a batch.
+
+Proof: test_the_plan_says_what_will_happen, test_grouping_by_length_pads_less in tests/test_train.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace  # noqa: F401 (the example above)
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader
+
+from nanofinetune.data.cache import load_tokens
+from nanofinetune.data.load import Data
+from nanofinetune.data.pretrained import import_library, length_limit, load_model, load_tokenizer, resolve_default
+from nanofinetune.ground.errors import shown
+from nanofinetune.ground.xla import fixed_lengths
+from nanofinetune.step.collate import DataCollatorWithPadding
+from nanofinetune.step.order import LengthGroupedBatchSampler, RebatchedSampler, SeedableRandomSampler
+
+
+class Job(NamedTuple):
+    """What is trained on what."""
+
+    model: Any
+    model_name: str
+    made_anew: list[str]
+    tokenizer: Any
+    data: Data
+    train: Any  # a TokenStore
+    validation: dict[str, Any]
+    collator: Callable[[Any], Any]
+    limit: int  # tokens of a row
+    multiple: int
+    notes: list[str]
+
+    def found(self, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+        """What the names stand for: a run goes on only with the same."""
+        return {
+            "the model": self.model_name, "the data set": self.data.name,
+            "the hash of the training rows": self.train.digest(), "the optimizer": type(optimizer).__name__,
+        }  # fmt: skip
+
+
+def load(args: Any, accelerator: Any, note: str = "") -> Job:
+    """Model, tokenizer and tokens; the data first, since the labels decide the model's head."""
+    device = accelerator.device
+    import_library()
+    with accelerator.local_main_process_first():  # one rank of a node tokenizes, the others read its cache
+        model_name, model_note = (args.model, "") if args.model is not None else resolve_default()
+        tokenizer = load_tokenizer(model_name)
+        limit = length_limit(model_name, tokenizer)
+        data, stores = load_tokens(args.data, args.text_columns, args.label_column, args.seed, tokenizer, limit)
+        notes = [text for text in (model_note, data.note, note) if text]
+        for note in notes:
+            accelerator.print(f"note: {shown(note)}", flush=True)
+        torch.manual_seed(args.seed)  # the classification head is new, and random
+        model, made_anew = load_model(model_name, data.label_names)
+    model.config.text_columns = list(data.text_columns)  # saved with the model: predict.py asks it for one text or two
+    # A batch of one length is one shape of its products, and low-precision kernels are made anew for every shape.
+    multiple = 8 if args.group_by_length and args.precision != "no" and limit % 8 == 0 else 1
+    collator: Callable[[Any], Any] = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
+    if device.type == "xla":
+        collator = partial(collate_to_fixed_length, tokenizer, fixed_lengths(limit))
+    train_store = stores.pop("train")
+    return Job(model, model_name, made_anew, tokenizer, data, train_store, stores, collator, limit, multiple, notes)
+
+
+def training_loader(args: Any, job: Job, rows_per_group: int, rows_per_step: int) -> DataLoader:
+    """All processes' batches: the same rows in the same order, whatever the size of a batch."""
+    batches = batches_of(args, job.train, rows_per_step, rows_per_group)
+    return DataLoader(job.train, batch_sampler=batches, collate_fn=job.collator)
+
+
+def batches_of(args: Any, store: Any, rows_per_step: int, rows_per_group: int) -> Any:
+    """The batch sampler of all processes together: the same rows in the same order, whatever the size of a batch."""
+    if not args.group_by_length:
+        return BatchSampler(SeedableRandomSampler(store, data_seed=args.seed), rows_per_step, drop_last=False)
+    grouped = LengthGroupedBatchSampler(store.lengths, rows_per_group, args.seed)
+    return grouped if rows_per_step == rows_per_group else RebatchedSampler(grouped, rows_per_step)
+
+
+def collate_to_fixed_length(tokenizer: Any, lengths: tuple[int, ...], rows: Any) -> Any:
+    """Pad to the next of a few lengths: XLA compiles a step anew for every shape that it has not met."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    width = next(length for length in lengths if length >= longest)
+    return DataCollatorWithPadding(tokenizer, padding="max_length", max_length=width)(rows)

@@ -1,0 +1,84 @@
+"""metrics.jsonl when a run is resumed: our lines of later updates go, and all others stay, whatever they are.
+
+    python -m pytest tests/run/test_log.py
+
+The reference is the same rule, written over a list of lines.
+"""
+
+import io
+import json
+import tracemalloc
+
+import pytest
+
+from nanofinetune.accelerator import Accelerator
+from nanofinetune.run.log import LONGEST, Log, cut_back
+
+
+def ours(update):
+    return json.dumps({"step": update, "epoch": 1, "lr": 0.1, "loss": 0.5, "rows": 8}).encode() + b"\n"
+
+
+STRANGERS = {
+    "blank": b"\n",
+    "text": b"a note of mine\n",
+    "binary": b"\x00\xff\xfe\x80\n",
+    "another JSON": b'{"loss": 1}\n',
+    "a list": b"[1, 2]\n",
+    "a step that is no number": b'{"step": "3"}\n',
+    "a step that is a fraction": b'{"step": 3.5}\n',
+    "deep brackets": b'{"step": ' + b"[" * 50_000 + b"\n",
+    "a step of many digits": b'{"step": ' + b"9" * 5000 + b"}\n",
+    "half of one of ours": b'{"step": 3, "epo\n',
+    "a long line": b"x" * (3 * LONGEST) + b"\n",
+    "a long line that ends like ours": b"x" * LONGEST + ours(9),
+    "carriage returns": b"a\r\nb\rc\r\n",
+}
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_lines_of_others_stay_and_our_later_ones_go(kind):
+    stranger = STRANGERS[kind]
+    file = io.BytesIO(
+        stranger + ours(1) + stranger + ours(2) + ours(3) + stranger + ours(4) + ours(2) + stranger + ours(5)
+    )
+    assert cut_back(file, 2) == 4 * stranger.count(b"\n")
+    assert file.getvalue() == stranger + ours(1) + stranger + ours(2) + stranger + ours(2) + stranger
+
+
+@pytest.mark.parametrize("cut", range(len(ours(3))))
+def test_a_line_that_a_kill_has_torn_goes(cut):
+    file = io.BytesIO(ours(1) + ours(2) + ours(3)[:cut])
+    assert cut_back(file, 9) == 0
+    assert file.getvalue() == ours(1) + ours(2)
+
+
+def test_our_next_line_begins_a_line():
+    file = io.BytesIO(ours(1) + b"a note without an end")
+    assert cut_back(file, 9) == 1
+    assert file.getvalue() == ours(1) + b"a note without an end\n"
+
+
+def test_a_huge_line_takes_little_memory(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.write(ours(1))
+        file.truncate(2**26)  # zeros without an end
+    with path.open("r+b") as file:
+        tracemalloc.start()
+        assert cut_back(file, 1) == 1
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        tracemalloc.stop()
+    assert path.stat().st_size == 2**26 + 1
+
+
+def test_a_log_says_what_stays(tmp_path, capsys):
+    accelerator = Accelerator(cpu=True)
+    log = Log(tmp_path, 4, accelerator, {})
+    log.update = 1
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(ours(1) + b"\n\xff\n" + ours(2))
+    with log:
+        log._write(ours(2).decode())
+    assert path.read_bytes() == ours(1) + b"\n\xff\n" + ours(2)
+    assert capsys.readouterr().err == f"note: {path}: 2 line(s) in it are not of this run's making: they stay\n"

@@ -1,0 +1,203 @@
+"""Where a run begins: what lies about in its folders never stops it, and is never taken for its own.
+
+    python -m pytest tests/run/test_start.py
+
+No training here: the checkpoints hold a log's state alone. tests/run/test_resume.py trains.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nanofinetune.ground.errors import UsageError
+from nanofinetune.run import checkpoint
+from nanofinetune.run.resume import IDENTITY, find_start
+
+ARGUMENTS = dict.fromkeys(IDENTITY)
+
+
+def arguments(output, resume="auto"):
+    return SimpleNamespace(**ARGUMENTS, batch_size=8, accumulate=1, output=str(output), resume=resume)
+
+
+def state(update, **changes):
+    """What a Log saves after that update, of a run with 80 rows."""
+    run = {**ARGUMENTS, "batch_size": 8, "accumulate": 1, "world": 1, "fits": 8, "found": {"the model": "bert"}}
+    place = {"epoch": 0, "rows": 8 * update, "losses": (1.5, 8 * update), "evaluations": []}
+    log = {"run": run, "update": update, "examples": 8 * update, "seconds": 1.0, "first_step_seconds": 0.5, **place}
+    return log | changes
+
+
+def save(output, update, **changes):
+    folder = output / "checkpoints" / f"update-{update:08d}"
+    checkpoint.save(folder, {"custom": state(update, **changes)})
+    return folder
+
+
+def test_auto_takes_only_update_n(tmp_path):
+    """A copy under another name, a folder of somebody's, other spellings of a number: none is the newest."""
+    newest = save(tmp_path, 9)
+    folders = newest.parent
+    for name in ("backup-00000090", "update-00000090-copy-91", "old-update-92", "checkpoint_93", "94", "update-٩٥"):
+        shutil.copytree(newest, folders / name)
+    (folders / "update-96").write_text("a file")
+    (folders / "update-97x").mkdir()
+    start = find_start(arguments(tmp_path))
+    assert start.folder == newest
+    assert start.note == f"resumed after update 9, from {newest}"
+
+
+def test_a_renamed_checkpoint_is_passed_over(tmp_path):
+    newest = save(tmp_path, 9)
+    shutil.copytree(newest, newest.parent / "update-00000090")
+    start = find_start(arguments(tmp_path))
+    assert start.folder == newest
+    assert start.note.startswith(
+        "passed over update-00000090: it has been renamed: it was saved after update 9; resumed"
+    )
+
+
+def fifo(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def device(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+def huge(path):
+    with path.open("wb") as file:
+        file.truncate(2**40)  # takes no room on the disk; reading it would take hours
+
+
+def folder(path):
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+DEEP = b'{"format": 1, "files": ' + b"[" * 200_000
+MANY_DIGITS = b'{"format": ' + b"9" * 10_000 + b', "files": {}}'
+DAMAGED = "its manifest.json is damaged"
+SIDE_FILES = {
+    "a manifest of deep brackets": ("manifest.json", lambda path: path.write_bytes(DEEP), DAMAGED),
+    "a manifest of many digits": ("manifest.json", lambda path: path.write_bytes(MANY_DIGITS), DAMAGED),
+    "a binary manifest": ("manifest.json", lambda path: path.write_bytes(b"\xff\xfe\x00"), DAMAGED),
+    "an empty manifest": ("manifest.json", lambda path: path.write_bytes(b""), DAMAGED),
+    "a FIFO for a manifest": ("manifest.json", fifo, DAMAGED),
+    "a device for a manifest": ("manifest.json", device, DAMAGED),
+    "a folder for a manifest": ("manifest.json", folder, DAMAGED),
+    "a huge manifest": ("manifest.json", huge, DAMAGED),
+    "a FIFO for a part": ("custom.json", fifo, "custom.json is not a plain file"),
+    "a device for a part": ("custom.json", device, "custom.json is not a plain file"),
+    "a folder for a part": ("custom.json", folder, "custom.json is not a plain file"),
+    "a huge part": ("custom.json", huge, "custom.json has 1099511627776 bytes, and its manifest says"),
+    "a FIFO beside it": ("pipe", fifo, "pipe does not belong to it"),
+    "a huge file beside it": ("core", huge, "core does not belong to it"),
+    "a name that no terminal shows": ("a\n\x1b[31m\udcff", Path.touch, r"'a\n\x1b[31m\udcff' does not belong to it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SIDE_FILES)
+def test_side_files_are_passed_over_with_the_reason(kind, tmp_path):
+    name, make, reason = SIDE_FILES[kind]
+    older, newest = save(tmp_path, 8), save(tmp_path, 9)
+    make(newest / name)
+    start = find_start(arguments(tmp_path))
+    assert start.folder == older
+    assert start.note.startswith(f"passed over update-00000009: {reason}")
+    start.note.encode()  # and can be printed
+
+
+def test_other_scripts_checkpoints_are_passed_over(tmp_path):
+    older = save(tmp_path, 8)
+    for update, parts in ((9, {"model": {}}), (10, {"custom": [1]}), (11, {"custom": {"update": 11}})):
+        checkpoint.save(tmp_path / "checkpoints" / f"update-{update}", parts)
+    start = find_start(arguments(tmp_path))
+    assert start.folder == older
+    assert start.note.count("train.py did not make it") == 3
+
+
+# ---- --output ----
+
+
+def test_a_link_to_nothing_is_one_line(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("link", "link/run", "loop", "loop/run"):
+        with pytest.raises(UsageError, match=rf"--output \S+{name}: \S+(link|loop) is a link to nothing; name another"):
+            find_start(arguments(tmp_path / name, None))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "loop"]
+
+
+def to_nothing(path):
+    path.symlink_to("nowhere")
+
+
+UNREADABLE = r"cannot be read and written \(N"  # Not a directory, No such file
+CHILDREN = {
+    "a link to nothing for checkpoints": ("checkpoints", to_nothing, f"its checkpoints {UNREADABLE}"),
+    "a file for checkpoints": ("checkpoints", Path.touch, f"its checkpoints {UNREADABLE}"),
+    "a link to nothing for metrics": ("metrics.jsonl", to_nothing, f"its metrics.jsonl {UNREADABLE}"),
+    "a FIFO for metrics": ("metrics.jsonl", fifo, "its metrics.jsonl is not a plain file"),
+    "a device for metrics": ("metrics.jsonl", device, "its metrics.jsonl is not a plain file"),
+    "a folder for metrics": ("metrics.jsonl", Path.mkdir, "its metrics.jsonl is not a plain file"),
+    "a model of somebody's": ("model", Path.mkdir, "it holds a model, and no run that made it"),
+    "a link to nothing for the result": ("result.json", to_nothing, "this run is complete"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHILDREN)
+def test_what_cannot_be_written_is_one_line(kind, tmp_path):
+    name, make, reason = CHILDREN[kind]
+    make(tmp_path / name)
+    with pytest.raises(UsageError, match=rf"--output \S+: {reason}"):
+        find_start(arguments(tmp_path))
+    with pytest.raises(UsageError, match=rf"--output \S+: it already holds {name} of an earlier run"):
+        find_start(arguments(tmp_path, None))
+
+
+WITHOUT_PERMISSION = """
+import os, sys
+sys.path[:0] = sys.argv[2:]
+from test_start import arguments, find_start
+from nanofinetune.ground.errors import UsageError
+if os.geteuid() == 0:
+    os.seteuid(65534)  # root may read everything
+try:
+    find_start(arguments(sys.argv[1]))
+except UsageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions are POSIX'")
+@pytest.mark.parametrize("mode", [0o000, 0o500], ids=["no permission", "no permission to write"])
+def test_checkpoints_without_permission_are_one_line(mode):
+    with tempfile.TemporaryDirectory() as name:  # not below pytest's own folder, which root alone may enter
+        save(Path(name), 9)
+        Path(name).chmod(0o777)
+        Path(name, "checkpoints").chmod(mode)
+        here = Path(__file__).parent
+        command = [sys.executable, "-c", WITHOUT_PERMISSION, name, str(here), str(here.parent), str(here.parent.parent)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        finally:
+            Path(name, "checkpoints").chmod(0o700)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        f"--output {name}: its checkpoints cannot be read and written (Permission denied); name another folder\n"
+    )
+
+
+def test_a_home_of_nobody_is_one_line(tmp_path):
+    for arguments_of in (arguments("~nobody-of-that-name/run", None), arguments(tmp_path, "~nobody-of-that-name/run")):
+        with pytest.raises(UsageError, match=r"--(output|resume) ~nobody-of-that-name/run: Could not determine home"):
+            find_start(arguments_of)
