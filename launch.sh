@@ -10,7 +10,7 @@
 #   - The ranks share all cores; torchrun gives each rank one.
 #   - Left out: DeepSpeed, FSDP, Megatron, mpirun, TPU pods, torch.compile, choosing GPUs by number.
 #
-# Proof: test_launch_sh_table in tests/launch/test_job.py, test_config_asks_and_launch_sh_reads in
+# Proof: test_launch_sh_table in tests/launch/test_launch.py, test_config_asks_and_launch_sh_reads in
 # tests/launch/test_config.py.
 set -euo pipefail
 
@@ -41,13 +41,30 @@ use a network in which you trust everyone.
 END
 }
 
-fail() { echo "launch.sh: $1" >&2; exit 2; }
+fail() { printf 'launch.sh: %s\n' "${1//[![:print:]]/?}" >&2; exit 2; } # one line, whatever it quotes
 
-whole() { # NAME VALUE LOWEST: print VALUE if it is a whole number from LOWEST
-    if [[ ! $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3)); then
-        fail "$1 ${2:-is empty}: it must be a whole number from $3"
+# underneath: in (( )) and in [[ -gt ]] bash evaluates the text of a variable: x='a[$(rm -r ~)]' is run. So every value
+# goes through `whole` before it is reckoned with.
+whole() { # NAME VALUE LOWEST [HIGHEST]: print VALUE if it is a whole number from LOWEST to HIGHEST
+    local highest=${4:-999999999}
+    if [[ ! $2 =~ ^(0|[123456789][0123456789]{0,17})$ ]] || (($2 < $3 || $2 > highest)); then
+        fail "$1 ${2:-is empty}: it must be a whole number from $3${4:+ to $4}"
     fi
     echo "$2"
+}
+
+host() { # NAME VALUE: print VALUE if it can be a machine's name or address
+    [[ $2 =~ ^[A-Za-z0-9_:][A-Za-z0-9_.:%-]*$ ]] || fail "$1 $2: it must be one name or address"
+    echo "$2"
+}
+
+first_host() { # SLURM's list of nodes, as in rack[2-3]n[07-09,11],login1: print the first, rack2n07
+    local rest=$1 name=''
+    while [[ $rest =~ ^([^][,]*)\[([^],-]+)[^]]*\](.*)$ ]]; do
+        name+=${BASH_REMATCH[1]}${BASH_REMATCH[2]}
+        rest=${BASH_REMATCH[3]}
+    done
+    echo "$name${rest%%,*}"
 }
 
 has() { # OPTION ARGUMENTS...: is OPTION, or OPTION=VALUE, among the arguments?
@@ -59,7 +76,8 @@ has() { # OPTION ARGUMENTS...: is OPTION, or OPTION=VALUE, among the arguments?
 
 cores() { # physical ones, as torch counts, of those that this process may use
     local usable physical
-    usable=$(nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || echo 1)
+    usable=$(nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || true)
+    [[ $usable =~ ^[123456789][0123456789]{0,8}$ ]] || usable=1
     physical=$(lscpu -p=core,socket 2>/dev/null | grep -v '^#' | sort -u | wc -l || true)
     echo $((physical > 0 && physical < usable ? physical : usable))
 }
@@ -72,7 +90,7 @@ gpus() { # those that the processes will see
     fi
 }
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 script=${NANOFINETUNE_SCRIPT:-$root/train.py}
 settings=${NANOFINETUNE_LAUNCH_ENV:-$root/launch.env}
 if [[ -n ${PYTHON-} ]]; then
@@ -82,7 +100,9 @@ elif [[ -z ${VIRTUAL_ENV-}${CONDA_PREFIX-} && -x $root/.venv/bin/python ]]; then
 else
     python=$(command -v python || command -v python3) || fail "there is no python here; name one in PYTHON"
 fi
-start=("$python" -m nanofinetune.launch)
+[[ -n $(type -P -- "$python") ]] || fail "PYTHON $python: there is no such program"
+# underneath: `python -m` looks for modules in the working folder first, also for torch; -P leaves that out.
+start=("$python" -P -m nanofinetune.launch)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 # --- the command line ---
@@ -107,27 +127,37 @@ while (($#)); do
 done
 
 # --- the environment: NNODES and its like, else what SLURM or Kubeflow say in their own words ---
-[[ -z ${LOCAL_RANK-} ]] || fail "LOCAL_RANK=$LOCAL_RANK: a launcher has started this process already; run train.py itself"
+[[ -z ${LOCAL_RANK-} ]] ||
+    fail "LOCAL_RANK=$LOCAL_RANK: a launcher has started this process already; run train.py itself"
 worker=''
-if [[ -n ${SLURM_STEP_ID-} ]] && ((${SLURM_NTASKS:-1} > 1)); then
-    if ((SLURM_NTASKS > ${SLURM_NNODES:-1})); then # srun has started every process; this is one, and knows its rank
-        [[ -z $n ]] || fail "-n $n: srun has started $SLURM_NTASKS tasks; leave -n out, or use srun --ntasks-per-node=1"
+tasks=$(whole SLURM_NTASKS "${SLURM_NTASKS:-1}" 1)
+slurm_nodes=$(whole SLURM_NNODES "${SLURM_NNODES:-1}" 1)
+if [[ -n ${SLURM_STEP_ID-} ]] && ((tasks > 1)); then
+    if ((tasks > slurm_nodes)); then # srun has started every process; this is one, and knows its rank
+        [[ -z $n ]] || fail "-n $n: srun has started $tasks tasks; leave -n out, or use srun --ntasks-per-node=1"
         worker=1
     elif [[ -z ${NNODES-} ]]; then # one task for each node: this one starts the node's processes
-        NNODES=$SLURM_NNODES
-        NODE_RANK=${NODE_RANK:-$SLURM_NODEID}
-        MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))} # the same on all nodes, another for another job
-        nodes=${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}
-        if [[ -z ${MASTER_ADDR-} ]] && command -v scontrol >/dev/null; then
-            MASTER_ADDR=$(scontrol show hostnames "$nodes")
-            MASTER_ADDR=${MASTER_ADDR%%$'\n'*}
-        elif [[ -z ${MASTER_ADDR-} ]]; then # a container without SLURM's programs
-            first_host='import sys; from nanofinetune.ground.environment import first_host; print(first_host(sys.argv[1]))'
-            MASTER_ADDR=$("$python" -c "$first_host" "$nodes")
+        NNODES=$slurm_nodes
+        NODE_RANK=${NODE_RANK:-$(whole SLURM_NODEID "${SLURM_NODEID-}" 0 $((slurm_nodes - 1)))}
+        if [[ -z ${MASTER_PORT-} ]]; then # the same on all nodes, another one for another job
+            job=$(whole SLURM_JOB_ID "${SLURM_JOB_ID-}" 0 99999999999)
+            MASTER_PORT=$((15000 + job % 15000))
+        fi
+        if [[ -z ${MASTER_ADDR-} ]]; then
+            list=${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST-}}
+            [[ $list =~ ^[][A-Za-z0-9_.,-]+$ && $list != -* ]] ||
+                fail "SLURM_JOB_NODELIST ${list:-is empty}: set MASTER_ADDR to the first node's name"
+            if command -v scontrol >/dev/null; then
+                MASTER_ADDR=$(scontrol show hostnames "$list" 2>/dev/null) ||
+                    fail "scontrol knows no nodes $list: set MASTER_ADDR to the first node's name"
+                MASTER_ADDR=${MASTER_ADDR%%$'\n'*}
+            else # a container without SLURM's programs
+                MASTER_ADDR=$(first_host "$list")
+            fi
         fi
     fi
-elif [[ -z ${NNODES-} ]] && ((${SLURM_NNODES:-1} > 1)); then
-    fail "SLURM gave $SLURM_NNODES nodes and this is the shell of one: use srun --ntasks-per-node=1 launch.sh"
+elif [[ -z ${NNODES-} ]] && ((slurm_nodes > 1)); then
+    fail "SLURM gave $slurm_nodes nodes and this is the shell of one: use srun --ntasks-per-node=1 launch.sh"
 fi
 for name in NNODES NODE_RANK NPROC_PER_NODE MASTER_ADDR MASTER_PORT MAX_RESTARTS; do # Kubeflow Trainer: torchrun's PET_*
     pet=PET_$name
@@ -139,9 +169,11 @@ fi
 
 # --- launch.env: NAME=VALUE lines, read and never executed ---
 if [[ -f $settings ]]; then
+    [[ -r $settings ]] || fail "$settings: it cannot be read"
     while IFS='=' read -r name value || [[ -n $name ]]; do
+        value=${value%$'\r'} # an editor on Windows leaves it
         case $name in
-            '' | '#'*) ;;
+            '' | '#'* | $'\r') ;;
             NPROC_PER_NODE | NNODES | NODE_RANK | MASTER_ADDR | MASTER_PORT | MAX_RESTARTS) [[ -n ${!name-} ]] || printf -v "$name" %s "$value" ;;
             OMP_NUM_THREADS | GLOO_SOCKET_IFNAME | NANOFINETUNE_MIXED_PRECISION | NANOFINETUNE_DEVICE) [[ -n ${!name-} ]] || export "$name=$value" ;;
             *) fail "$settings: $name is not a setting; --help lists them" ;;
@@ -150,6 +182,8 @@ if [[ -f $settings ]]; then
 fi
 
 # --- what to start ---
+[[ -f $script ]] || fail "$script: there is no such script"
+[[ $script != -* ]] || script=./$script # or python would take it for an option
 given=(${arguments[@]+"${arguments[@]}"}) # (an empty array is "unbound" in the bash of macOS)
 if [[ -n ${NANOFINETUNE_DEVICE-} ]] && ! has --device ${given[@]+"${given[@]}"}; then
     arguments+=(--device "$NANOFINETUNE_DEVICE")
@@ -159,10 +193,11 @@ if [[ -n ${NANOFINETUNE_MIXED_PRECISION-} ]] && ! has --precision ${given[@]+"${
 fi
 restarts=${restarts:-$(whole MAX_RESTARTS "${MAX_RESTARTS:-0}" 0)}
 nodes=$(whole NNODES "${NNODES:-1}" 1)
+port=$(whole MASTER_PORT "${MASTER_PORT:-29500}" 1 65535)
 if [[ -z $n && -n ${NPROC_PER_NODE-} && ! ${NPROC_PER_NODE-} =~ ^(auto|gpu)$ ]]; then
     n=$(whole NPROC_PER_NODE "$NPROC_PER_NODE" 1)
-elif [[ -z $n && -z ${SLURM_STEP_ID-} ]] && ((${SLURM_NTASKS:-1} > 1)); then
-    n=$SLURM_NTASKS # the shell of an sbatch job on one node
+elif [[ -z $n && -z ${SLURM_STEP_ID-} ]] && ((tasks > 1)); then
+    n=$tasks # the shell of an sbatch job on one node
 elif [[ -z $n ]]; then
     n=1
     [[ " ${arguments[*]-} " =~ " --device cpu "|" --device=cpu " ]] || n=$(gpus)
@@ -186,11 +221,12 @@ else
         command+=(--standalone)
     else
         [[ -n ${MASTER_ADDR-} ]] || fail "NNODES=$nodes: set MASTER_ADDR to the name or address of node 0, on all nodes"
+        MASTER_ADDR=$(host MASTER_ADDR "$MASTER_ADDR")
         [[ -n ${NODE_RANK-} ]] || fail "NNODES=$nodes: set NODE_RANK to this node's number, from 0 to $((nodes - 1))"
         NODE_RANK=$(whole NODE_RANK "$NODE_RANK" 0)
         ((NODE_RANK < nodes)) || fail "NODE_RANK=$NODE_RANK: $nodes nodes are numbered from 0"
         # A static rendezvous: each node knows its number, and node 0 listens at an address that all know.
-        command+=("--nnodes=$nodes" "--node-rank=$NODE_RANK" "--master-addr=$MASTER_ADDR" "--master-port=${MASTER_PORT:-29500}")
+        command+=("--nnodes=$nodes" "--node-rank=$NODE_RANK" "--master-addr=$MASTER_ADDR" "--master-port=$port")
     fi
     command+=("--nproc-per-node=$n" "--max-restarts=$restarts" "$script")
 fi

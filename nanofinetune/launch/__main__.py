@@ -9,7 +9,7 @@ Underneath: `accelerate.commands.launch.launch_command` (accelerate 1.15).
   - Here launch.sh chooses, in the shell, and this hands on.
 
 Proof: test_launch_sh_table, test_two_processes_on_a_cpu_are_two_ranks_where_accelerate_launch_starts_one in
-tests/launch/test_job.py.
+tests/launch/test_launch.py and tests/launch/test_job.py.
 """
 
 from __future__ import annotations

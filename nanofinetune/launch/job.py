@@ -71,7 +71,7 @@ def launch(argv: list[str]) -> int:
         args.signals_to_handle += ",SIGUSR1"
     if not os.path.isfile(args.training_script):
         raise UsageError(f"{args.training_script}: there is no such script")
-    itself = ["-u", "-m", "nanofinetune.launch", "work"]
+    itself = ["-u", "-P", "-m", "nanofinetune.launch", "work"]  # -P: modules do not come from the working folder
     args.training_script_args = [*itself, args.training_script, *args.training_script_args]
     args.no_python, args.training_script = True, sys.executable
     if "LOGLEVEL" not in os.environ:  # we say below, with the reason, what torch logs about a failed process
@@ -143,7 +143,8 @@ def work(script: str, args: Sequence[str]) -> int:
     end_with_parent()
     faulthandler.enable()  # a segmentation fault prints the Python stacks
     os.environ["NANOFINETUNE_WORKER"] = "1"  # so that ground.cli.run_main leaves a UsageError to us
-    sys.argv, sys.path[0] = [script, *args], os.path.dirname(os.path.abspath(script))
+    sys.argv = [script, *args]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # where Python looks first for a script's modules
     try:
         runpy.run_path(script, run_name="__main__")
         return 0
