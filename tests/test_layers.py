@@ -25,8 +25,10 @@ ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 FLOORS = {
     0: "ground/errors",
     1: "ground/cli ground/xla ground/process ground/precision step/collate step/optim step/schedule step/metrics"
-    " step/order ranks/shard ranks/naive_ddp ranks/ddp data/tasks cpu/memory launch/rendezvous",
-    2: "ground/device ground/environment cpu/dropout cpu/embedding data/stdlib_pairs data/pretrained data/columns",
+    " step/order ranks/shard ranks/naive_ddp ranks/ddp data/tasks data/files cpu/memory"
+    " launch/rendezvous",
+    2: "ground/device ground/environment cpu/dropout cpu/embedding data/stdlib_pairs data/pretrained data/columns"
+    " run/schema",
     3: "ranks/world cpu/lean data/load run/folders",
     4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch",
     5: "ranks/loader settings run/state run/log data/cache launch/job launch/config"
