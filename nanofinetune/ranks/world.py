@@ -25,11 +25,15 @@ import atexit
 import gc
 import os
 import random
+import socket
+import sys
 import time
 import uuid
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -38,7 +42,7 @@ import torch.distributed as dist
 from nanofinetune.ground.device import backend_for, choose_device
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ground.process import end_with_parent
-from nanofinetune.ranks.environment import Launch, read_environment
+from nanofinetune.ranks.environment import Launch, read_environment, whole_number
 
 # underneath: gloo's own default is 30 minutes, in which a mistake looks like a slow step.
 TIMEOUT = timedelta(minutes=5)
@@ -94,9 +98,9 @@ def init_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
         launch = Launch(
             launcher="adopted",
             rank=dist.get_rank(),
-            local_rank=int(os.environ.get("LOCAL_RANK", dist.get_rank())),  # no launcher said so: all are on one node
+            local_rank=whole_number(os.environ, "LOCAL_RANK", dist.get_rank()),  # not said: all are on one node
             size=dist.get_world_size(),
-            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
+            local_size=whole_number(os.environ, "LOCAL_WORLD_SIZE", dist.get_world_size()),
         )
         place = _device_of(launch, "cpu" if device == "auto" and "nccl" not in backend else device)
         return World(launch.rank, launch.local_rank, launch.size, launch.local_size, place, backend, adopted=True)
@@ -108,7 +112,7 @@ def init_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
     # that the user chose, so `launch.sh` sets cores / ranks before it calls torchrun.
     if not os.environ.get("OMP_NUM_THREADS") and not os.environ.get("MKL_NUM_THREADS"):
         # srun binds a task to CPUs of its own; where it does, torch's number is that task's share already.
-        share = int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) if launch.launcher == "slurm" else 0
+        share = whole_number(os.environ, "SLURM_CPUS_PER_TASK", 0) if launch.launcher == "slurm" else 0
         torch.set_num_threads(share or max(1, torch.get_num_threads() // launch.local_size))
     if launch.launcher == "torchrun":
         end_with_parent()
@@ -180,13 +184,39 @@ def _store(launch: Launch, timeout: timedelta) -> dist.Store:
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
         try:
-            store, _, _ = next(dist.rendezvous(launch.init_method, launch.rank, launch.size, timeout=timeout))
-            return _store_of_this_attempt(store, launch, timeout)
+            return _store_of_this_attempt(_open_store(launch, timeout), launch, timeout)
         except dist.DistNetworkError:
             # A second Accelerator in the same processes: rank 0 may still be closing the first one's store.
             if launch.rank == 0 or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
+
+
+def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
+    """torchrun's store, or one of rank 0's. Where all ranks are on one node, nothing listens beyond the loopback."""
+    url = urlsplit(
+        launch.init_method
+        if launch.launcher == "slurm"
+        else f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    )
+    on_one_node = (
+        launch.local_size == launch.size or url.hostname == "localhost" or str(url.hostname).startswith("127.")
+    )
+    if on_one_node and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens where the host's name leads
+    if not on_one_node or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or os.name != "posix":
+        store, _, _ = next(dist.rendezvous(launch.init_method, launch.rank, launch.size, timeout=timeout))
+        return store
+    listener, port = None, url.port or 0
+    # underneath: torch's own TCPStore listens on all interfaces, whatever address it is given
+    if launch.rank == 0:
+        with suppress(
+            OSError
+        ):  # taken: by a store that this process still has, which torch then uses; or torch says so
+            listener = socket.create_server(("127.0.0.1", port)).detach()
+    return dist.TCPStore(
+        "127.0.0.1", port, launch.size, launch.rank == 0, timeout, multi_tenant=True, master_listen_fd=listener
+    )
 
 
 def _store_of_this_attempt(store: dist.Store, launch: Launch, timeout: timedelta) -> dist.Store:
