@@ -115,9 +115,8 @@ class Accelerator:
             (LRScheduler, lambda scheduler, _: self.prepare_scheduler(scheduler)),  # last: it looks for its optimizer
         )
         for kind, prepare in kinds:
-            for i, obj in enumerate(args):
-                if isinstance(obj, kind):
-                    result[i] = prepare(obj, placed[i])
+            for i in (i for i, obj in enumerate(args) if isinstance(obj, kind)):
+                result[i] = prepare(args[i], placed[i])
         return result[0] if len(result) == 1 else tuple(result)
 
     @contextmanager
@@ -326,7 +325,7 @@ class Accelerator:
             torch.cuda.empty_cache()
         return [None] * len(objects)
 
-    clear = free_memory  # Accelerate has both names
+    clear = free_memory
 
     def forget(self, *objects: Any) -> None:
         """Let go of prepared models, optimizers, schedulers or loaders: `save_state` saves them no more."""

@@ -51,10 +51,11 @@ def read_environment(environ: Mapping[str, str]) -> Launch:
     """
     if environ.get("LOCAL_RANK", "-1") != "-1":
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-        rank, local_rank, size, local_size, _ = (_integer(environ, name) for name in names)
+        rank, local_rank, size, local_size, port = (whole_number(environ, name) for name in names)
         if not (0 <= local_rank <= rank < size and local_rank < local_size <= size and environ.get("MASTER_ADDR")):
             values = " ".join(f"{name}={environ.get(name, '')}" for name in (*names, "MASTER_ADDR"))
             raise UsageError(f"{values} do not fit together: {START}, which set them")
+        _check_port(port)
         return Launch("torchrun", rank, local_rank, size, local_size)
     if "SLURM_PROCID" in environ and environ.get("SLURM_NTASKS", "1") != "1":
         return _read_slurm(environ)
@@ -79,27 +80,51 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first[0])
 
 
+def whole_number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """The value of a variable, or the default where it is not set.
+
+    Raises UsageError for anything else than an optional sign and digits, or where it is not set and must be.
+    """
+    value = environ.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        known = "SLURM_PROCID" if name.startswith("SLURM") else "LOCAL_RANK"
+        raise UsageError(f"{known} is set but {name} is not: {START}, which set both")
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()):  # int() takes 1_0 too
+        raise UsageError(f"{name}={value!r} is not a whole number")
+    return int(value)
+
+
 def _read_slurm(environ: Mapping[str, str]) -> Launch:
-    size = _integer(environ, "SLURM_NTASKS")
+    size = whole_number(environ, "SLURM_NTASKS")
     if "SLURM_STEP_ID" not in environ:  # the shell of sbatch has SLURM_PROCID=0 and the job's SLURM_NTASKS too
         raise UsageError(f"SLURM_NTASKS={size}, but srun did not start this process: use `srun python ...`, or {START}")
-    rank, local_rank = _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_LOCALID")
-    tasks: list[int] = []  # of each node: "4(x2),1" is three nodes with 4, 4 and 1
-    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_TASKS_PER_NODE", "")):
-        tasks += [int(count)] * int(repeat or 1)
-    node = int(environ.get("SLURM_NODEID", "0"))
-    local_size = tasks[node] if node < len(tasks) else int(environ.get("SLURM_NTASKS_PER_NODE", "1"))
+    rank, local_rank = whole_number(environ, "SLURM_PROCID"), whole_number(environ, "SLURM_LOCALID")
+    node = whole_number(environ, "SLURM_NODEID", 0)
+    local_size = _tasks_of_node(environ.get("SLURM_TASKS_PER_NODE", ""), node)
+    local_size = local_size or whole_number(environ, "SLURM_NTASKS_PER_NODE", 1)
+    if not (0 <= local_rank <= rank < size and 0 < local_size <= size):
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NODEID", "SLURM_TASKS_PER_NODE")
+        values = " ".join(f"{name}={environ.get(name, '')}" for name in names)
+        raise UsageError(f"{values} do not fit together: start with `srun python ...`, which sets them")
     host = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_JOB_NODELIST", ""))
     # The same for all tasks, usually different for another job, and below the ports that Linux hands out (32768 up).
-    port = environ.get("MASTER_PORT") or 15000 + _integer(environ, "SLURM_JOB_ID") % 15000
+    given = bool(environ.get("MASTER_PORT"))
+    port = whole_number(environ, "MASTER_PORT") if given else 15000 + whole_number(environ, "SLURM_JOB_ID") % 15000
+    _check_port(port)
     return Launch("slurm", rank, local_rank, size, local_size, f"tcp://{host}:{port}")
 
 
-def _integer(environ: Mapping[str, str], name: str) -> int:
-    try:
-        return int(environ[name])
-    except KeyError:
-        known = "SLURM_PROCID" if name.startswith("SLURM") else "LOCAL_RANK"
-        raise UsageError(f"{known} is set but {name} is not: {START}, which set both") from None
-    except ValueError:
-        raise UsageError(f"{name}={environ[name]!r} is not a whole number") from None
+def _tasks_of_node(counts: str, node: int) -> int:
+    """How many tasks the node has: "4(x2),1" is three nodes with 4, 4 and 1. 0 where that is not said."""
+    for count, repeat in re.findall(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", counts):
+        if node < int(repeat or 1):
+            return int(count)
+        node -= int(repeat or 1)
+    return 0
+
+
+def _check_port(port: int) -> None:
+    if not 0 < port < 2**16:
+        raise UsageError(f"MASTER_PORT={port} is not a port: choose one from 1 to 65535")

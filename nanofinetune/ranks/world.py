@@ -25,9 +25,12 @@ import atexit
 import gc
 import os
 import random
+import socket
+import sys
 import time
 import uuid
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -36,7 +39,7 @@ import torch
 import torch.distributed as dist
 
 from nanofinetune.ground.device import backend_for, choose_device
-from nanofinetune.ground.environment import Launch, read_environment
+from nanofinetune.ground.environment import Launch, read_environment, whole_number
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ground.process import end_with_parent
 
@@ -94,9 +97,9 @@ def init_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
         launch = Launch(
             launcher="adopted",
             rank=dist.get_rank(),
-            local_rank=int(os.environ.get("LOCAL_RANK", dist.get_rank())),  # no launcher said so: all are on one node
+            local_rank=whole_number(os.environ, "LOCAL_RANK", dist.get_rank()),  # not said: all are on one node
             size=dist.get_world_size(),
-            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
+            local_size=whole_number(os.environ, "LOCAL_WORLD_SIZE", dist.get_world_size()),
         )
         place = _device_of(launch, "cpu" if device == "auto" and "nccl" not in backend else device)
         return World(launch.rank, launch.local_rank, launch.size, launch.local_size, place, backend, adopted=True)
@@ -108,7 +111,7 @@ def init_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
     # that the user chose, so `launch.sh` sets cores / ranks before it calls torchrun.
     if not os.environ.get("OMP_NUM_THREADS") and not os.environ.get("MKL_NUM_THREADS"):
         # srun binds a task to CPUs of its own; where it does, torch's number is that task's share already.
-        share = int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) if launch.launcher == "slurm" else 0
+        share = whole_number(os.environ, "SLURM_CPUS_PER_TASK", 0) if launch.launcher == "slurm" else 0
         torch.set_num_threads(share or max(1, torch.get_num_threads() // launch.local_size))
     if launch.launcher == "torchrun":
         end_with_parent()
@@ -180,13 +183,34 @@ def _store(launch: Launch, timeout: timedelta) -> dist.Store:
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
         try:
-            store, _, _ = next(dist.rendezvous(launch.init_method, launch.rank, launch.size, timeout=timeout))
-            return _store_of_this_attempt(store, launch, timeout)
+            return _store_of_this_attempt(_open_store(launch, timeout), launch, timeout)
         except dist.DistNetworkError:
             # A second Accelerator in the same processes: rank 0 may still be closing the first one's store.
             if launch.rank == 0 or time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
+
+
+def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
+    """torchrun's store, or one of rank 0's. Where all ranks are on one node, nothing listens beyond the loopback."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "0")
+    if launch.launcher == "slurm":
+        host, _, port = launch.init_method.removeprefix("tcp://").rpartition(":")
+    on_one_node = launch.local_size == launch.size or host in ("localhost", "::1") or host.startswith("127.")
+    if on_one_node and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens where the host's name leads
+    if not on_one_node or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or os.name != "posix":
+        store, _, _ = next(dist.rendezvous(launch.init_method, launch.rank, launch.size, timeout=timeout))
+        return store
+    listener = None
+    # underneath: torch's own TCPStore listens on all interfaces, whatever address it is given
+    if launch.rank == 0:
+        # OSError: the port is taken by a store that this process still has, which torch then uses; or torch says so.
+        with suppress(OSError):
+            listener = socket.create_server(("127.0.0.1", int(port))).detach()
+    return dist.TCPStore(
+        "127.0.0.1", int(port), launch.size, launch.rank == 0, timeout, multi_tenant=True, master_listen_fd=listener
+    )
 
 
 def _store_of_this_attempt(store: dist.Store, launch: Launch, timeout: timedelta) -> dist.Store:

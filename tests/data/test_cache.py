@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -241,7 +242,7 @@ def test_tokenization_is_cached_by_datasets_fingerprint(tmp_path, tiny_tokenizer
     for n in (20, 24):
         splits = {"train": datasets.Dataset.from_list(rows(n)), "validation": datasets.Dataset.from_list(rows(5))}
         datasets.DatasetDict(splits).save_to_disk(tmp_path / str(n))
-    found = []
+    found: list[Any] = []
     for n in (20, 20, 24):
         tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, n=n: datasets.load_from_disk(tmp_path / str(n)))

@@ -58,12 +58,31 @@ def test_read_environment_table(environ, expected):
         ({**TORCHRUN, "RANK": "two"}, "RANK='two' is not a whole number"),
         (without(SLURM, "SLURM_STEP_ID"), "SLURM_NTASKS=5, but srun did not start this process: use `srun python ...`"),
         (without(SLURM, "SLURM_LOCALID"), "SLURM_PROCID is set but SLURM_LOCALID is not"),
+        (without(SLURM, "SLURM_JOB_ID"), "SLURM_PROCID is set but SLURM_JOB_ID is not"),
+        ({**SLURM, "SLURM_NTASKS": "2(x3)"}, r"^SLURM_NTASKS='2\(x3\)' is not a whole number$"),
+        ({**SLURM, "SLURM_NODEID": "abc"}, "^SLURM_NODEID='abc' is not a whole number$"),
+        ({**SLURM, "SLURM_PROCID": "9"}, "^SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=5 .* do not fit together"),
+        ({**SLURM, "SLURM_PROCID": "-1"}, "^SLURM_PROCID=-1 .* do not fit together"),
+        ({**SLURM, "SLURM_TASKS_PER_NODE": "7(x999999999)"}, "SLURM_TASKS_PER_NODE=7.* do not fit together"),
+        (
+            {**without(SLURM, "SLURM_TASKS_PER_NODE"), "SLURM_NTASKS_PER_NODE": "two"},
+            "SLURM_NTASKS_PER_NODE='two' is not",
+        ),
+        ({**SLURM, "MASTER_PORT": "99999"}, "^MASTER_PORT=99999 is not a port: choose one from 1 to 65535$"),
+        ({**SLURM, "MASTER_PORT": "http"}, "^MASTER_PORT='http' is not a whole number$"),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, "^MASTER_PORT=99999 is not a port: choose one from 1 to 65535$"),
+        ({**TORCHRUN, "MASTER_PORT": "0"}, "^MASTER_PORT=0 is not a port: choose one from 1 to 65535$"),
+        ({**TORCHRUN, "LOCAL_RANK": ""}, "^LOCAL_RANK='' is not a whole number$"),
+        ({**TORCHRUN, "LOCAL_RANK": "1_0"}, "^LOCAL_RANK='1_0' is not a whole number$"),
+        ({**TORCHRUN, "LOCAL_RANK": "-2"}, "LOCAL_RANK=-2 .* do not fit together"),
+        ({**TORCHRUN, "WORLD_SIZE": "9" * 5000}, "WORLD_SIZE='9+' is not a whole number"),
         (without(SLURM, "SLURM_JOB_NODELIST"), "SLURM_JOB_NODELIST='' names no host: set MASTER_ADDR"),
     ],
 )
 def test_read_environment_refuses_what_would_be_silent_copies(environ, text):
-    with pytest.raises(UsageError, match=text):
+    with pytest.raises(UsageError, match=text) as failure:
         read_environment(environ)
+    assert "\n" not in str(failure.value)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,14 @@ import concurrent.futures
 import json
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ from helpers import ROOT, run_ranks, run_torchrun
 from nanofinetune.ground.environment import Launch
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ranks import world as ranks_world
-from nanofinetune.ranks.collectives import reduce
+from nanofinetune.ranks.collectives import reduce, wait_for_everyone
 from nanofinetune.ranks.world import World, init_world, set_seed, shutdown
 
 
@@ -155,6 +158,72 @@ def test_set_seed_matches_accelerate(seed):
         assert torch.rand(2).tolist() == draws[0][2]
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def listening():
+    """Addresses at which this process listens for TCP."""
+    sockets = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_link(fd)}
+    found = set()
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+            parts = line.split()
+            if parts[3] == "0A" and f"socket:[{parts[9]}]" in sockets:
+                words = re.findall("[0-9A-F]{8}", parts[1].partition(":")[0])
+                found.add(socket.inet_ntop(family, b"".join(bytes.fromhex(word)[::-1] for word in words)))
+    return found
+
+
+def _is_link(fd):
+    return os.path.islink(f"/proc/self/fd/{fd}")
+
+
+def listen_as_one_node(launcher):
+    if launcher == "slurm":
+        rank = os.environ.pop("RANK")
+        for name in ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name)
+        os.environ |= {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "2",
+                       "SLURM_STEP_ID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "1",
+                       "MASTER_ADDR": "this-node.invalid"}  # fmt: skip
+    if launcher == "torch":
+        dist.init_process_group("gloo")
+        found = listening()
+        dist.barrier()
+        dist.destroy_process_group()
+        return found
+    found = set()
+    for _ in range(2):  # a second world in the same processes
+        world = init_world("cpu")
+        assert reduce(torch.ones(1), world, "sum").item() == 2
+        found |= listening()
+        wait_for_everyone(world)
+        shutdown(world)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_ranks_of_one_node_listen_on_the_loopback_only(launcher):
+    assert run_ranks(listen_as_one_node, 2, launcher) == [{"127.0.0.1"}] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_torchs_store_listens_on_all_interfaces():
+    first, _ = run_ranks(listen_as_one_node, 2, "torch")
+    assert first & {"::", "0.0.0.0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("LOCAL_RANK", "first"), ("LOCAL_WORLD_SIZE", "")], ids=["LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+)
+def test_an_odd_variable_beside_an_adopted_group_is_one_line(monkeypatch, name, value):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setenv(name, value)
+        with pytest.raises(UsageError, match=f"^{name}='{value}' is not a whole number$"):
+            init_world("cpu")
+    finally:
+        dist.destroy_process_group()
 
 
 LAST_CALL = """
