@@ -55,8 +55,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from nanofinetune import wrappers
 from nanofinetune.dropin import ATTRIBUTES, METHODS, processes, saving, tracking
-from nanofinetune.dropin.state import type_of
+from nanofinetune.dropin.partial_state import type_of
 from nanofinetune.ground.precision import PRECISIONS, checked_precision
 from nanofinetune.ranks import collectives
 from nanofinetune.ranks.ddp import DistributedDataParallel
@@ -96,6 +97,12 @@ class Accelerator:
 
     step: int  # micro-batches since the last epoch ended
     index_in_window: int | None  # of the current micro-batch; None outside of `accumulate`
+    logging_dir: str | None  # this and the next are in dropin/attributes.py
+    even_batches: bool
+    # sync_gradients: whether the current micro-batch ends its window: ranks average, optimizers step
+    sync_gradients, gradient_accumulation_steps, scaler, positions = (
+        wrappers.Forwarded("gradient_state", name) for name in ("sync_gradients", "num_steps", "scaler", "positions")
+    )
 
     # ---- what the loop calls -----------------------------------------------------------------------------------------
 
@@ -122,13 +129,12 @@ class Accelerator:
     @contextmanager
     def accumulate(self, *models: Any) -> Iterator[None]:
         """A `with` block around one micro-batch; a window ends after K of them, and with the loader."""
-        ended = self.position is not None and self.position.end_of_dataloader
-        at_end = ended and self.accumulation.sync_with_dataloader
+        at_end = self.gradient_state.end_of_dataloader and self.gradient_state.sync_with_dataloader
         self.index_in_window = self.step % self.gradient_accumulation_steps
         self.step = 0 if at_end else self.step + 1
         self.sync_gradients = at_end or self.step % self.gradient_accumulation_steps == 0
         with ExitStack() as stack:
-            for model in () if self.sync_gradients or self.accumulation.sync_each_batch else models:
+            for model in () if self.sync_gradients or self.gradient_state.plugin.sync_each_batch else models:
                 stack.enter_context(self.no_sync(model))
             try:
                 yield
@@ -180,7 +186,7 @@ class Accelerator:
         accumulated = self.gradient_accumulation_steps
         position = self.position
         rows = None if position is None else position.loader.rows_of_step(position.index)
-        if position is None or rows is None or not self.accumulation.sync_with_dataloader:
+        if position is None or rows is None or not self.gradient_state.sync_with_dataloader:
             return loss / accumulated
         mine, everyones = rows
         if mine == 0:  # the mean over nothing is NaN, but its gradient is 0; and the other ranks wait for this backward
@@ -210,10 +216,10 @@ class Accelerator:
             raise ValueError(f"uneven is {uneven!r}: it must be 'wrap' or 'mask'")
         if cpu and device not in ("auto", "cpu"):
             raise ValueError(f"cpu=True and device={device!r} contradict each other: pass one of them")
-        self.accumulation = accumulation_of(gradient_accumulation_steps, gradient_accumulation_plugin)
-        self.gradient_accumulation_steps = self.accumulation.num_steps or 1
+        accumulation = accumulation_of(gradient_accumulation_steps, gradient_accumulation_plugin)
+        self.gradient_state = wrappers.GradientState(accumulation)
         self.project_configuration = project_of(project_config, project_dir)
-        self.log_with, self.trackers = tracking.chosen(log_with), list[Any]()
+        self.log_with, self.trackers = tracking.chosen(log_with, self.logging_dir), list[Any]()
         (self.autocast_handler, self.ddp_handler, self.scaler_handler, self.init_handler,
          self.profile_handler) = handlers_of(kwargs_handlers)  # fmt: skip
         self.world = start_world("cpu" if cpu else device, timeout, self.init_handler)
@@ -223,15 +229,13 @@ class Accelerator:
         self.is_last_process, self.use_distributed = self.world.rank == self.world.size - 1, self.world.size > 1
         self.distributed_type = type_of(self.world)
         self.mixed_precision = checked_precision(mixed_precision, self.device)
-        scaled = self.mixed_precision == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device.type, **vars(self.scaler_handler)) if scaled else None
+        if self.mixed_precision == "fp16":
+            self.scaler = torch.amp.GradScaler(self.device.type, **vars(self.scaler_handler))
         self.dataloader_config = dataloader_config or DataLoaderConfiguration()
         self.split_batches = split_batches or self.dataloader_config.split_batches
         self.uneven, self.rng_types = uneven, rng_types
         self.device_placement, self.step_scheduler_with_optimizer = device_placement, step_scheduler_with_optimizer
-        self.sync_gradients = True  # whether the current micro-batch ends its window: ranks average, optimizers step
         self.step, self.index_in_window = 0, None
-        self.positions: list[Position] = []  # of the loops over this Accelerator's loaders; the latest batch's is last
         self.flag_tensor = torch.zeros((), dtype=torch.int64, device=self.device)
         self._prepared = state.Prepared()
         self._saver = checkpoint.Saver(lambda line: print(line, file=sys.stderr, flush=True))
@@ -242,6 +246,11 @@ class Accelerator:
         tracking.finish(self)
         self._prepared = state.Prepared()  # nothing of ours holds the group: see shutdown
         shutdown(self.world)
+
+    __deepcopy__ = wrappers.not_copied
+
+    def __getstate__(self) -> dict[str, Any]:  # without the thread that writes checkpoints: a pickled one cannot save
+        return {name: value for name, value in vars(self).items() if name != "_saver"}
 
     # ---- prepare, one kind at a time ---------------------------------------------------------------------------------
 
@@ -254,9 +263,8 @@ class Accelerator:
         if wrapped or any(inner is self.unwrap_model(prepared) for prepared in self._prepared.models):
             raise ValueError("this model is prepared already: pass what `prepare` returned, or unwrap_model it first")
         if self.mixed_precision != "no":
-            model.forward = MixedPrecisionForward(
-                model.forward, self.device.type, self.mixed_precision, self.autocast_handler or AutocastKwargs()
-            )
+            settings = self.autocast_handler or AutocastKwargs()
+            model.forward = MixedPrecisionForward(model, self.device.type, self.mixed_precision, settings)
         if self.device_placement if device_placement is None else device_placement:
             model.to(self.device)
         if self.use_distributed and not evaluation_mode and any(p.requires_grad for p in model.parameters()):
@@ -271,14 +279,14 @@ class Accelerator:
         """This rank's loader. On N > 1 ranks a collective: the order is rank 0's."""
         if isinstance(data_loader, DataLoaderShard) and data_loader.positions is self.positions:
             return data_loader
-        settings = vars(self.dataloader_config) | {"split_batches": self.split_batches}
-        if settings["data_seed"] is None and self.use_distributed:
-            settings["data_seed"] = collectives.broadcast_object_list([seed_of(data_loader)], self.world)[0]
+        config = vars(self.dataloader_config) | {"split_batches": self.split_batches, "even_batches": self.even_batches}
+        if config["data_seed"] is None and self.use_distributed:
+            config["data_seed"] = collectives.broadcast_object_list([seed_of(data_loader)], self.world)[0]
         place = self.device_placement if device_placement is None else device_placement
         shard = prepare_data_loader(
             data_loader, self.device, self.num_processes, self.process_index, put_on_device=place,
             rng_types=self.rng_types, slice_fn_for_dispatch=slice_fn_for_dispatch,
-            uneven=self.uneven, positions=self.positions, **settings,
+            uneven=self.uneven, positions=self.positions, **config,
         )  # fmt: skip
         self._prepared.loaders.append(shard)
         return shard
@@ -286,23 +294,20 @@ class Accelerator:
     def prepare_optimizer(self, optimizer: Any, device_placement: bool | None = None) -> AcceleratedOptimizer:
         """An optimizer that steps only at the end of a window, and through the scaler where there is one."""
         if isinstance(optimizer, AcceleratedOptimizer):
-            if optimizer.accelerator is not self:
+            if optimizer.gradient_state is not self.gradient_state:
                 raise ValueError("this optimizer is prepared already, by another Accelerator: pass its .optimizer")
             return optimizer
         place = self.device_placement if device_placement is None else device_placement
         if place and optimizer.state:  # loaded before the model moved
             optimizer.load_state_dict(optimizer.state_dict())
-        self._prepared.optimizers.append(AcceleratedOptimizer(optimizer, self))
+        self._prepared.optimizers.append(AcceleratedOptimizer(optimizer, self.gradient_state))
         return self._prepared.optimizers[-1]
 
     def prepare_scheduler(self, scheduler: LRScheduler) -> AcceleratedScheduler:
         """A schedule that ticks when its optimizer steps (those of all optimizers prepared, where it has another)."""
-        own = [
-            opt
-            for opt in self._prepared.optimizers
-            if scheduler.optimizer is opt or scheduler.optimizer is opt.optimizer
-        ]
-        self._prepared.schedulers.append(AcceleratedScheduler(scheduler, own or self._prepared.optimizers, self))
+        own = [opt for opt in self._prepared.optimizers if scheduler.optimizer in (opt, opt.optimizer)]
+        how = self.gradient_state, self.step_scheduler_with_optimizer, 1 if self.split_batches else self.num_processes
+        self._prepared.schedulers.append(AcceleratedScheduler(scheduler, own or self._prepared.optimizers, *how))
         return self._prepared.schedulers[-1]
 
     def skip_first_batches(self, dataloader: DataLoader, num_batches: int = 0) -> DataLoader:
@@ -310,12 +315,7 @@ class Accelerator:
 
     def unwrap_model(self, model: Any, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
         """The model as it was given to `prepare`; `keep_fp32_wrapper=False` gives it its own `forward` back."""
-        refuse(keep_torch_compile=None if keep_torch_compile else False)
-        while isinstance(model, DistributedDataParallel):
-            model = model.module
-        if not keep_fp32_wrapper and isinstance(model.forward, MixedPrecisionForward):
-            model.forward = model.forward.forward
-        return model
+        return wrappers.extract_model_from_parallel(model, keep_fp32_wrapper, keep_torch_compile)
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget what was prepared -> one None for each object, for the caller to assign to its names."""
@@ -393,9 +393,9 @@ class Accelerator:
             keep = project.total_limit if keep is None else keep
         if output_dir is None:
             raise ValueError("save_state: name an output_dir, or choose automatic_checkpoint_naming")
-        saving.call_hooks(self, "save_hooks", os.fspath(output_dir))
-        replace, things = not project.automatic_checkpoint_naming, self._prepared.stateful(self.scaler)
-        state.save(Path(output_dir), things, self.world, self._saver, keep, background, replace=replace)
+        place, things = saving.call_hooks(self, "save_hooks", Path(output_dir))
+        replace = not project.automatic_checkpoint_naming
+        state.save(place, things, self.world, self._saver, keep, background, replace=replace)
         project.iteration += 1
         return str(Path(output_dir))
 
@@ -412,8 +412,8 @@ class Accelerator:
         project = self.project_configuration
         named = Path(project.project_dir or ".", "checkpoints")
         folder = state.newest(named, self.world) if input_dir is None else Path(input_dir)
-        saving.call_hooks(self, "load_hooks", str(folder))
-        state.load(folder, self._prepared.stateful(self.scaler), self.world)
+        place, things = saving.call_hooks(self, "load_hooks", folder)
+        state.load(place, things, self.world)
         if project.automatic_checkpoint_naming and checkpoint.series_of(folder) == state.SERIES:
             project.iteration = checkpoint.number_of(folder) + 1  # underneath: Accelerate begins at 0 again
 

@@ -19,6 +19,7 @@ Proof: test_kwargs_handlers_match_accelerate, test_what_is_absent_says_what_to_u
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,8 +34,20 @@ from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.world import TIMEOUT, World, init_world, shutdown
 
 
+class KwargsHandler:
+    """What the settings for `Accelerator(kwargs_handlers=[...])` share (source: accelerate.utils.KwargsHandler)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(vars(self))
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        defaults = type(self)().to_dict()
+        return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+
+
 @dataclass
-class InitProcessGroupKwargs:
+class InitProcessGroupKwargs(KwargsHandler):
     """For `Accelerator(kwargs_handlers=[...])` (source: accelerate.utils.InitProcessGroupKwargs).
 
     `backend` must be the device's own, gloo or nccl; the default goes with both. `timeout` None is 10 minutes where
@@ -53,15 +66,17 @@ class InitProcessGroupKwargs:
 
 
 class DDPCommunicationHookType(StrEnum):
-    """In what gradients travel (source: accelerate.utils.DDPCommunicationHookType)."""
+    """In what gradients travel (source: accelerate.utils.DDPCommunicationHookType). PowerSGD is refused when chosen."""
 
     NO = "no"
     FP16 = "fp16"
     BF16 = "bf16"
+    POWER_SGD = "power_sgd"
+    BATCHED_POWER_SGD = "batched_power_sgd"
 
 
 @dataclass
-class DistributedDataParallelKwargs:
+class DistributedDataParallelKwargs(KwargsHandler):
     """For `Accelerator(kwargs_handlers=[...])` (source: accelerate.utils.DistributedDataParallelKwargs).
 
     Kept at their defaults: dim, check_reduction, comm_wrapper, comm_state_option, static_graph. Gradients are views
@@ -123,15 +138,23 @@ class ProjectConfiguration:
     """Where states go (source: accelerate.utils.ProjectConfiguration)."""
 
     project_dir: str | None = None
-    logging_dir: str | None = None  # for trackers of the caller's
+    logging_dir: str | None = None  # for trackers; None is project_dir
     automatic_checkpoint_naming: bool = False  # project_dir/checkpoints/checkpoint_0, checkpoint_1, ...
     total_limit: int | None = None  # how many of these stay
     iteration: int = 0  # the number of the next one
     save_on_each_node: bool = False
 
+    def __post_init__(self) -> None:
+        self.set_directories(self.project_dir)
+
+    def set_directories(self, project_dir: str | None = None) -> None:
+        """Choose the project's folder, and that of the trackers if it has not been chosen."""
+        self.project_dir = project_dir
+        self.logging_dir = project_dir if self.logging_dir is None else self.logging_dir
+
 
 @dataclass
-class GradientAccumulationPlugin:
+class GradientAccumulationPlugin(KwargsHandler):
     """How micro-batches are accumulated (source: accelerate.utils.GradientAccumulationPlugin).
 
     num_steps: micro-batches of a window. sync_with_dataloader: an epoch's end ends a window too. sync_each_batch:
@@ -145,7 +168,7 @@ class GradientAccumulationPlugin:
 
 
 @dataclass
-class AutocastKwargs:
+class AutocastKwargs(KwargsHandler):
     """What torch.autocast is told (source: accelerate.utils.AutocastKwargs)."""
 
     enabled: bool = True
@@ -153,7 +176,7 @@ class AutocastKwargs:
 
 
 @dataclass
-class GradScalerKwargs:
+class GradScalerKwargs(KwargsHandler):
     """What torch.amp.GradScaler is told, for fp16 (source: accelerate.utils.GradScalerKwargs)."""
 
     init_scale: float = 65536.0
@@ -163,8 +186,32 @@ class GradScalerKwargs:
     enabled: bool = True
 
 
+class LoggerType(StrEnum):
+    """Names for `log_with` (source: accelerate.utils.LoggerType). See dropin/tracking.py for those that are here."""
+
+    ALL = "all"
+    AIM = "aim"
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    TRACKIO = "trackio"
+    COMETML = "comet_ml"
+    MLFLOW = "mlflow"
+    CLEARML = "clearml"
+    DVCLIVE = "dvclive"
+    SWANLAB = "swanlab"
+
+
+class PrecisionType(StrEnum):
+    """Names for `mixed_precision` (source: accelerate.utils.PrecisionType). FP8 is refused when chosen."""
+
+    NO = "no"
+    FP8 = "fp8"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
 @dataclass
-class ProfileKwargs:
+class ProfileKwargs(KwargsHandler):
     """What torch.profiler.profile is told (source: accelerate.utils.ProfileKwargs).
 
     activities: "cpu", "cuda", "xpu", "mtia" or "hpu". schedule_option: torch.profiler.schedule's arguments.
@@ -202,13 +249,9 @@ class ProfileKwargs:
 ABSENT = {
     name: instead
     for names, instead in (
-        ("gradient_state", "ask the Accelerator itself: sync_gradients, end_of_dataloader of its loaders, ..."),
         (
-            "fp8_backend fp8_enabled fp8_recipe_handler ao_recipe_handler te_recipe_handler msamp_recipe_handler"
-            " has_fp8_handler delayed_fp8_autocast has_lomo_optimizer lomo_backward deepspeed_plugin"
-            " deepspeed_ulysses_dl_adapter is_fsdp2 should_save_model verify_device_map torch_device_mesh"
-            " parallelism_config is_composable_parallelism_enabled maybe_context_parallel context_parallel_rank"
-            " data_parallel_rank data_parallel_shard_rank pipeline_parallel_rank tensor_parallel_rank",
+            "lomo_backward deepspeed_ulysses_dl_adapter verify_device_map maybe_context_parallel context_parallel_rank"
+            " data_parallel_rank data_parallel_shard_rank pipeline_parallel_rank tensor_parallel_rank fp8_backend",
             "use accelerate for it",
         ),
     )
@@ -270,7 +313,7 @@ def project_of(
     """Where states go, from either argument."""
     configuration = configuration or ProjectConfiguration()
     if configuration.project_dir is None and project_dir is not None:
-        configuration.project_dir = os.fspath(project_dir)
+        configuration.set_directories(os.fspath(project_dir))
     refuse(save_on_each_node=configuration.save_on_each_node or None)
     return configuration
 

@@ -307,8 +307,8 @@ def test_scheduler_ticks_match_accelerate(theirs, kind, with_optimizer, split_ba
             "lambda": lambda: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
             "one cycle": lambda: OneCycleLR(optimizer, max_lr=1.0, total_steps=10),
         }[kind]()
-        optimizer, schedule = accelerator.prepare(optimizer, schedule)
         set_world(accelerator, world)
+        optimizer, schedule = accelerator.prepare(optimizer, schedule)
         seen = []
         for _ in range(6):
             with accelerator.accumulate():
@@ -343,11 +343,11 @@ def test_four_ranks_reach_a_rate_of_zero_after_a_quarter(theirs, split_batches):
     for accelerator in (theirs(split_batches=split_batches), ours(split_batches=split_batches)):
         weight = nn.Parameter(torch.ones(1))
         optimizer = torch.optim.SGD([weight], lr=0.5)
-        optimizer, schedule = accelerator.prepare(optimizer, get_scheduler("linear", optimizer, 0, 20))
         if isinstance(accelerator, Accelerator):
             accelerator.num_processes = 4
         else:
             PartialState._shared_state["num_processes"] = 4
+        optimizer, schedule = accelerator.prepare(optimizer, get_scheduler("linear", optimizer, 0, 20))
         updates = 0
         while schedule.get_last_lr()[0] > 0:
             weight.grad = torch.ones(1)
@@ -676,11 +676,8 @@ def test_arguments_without_effect_are_refused(theirs):
         NotImplementedError, match=r"builtins.str is not supported here: choose among \S+AutocastKwargs$"
     ):
         accelerator.autocast("x")
-    config = DataLoaderConfiguration(use_seedable_sampler=False)
-    with pytest.raises(NotImplementedError, match=r"use_seedable_sampler=False is not supported here"):
-        ours(dataloader_config=config).prepare(loader_of(2, 1))
-    with pytest.raises(NotImplementedError, match=r"rng_types=\['torch'\] is not supported here"):
-        ours(rng_types=["torch"]).prepare(loader_of(2, 1))
+    with pytest.raises(NotImplementedError, match=r"dispatch_batches=True is not supported here"):
+        ours(dataloader_config=DataLoaderConfiguration(dispatch_batches=True)).prepare(loader_of(2, 1))
 
 
 # ---- kwargs_handlers ------------------------------------------------------------------------------------------------
@@ -700,10 +697,12 @@ def test_kwargs_handlers_match_accelerate(kind):
 
 
 def test_communication_hooks_match_accelerate_but_for_power_sgd():
+    """The same names; the two of PowerSGD are refused when they are chosen."""
     theirs = pytest.importorskip("accelerate.utils", reason="the oracle, extra `test`").DDPCommunicationHookType
-    ours = {hook.name: hook.value for hook in DDPCommunicationHookType}
-    left_out = {"POWER_SGD": "power_sgd", "BATCHED_POWER_SGD": "batched_power_sgd"}
-    assert ours | left_out == {hook.name: hook.value for hook in theirs}
+    assert {hook.name: hook.value for hook in DDPCommunicationHookType} == {hook.name: hook.value for hook in theirs}
+    for hook in (DDPCommunicationHookType.POWER_SGD, DDPCommunicationHookType.BATCHED_POWER_SGD):
+        with pytest.raises(NotImplementedError, match=r"comm_hook=.*power_sgd.* is not supported"):
+            ours(kwargs_handlers=[DistributedDataParallelKwargs(comm_hook=hook)])
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,11 @@ FLOORS = {
     3: "ranks/world cpu/lean data/load run/folders",
     4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch",
     5: "ranks/loader settings run/state run/log data/cache launch/job launch/config"
-    " dropin/processes dropin/logs dropin/local_sgd dropin/tracking dropin/uneven",
-    6: "wrappers run/resume data/job dropin/saving dropin/profiling dropin/state launch/notebook",
+    " dropin/processes dropin/logs dropin/local_sgd dropin/tracking dropin/available",
+    6: "wrappers run/resume data/job dropin/saving dropin/profiling dropin/partial_state dropin/uneven launch/notebook",
     7: "accelerator run/plan run/result predict exercise launch/__main__ dropin/attributes dropin/operations",
     8: "run/run trace/observe",
-    9: "trace/told dropin/memory",
+    9: "trace/told dropin/batch_size",
     10: "trace/picture",
     11: "trace/__main__",
 }

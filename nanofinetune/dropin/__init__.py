@@ -2,8 +2,9 @@
 
 Nothing needs this room to train. METHODS are functions of a few lines whose first argument is the Accelerator, which
 finds them here when it is asked for them, as it does the ATTRIBUTES. Read `processes` (who runs what), `saving`
-(weights without a checkpoint, hooks), `state` and `attributes` (the ranks as Accelerate shows them), `operations`,
-`logs`, `tracking`, `profiling`, `uneven` (ranks with other numbers of batches), `memory` and `local_sgd`.
+(weights without a checkpoint, hooks), `partial_state` and `attributes` (the ranks as Accelerate shows them),
+`operations`, `logs`, `tracking`, `profiling`, `uneven` (ranks with other numbers of batches), `batch_size`,
+`local_sgd` and `available`.
 """
 
 # What an Accelerator finds here, by the file that has it.
@@ -22,7 +23,10 @@ METHODS = {
 ATTRIBUTES = dict.fromkeys(
     (
         "state", "project_dir", "logging_dir", "save_iteration", "multi_device", "native_amp", "even_batches",
-        "non_blocking", "dispatch_batches", "use_seedable_sampler", "use_stateful_dataloader",
+        "non_blocking", "dispatch_batches", "use_seedable_sampler", "use_stateful_dataloader", "should_save_model",
+        "deepspeed_plugin", "parallelism_config", "torch_device_mesh", "is_fsdp2", "is_composable_parallelism_enabled",
+        "has_lomo_optimizer", "fp8_enabled", "has_fp8_handler", "delayed_fp8_autocast", "fp8_recipe_handler",
+        "ao_recipe_handler", "te_recipe_handler", "msamp_recipe_handler",
     ),
     "attributes",
 )  # fmt: skip

@@ -1,28 +1,29 @@
 """What Accelerate's scripts read from an Accelerator without a call, and ours keeps elsewhere.
 
 >>> from types import SimpleNamespace
->>> multi_device(SimpleNamespace(use_distributed=True))
+>>> native_amp(SimpleNamespace(mixed_precision="bf16"))
 True
 
 Underneath: `accelerate.Accelerator` (accelerate 1.15) has a property for each of these.
   - Each function here is one of them; an Accelerator calls it when its name is read.
   - `state` is a view of the World with the precision, made anew each time.
+  - What belongs to another backend answers as without one: None or False.
 
-Proof: test_attributes_match_accelerate, test_what_is_absent_says_what_to_use_instead in
-tests/dropin/test_attributes.py and tests/test_accelerator.py.
+Proof: test_attributes_match_accelerate, test_even_batches_can_be_set_as_in_accelerate in
+tests/dropin/test_attributes.py.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from typing import Any
 
-from nanofinetune.dropin.state import AcceleratorState
+from nanofinetune.dropin.partial_state import AcceleratorState, DistributedType
 
 
 def state(accelerator: Any) -> AcceleratorState:
     """The ranks and the precision."""
-    return AcceleratorState(accelerator.world, accelerator.mixed_precision)
+    return AcceleratorState(accelerator.mixed_precision, world=accelerator.world)
 
 
 def project_dir(accelerator: Any) -> str | None:
@@ -31,9 +32,7 @@ def project_dir(accelerator: Any) -> str | None:
 
 def logging_dir(accelerator: Any) -> str | None:
     """Where trackers write: the folder named for it, or else that of the project."""
-    configuration = accelerator.project_configuration
-    found = configuration.logging_dir or configuration.project_dir
-    return None if found is None else os.fspath(found)
+    return accelerator.project_configuration.logging_dir
 
 
 def save_iteration(accelerator: Any) -> int:
@@ -41,7 +40,8 @@ def save_iteration(accelerator: Any) -> int:
 
 
 def multi_device(accelerator: Any) -> bool:
-    return accelerator.use_distributed
+    """Whether there are several GPUs."""
+    return accelerator.distributed_type == DistributedType.MULTI_GPU
 
 
 def native_amp(accelerator: Any) -> bool:
@@ -67,3 +67,17 @@ def use_seedable_sampler(accelerator: Any) -> bool:
 
 def use_stateful_dataloader(accelerator: Any) -> bool:
     return accelerator.dataloader_config.use_stateful_dataloader
+
+
+def should_save_model(accelerator: Any) -> bool:
+    return accelerator.is_local_main_process
+
+
+def _always(answer: Any) -> Callable[[Any], Any]:
+    return lambda accelerator: answer
+
+
+deepspeed_plugin = parallelism_config = torch_device_mesh = _always(None)
+fp8_recipe_handler = ao_recipe_handler = te_recipe_handler = msamp_recipe_handler = _always(None)
+is_fsdp2 = is_composable_parallelism_enabled = has_lomo_optimizer = _always(False)
+fp8_enabled = has_fp8_handler = delayed_fp8_autocast = _always(False)

@@ -59,5 +59,6 @@ class LocalSGD:
 
     @torch.no_grad()
     def _average(self) -> None:
-        for parameter in self.model.parameters():
-            parameter.copy_(self.accelerator.reduce(parameter, reduction="mean"))
+        parameters = list(self.model.parameters())
+        for parameter, mean in zip(parameters, self.accelerator.reduce(parameters, reduction="mean"), strict=True):
+            parameter.copy_(mean)

@@ -50,8 +50,10 @@ class MultiProcessAdapter(logging.LoggerAdapter):
             return
         rank, size = _place()
         msg, kwargs = self.process(msg, kwargs)  # type: ignore[assignment]
-        for turn in range(size) if in_order else [rank]:
-            if turn == rank and (in_order or not only_main or rank == 0):
+        if not in_order and only_main and rank > 0:
+            return
+        for turn in range(size) if in_order and size > 1 else [rank]:
+            if turn == rank:
                 self.logger.log(level, msg, *args, **kwargs)
             if in_order and size > 1:
                 dist.barrier()

@@ -5,7 +5,7 @@ tensor([1., 2.])
 
 Underneath: `accelerate.utils.gather`, `accelerate.utils.reduce`, `accelerate.utils.broadcast`,
 `accelerate.utils.gather_object`, `accelerate.utils.pad_across_processes`, `accelerate.utils.wait_for_everyone`,
-`accelerate.utils.tqdm`, `accelerate.utils.extract_model_from_parallel` (accelerate 1.15).
+`accelerate.utils.tqdm`, `accelerate.utils.send_to_device`, `accelerate.utils.recursively_apply` (accelerate 1.15).
   - Kept: names, arguments, results. `reduce` means "mean" unless told otherwise; the Accelerator's own means "sum".
   - The work is in ranks/collectives.py.
 
@@ -16,16 +16,15 @@ tests/dropin/test_operations.py.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from nanofinetune.ground.environment import read_environment
 from nanofinetune.ranks import collectives
-from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.world import World, init_world
 from nanofinetune.settings import refuse
-from nanofinetune.wrappers import MixedPrecisionForward
 
 
 def gather(tensor: Any) -> Any:
@@ -64,16 +63,73 @@ def wait_for_everyone() -> None:
     collectives.wait_for_everyone(_world())
 
 
-def extract_model_from_parallel(
-    model: Any, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True, recursive: bool = False
+def recursively_apply(
+    func: Callable[..., Any], data: Any, *args: Any, test_type: Callable[[Any], bool] = torch.is_tensor,
+    error_on_other_type: bool = False, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """The container with `func(leaf, *args, **kwargs)` for each leaf that passes `test_type`; others as they are.
+
+    Raises TypeError for these with `error_on_other_type`.
+    """
+
+    def apply(leaf: Any) -> Any:
+        if test_type(leaf):
+            return func(leaf, *args, **kwargs)
+        if error_on_other_type:
+            name = getattr(test_type, "__name__", test_type)
+            raise TypeError(
+                f"a {type(leaf).__name__} among nested lists, tuples and dicts: {name} must hold for each leaf"
+            )
+        return leaf
+
+    return collectives.recursively_apply(apply, data)
+
+
+def send_to_device(
+    tensor: Any, device: torch.device | str | int, non_blocking: bool = False, skip_keys: str | list[str] | None = None
 ) -> Any:
-    """The model inside DDP; `keep_fp32_wrapper=False` gives it its own `forward` back."""
-    refuse(keep_torch_compile=None if keep_torch_compile else False, recursive=recursive or None)
-    while isinstance(model, (DistributedDataParallel, torch.nn.parallel.DistributedDataParallel)):
-        model = model.module
-    if not keep_fp32_wrapper and isinstance(model.forward, MixedPrecisionForward):
-        model.forward = model.forward.forward
-    return model
+    """Copy the tensors in nested tuples, lists and mappings; what is under one of `skip_keys` stays where it is."""
+    skipped = [skip_keys] if isinstance(skip_keys, str) else skip_keys or []
+    if hasattr(tensor, "to"):
+        return tensor.to(device, non_blocking=True) if non_blocking else tensor.to(device)
+    if isinstance(tensor, Mapping):
+        kept = {key: tensor[key] for key in tensor if key in skipped}
+        moved = {key: send_to_device(tensor[key], device, non_blocking, skipped) for key in tensor if key not in kept}
+        kind: Any = type(tensor)
+        return kind({key: kept.get(key, moved.get(key)) for key in tensor})
+    if isinstance(tensor, (tuple, list)):
+        return collectives.rebuilt(lambda item: send_to_device(item, device, non_blocking, skipped), tensor)
+    return tensor
+
+
+def convert_to_fp32(tensor: Any) -> Any:
+    """Each leaf in half precision -> float32."""
+    return recursively_apply(
+        torch.Tensor.float,
+        tensor,
+        test_type=lambda leaf: getattr(leaf, "dtype", None) in (torch.float16, torch.bfloat16),
+    )
+
+
+def concatenate(data: Any, dim: int = 0) -> Any:
+    """A list of containers -> one, with the tensors of each place joined along `dim`."""
+    if isinstance(data[0], Mapping):
+        return type(data[0])({key: concatenate([each[key] for each in data], dim) for key in data[0]})  # type: ignore[call-arg]
+    if isinstance(data[0], (tuple, list)):
+        parts = iter([concatenate([each[i] for each in data], dim) for i in range(len(data[0]))])
+        return collectives.rebuilt(lambda _: next(parts), data[0])
+    return torch.cat(data, dim=dim)
+
+
+def find_batch_size(data: Any) -> int:
+    """The length of the first leaf. Raises TypeError if that is no tensor, ValueError if there is no leaf."""
+    leaves: list[Any] = []
+    collectives.recursively_apply(leaves.append, data)
+    if not leaves:
+        raise ValueError("find_batch_size: the container is empty")
+    if not isinstance(leaves[0], torch.Tensor):
+        raise TypeError(f"find_batch_size: the first leaf is a {type(leaves[0]).__name__}, not a tensor")
+    return len(leaves[0])
 
 
 def tqdm(*args: Any, main_process_only: bool = True, **kwargs: Any) -> Any:

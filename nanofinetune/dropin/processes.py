@@ -12,9 +12,10 @@ Underneath: `accelerate.Accelerator.split_between_processes`, `accelerate.Accele
 `accelerate.Accelerator.check_trigger` (accelerate 1.15).
   - Kept: names, arguments, results.
   - Accelerate's `split_between_processes` changes a dict that it is given; here it stays as it is.
+  - What cannot be cut is refused; there every rank gets all of it.
 
-Proof: test_split_between_processes_leaves_the_dict_as_it_is_where_accelerate_does_not,
-test_public_names_and_signatures_match_accelerate in tests/test_accelerator.py.
+Proof: test_each_decorator_runs_where_accelerates_does, test_split_between_processes_matches_accelerate in
+tests/dropin/test_processes.py.
 """
 
 from __future__ import annotations
@@ -30,11 +31,15 @@ from nanofinetune.ranks import collectives
 
 @contextmanager
 def split_between_processes(accelerator: Any, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
-    """A `with` block whose value is this rank's part of a list, tuple or tensor, or of each in a dict.
+    """A `with` block whose value is this rank's part of a list, tuple, tensor or Dataset, or of each in a dict.
 
-    `apply_padding` repeats the last item until all parts are equally long.
+    `apply_padding` repeats the last item until all parts are equally long. Raises as part_of does.
     """
-    yield part_of(inputs, accelerator.process_index, accelerator.num_processes, apply_padding)
+    place = accelerator.process_index, accelerator.num_processes, apply_padding
+    if hasattr(inputs, "select") and hasattr(inputs, "column_names"):  # a Dataset
+        yield (inputs if accelerator.num_processes == 1 else inputs.select(part_of([*range(len(inputs))], *place)))
+    else:
+        yield part_of(inputs, *place)
 
 
 def main_process_first(accelerator: Any) -> AbstractContextManager[None]:
@@ -65,23 +70,24 @@ def on_last_process(accelerator: Any, function: Callable[..., Any]) -> Callable[
 def on_process(
     accelerator: Any, function: Callable[..., Any] | None = None, process_index: int | None = None
 ) -> Callable[..., Any]:
-    """Decorator, with the number of a rank: the function runs there, and on no other."""
+    """Decorator, with the number of a rank: the function runs there, and on no other; one process runs it anyway."""
     if process_index is None:
         raise ValueError("on_process: name the process_index on which the function is to run")
     if function is None:
         return lambda function: on_process(accelerator, function, process_index)
-    return function if accelerator.process_index == process_index else _nothing
+    return function if accelerator.process_index == process_index or not accelerator.use_distributed else _nothing
 
 
 def on_local_process(
     accelerator: Any, function: Callable[..., Any] | None = None, local_process_index: int | None = None
 ) -> Callable[..., Any]:
-    """Decorator, with the number of a rank on its node: the function runs there, once a node."""
+    """Decorator, with the number of a rank on its node: the function runs there; one process runs it anyway."""
     if local_process_index is None:
         raise ValueError("on_local_process: name the local_process_index on which the function is to run")
     if function is None:
         return lambda function: on_local_process(accelerator, function, local_process_index)
-    return function if accelerator.local_process_index == local_process_index else _nothing
+    here = accelerator.local_process_index == local_process_index
+    return function if here or not accelerator.use_distributed else _nothing
 
 
 def print_once_a_node(accelerator: Any, *args: Any, **kwargs: Any) -> None:

@@ -10,6 +10,7 @@
 Underneath: `accelerate.Accelerator.join_uneven_inputs`, `accelerate.Accelerator.trigger_sync_in_backward`
 (accelerate 1.15), over `torch.distributed.algorithms.Join` (torch 2.13).
   - Kept: names, arguments, `even_batches` that holds for the block only.
+  - Works on CPUs as well, where Accelerate warns and does nothing.
   - `Accelerator(uneven="mask")` needs neither: ranks get as many steps, and weigh as much as they have rows.
 
 Proof: test_join_uneven_inputs_matches_accelerate, test_trigger_sync_in_backward_matches_accelerate in
@@ -18,6 +19,7 @@ tests/dropin/test_uneven.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,8 +44,10 @@ def join_uneven_inputs(accelerator: Any, joinables: list[Any], even_batches: boo
     shards = [shard for shard in shards if isinstance(shard, BatchSamplerShard)]
     before = [shard.even_batches for shard in shards]
     if even_batches is None:
-        even_batches = accelerator.dataloader_config.even_batches
+        even_batches = accelerator.even_batches
     else:
+        if len(shards) < len(accelerator._prepared.loaders):
+            print("join_uneven_inputs: even_batches does not reach loaders of streams", file=sys.stderr)
         for shard in shards:
             shard.even_batches = even_batches
     try:

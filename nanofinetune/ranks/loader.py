@@ -20,6 +20,7 @@ Proof: test_batches_match_accelerate, test_break_repeats_the_order_in_accelerate
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import islice
@@ -34,6 +35,7 @@ from nanofinetune.ranks.world import rank_and_size
 from nanofinetune.step.order import SeedableRandomSampler, mix
 
 T = TypeVar("T")
+_said: set[str] = set()  # what prepare_data_loader has told the user: once is enough
 
 
 def look_ahead(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
@@ -69,6 +71,13 @@ class Position:
     valid_rows: int | None = None
 
 
+class Positions(list[Position]):
+    """What loaders may share. A deep copy is the same list: a copied loader still tells where it stands."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Positions:
+        return self
+
+
 class DataLoaderShard(DataLoader):
     """A DataLoader that looks one batch ahead and knows where it stands (source: accelerate's class of this name).
 
@@ -101,7 +110,7 @@ class DataLoaderShard(DataLoader):
         self.data_seed = data_seed
         self._non_blocking = _non_blocking
         self._continues = continues
-        self.positions = [] if positions is None else positions
+        self.positions = Positions() if positions is None else positions
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.set_epoch(self.iteration)
@@ -274,6 +283,8 @@ def prepare_data_loader(
             (-100.0 in a regression, whose loss does not skip it: give that row weight zero).
         data_seed: decides the order. None takes the seed of the sampler's `generator`, else torch's global one. That
             may differ from rank to rank, so N > 1 ranks refuse None where a sampler without a generator shuffles.
+        use_seedable_sampler, rng_types: change nothing, which is said once: the order is always a function of (seed,
+            epoch), for any number of ranks.
         non_blocking: on CUDA, pin batches and copy them on a stream of their own.
         positions: see `DataLoaderShard`.
 
@@ -292,11 +303,16 @@ def prepare_data_loader(
         "slice_fn_for_dispatch": slice_fn_for_dispatch is not None,
         "use_stateful_dataloader=True": use_stateful_dataloader or hasattr(dataloader, "load_state_dict"),
         "torch_device_mesh": torch_device_mesh is not None,
-        "use_seedable_sampler=False": not use_seedable_sampler,  # the order is always a function of (seed, epoch)
-        f"rng_types={rng_types}": rng_types not in (None, [], ["generator"]),  # "generator" holds without asking
     }.items():
         if refused:
             raise NotImplementedError(f"{name} is not supported here: use accelerate's prepare_data_loader for it")
+    asked = {
+        "use_seedable_sampler=False": not use_seedable_sampler,
+        f"rng_types={rng_types}": rng_types not in (None, [], ["generator"]),
+    }
+    if process_index == 0 and (news := [name for name in asked if asked[name] and name not in _said]):
+        _said.update(news)
+        print(f"{' and '.join(news)}: the order is a function of (seed, epoch) all the same", file=sys.stderr)
 
     dataset: Any = dataloader.dataset
     settings = _settings(dataloader)

@@ -175,7 +175,7 @@ def _rate(_: Any, self: Any, *__: Any) -> str:
 
 
 def _reset(_: Any, self: Any, *__: Any) -> str:
-    return "every .grad is None" if self.accelerator.sync_gradients else "inside a window: nothing"
+    return "every .grad is None" if self.gradient_state.sync_gradients else "inside a window: nothing"
 
 
 def _observe_forward(observer: Observer) -> None:

@@ -718,8 +718,6 @@ def test_batches_arrive_whole_on_cuda(non_blocking):
         ({"slice_fn_for_dispatch": print}, "slice_fn_for_dispatch is not supported here"),
         ({"use_stateful_dataloader": True}, "use_stateful_dataloader=True is not supported here"),
         ({"torch_device_mesh": object()}, "torch_device_mesh is not supported here"),
-        ({"use_seedable_sampler": False}, "use_seedable_sampler=False is not supported here"),
-        ({"rng_types": ["torch"]}, r"rng_types=\['torch'\] is not supported here"),
     ],
 )
 def test_what_is_not_supported_is_refused(argument, text):
@@ -730,6 +728,18 @@ def test_what_is_not_supported_is_refused(argument, text):
 def test_what_accelerate_takes_is_taken():
     arguments = {"rng_types": ["generator"], "dispatch_batches": False, "use_seedable_sampler": True}
     assert isinstance(prepare(plain(torch.arange(4)), **arguments), DataLoaderShard)
+
+
+def test_what_does_not_change_the_order_is_said_once(monkeypatch, capsys):
+    """Accelerate's other ways to shuffle: taken, with one line on stderr, and rows in the seeded order all the same."""
+    monkeypatch.setattr("nanofinetune.ranks.loader._said", set())
+    orders = []
+    for arguments in ({}, {"use_seedable_sampler": False, "rng_types": ["torch"]}, {"use_seedable_sampler": False}):
+        prepared = prepare(plain(torch.arange(9), shuffle=True), data_seed=3, **arguments)
+        orders.append([batch.item() for batch in prepared])
+    assert orders[0] == orders[1] == orders[2]
+    line = "use_seedable_sampler=False and rng_types=['torch']: the order is a function of (seed, epoch) all the same\n"
+    assert capsys.readouterr() == ("", line)
 
 
 def test_misuse_is_refused():

@@ -10,25 +10,29 @@ Underneath: `accelerate.state.PartialState`, `accelerate.state.AcceleratorState`
 (accelerate 1.15).
   - There it is one dictionary that all instances share; here each is a view of a World, and starts one only where no
     process group exists yet.
-  - Kept: names and values. Every kind of job has its name; only three of them exist here.
+  - Kept: names, values, what is printed. Every kind of job has its name; only three of them exist here.
+  - `AcceleratorState()` is refused: each Accelerator has its own.
 
-Proof: test_partial_state_matches_accelerate, test_distributed_type_matches_accelerate in tests/dropin/test_state.py.
+Proof: test_partial_state_matches_accelerate, test_distributed_type_matches_accelerate in
+tests/dropin/test_partial_state.py.
 """
 
 from __future__ import annotations
 
-from datetime import timedelta
-from enum import StrEnum
+from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from nanofinetune.dropin import processes
 from nanofinetune.ranks import collectives
-from nanofinetune.ranks.world import TIMEOUT, World, init_world, shutdown
+from nanofinetune.ranks.world import TIMEOUT, World, shutdown
+from nanofinetune.settings import InitProcessGroupKwargs, start_world
 
 
-class DistributedType(StrEnum):
+class DistributedType(str, Enum):  # noqa: UP042 (a StrEnum prints otherwise)
     """The kind of job (source: accelerate.utils.DistributedType). Here a job is NO, MULTI_CPU or MULTI_GPU."""
 
     NO = "NO"
@@ -59,12 +63,22 @@ class PartialState:
 
     Args:
         cpu: choose the CPU where there is a GPU too.
-        timeout: how long ranks wait for each other, where this makes the process group.
         world: the ranks to show; None finds or makes them.
+        kwargs: fields of InitProcessGroupKwargs, for the process group if this makes it.
     """
 
-    def __init__(self, cpu: bool = False, *, timeout: timedelta = TIMEOUT, world: World | None = None) -> None:
-        self.world = init_world("cpu" if cpu else "auto", timeout) if world is None else world
+    def __init__(self, cpu: bool = False, *, world: World | None = None, **kwargs: Any) -> None:
+        if world is None:
+            world = start_world("cpu" if cpu else "auto", TIMEOUT, InitProcessGroupKwargs(**kwargs) if kwargs else None)
+        self.world = world
+
+    def __repr__(self) -> str:
+        backend = f"  Backend: {self.backend}" if self.backend else ""
+        return (
+            f"Distributed environment: {self.distributed_type!s}{backend}\nNum processes: {self.num_processes}\n"
+            f"Process index: {self.process_index}\nLocal process index: {self.local_process_index}\n"
+            f"Device: {self.device}\n"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -114,10 +128,11 @@ class PartialState:
         collectives.wait_for_everyone(self.world)
 
     def destroy_process_group(self, group: Any = None) -> None:
-        """End the process group, if this object made it."""
+        """End a process group, or the one of all ranks, whoever made it."""
         if group is not None:
-            raise NotImplementedError("group is not supported: leave it out, or call torch.distributed's function")
-        shutdown(self.world)
+            dist.destroy_process_group(group)
+        else:
+            shutdown(replace(self.world, adopted=False))
 
     main_process_first, local_main_process_first = processes.main_process_first, processes.local_main_process_first
     on_main_process, on_local_main_process = processes.on_main_process, processes.on_local_main_process
@@ -129,6 +144,13 @@ class PartialState:
 class AcceleratorState(PartialState):
     """The same with the precision: what `Accelerator.state` is."""
 
-    def __init__(self, world: World, mixed_precision: str) -> None:
+    deepspeed_plugin, is_fsdp2 = None, False
+
+    def __init__(self, mixed_precision: str | None = None, *, world: World | None = None) -> None:
+        if world is None or mixed_precision is None:
+            raise ValueError("there is no AcceleratorState of all Accelerators here: ask yours, `accelerator.state`")
         super().__init__(world=world)
         self.mixed_precision = mixed_precision
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}\nMixed precision type: {self.mixed_precision}\n"

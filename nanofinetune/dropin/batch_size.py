@@ -14,7 +14,7 @@ Underneath: `accelerate.utils.find_executable_batch_size`, `accelerate.utils.rel
   - A rank that waits in a collective for one that failed learns of it by the time-out, as there.
 
 Proof: test_find_executable_batch_size_matches_accelerate, test_all_ranks_try_again_where_accelerate_shrinks_one in
-tests/dropin/test_memory.py.
+tests/dropin/test_batch_size.py.
 """
 
 from __future__ import annotations
@@ -52,9 +52,14 @@ def find_executable_batch_size(
     @functools.wraps(function)
     def decorated(*args: Any, **kwargs: Any) -> Any:
         nonlocal size
-        names = list(inspect.signature(function).parameters)
-        if len(names) < len(args) + 1:
-            raise TypeError(f"{function.__name__} is given its {names[0]} by the decorator: leave it out of the call")
+        parameters = inspect.signature(function).parameters.values()
+        if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+            if not parameters:
+                raise TypeError(f"{function.__name__} must take the batch size as its first argument")
+            if len(parameters) < len(args) + 1:
+                name = next(iter(parameters)).name
+                raise TypeError(f"{function.__name__} is given its {name} by the decorator: leave it out of the call")
+        _free()
         while True:
             if size == 0:
                 raise RuntimeError("No executable batch size found, reached zero.")
@@ -62,14 +67,14 @@ def find_executable_batch_size(
             try:
                 result = function(size, *args, **kwargs)
             except Exception as error:
-                if not out_of_memory(error):
+                # cuDNN says the second where a tensor is too large for it
+                if not (out_of_memory(error) or "CUDNN_STATUS_NOT_SUPPORTED" in str(error)):
                     raise
-                error.__traceback__ = None  # its frames hold the tensors
                 failed = True
             if not _on_any_rank(failed):
                 return result
             result = None
-            _free()
+            _free()  # underneath: Accelerate does it while the error's frames still hold the tensors
             size = int(size * 0.9) if reduce_batch_size_fn is None else reduce_batch_size_fn()
 
     return decorated
