@@ -5,6 +5,7 @@ python -m pytest tests/dropin/test_batch_size.py
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -98,12 +99,15 @@ def test_misuse_and_other_errors_raise_as_in_accelerate():
 class Activation:
     """Something large that a failed call leaves behind."""
 
+    cycle: Any = None
+
 
 def test_the_failed_call_is_freed_before_the_next_where_accelerates_is_not():
     """Accelerate collects while the error still holds the frames of the call, and with them what was allocated."""
     alive = []
     for library in libraries():
-        seen, activations = [], []
+        seen: list[int] = []
+        activations: list[Any] = []
 
         @library.find_executable_batch_size(starting_batch_size=10)
         def train(batch_size, seen=seen, activations=activations):
@@ -122,7 +126,8 @@ def test_the_failed_call_is_freed_before_the_next_where_accelerates_is_not():
 
 def test_release_memory_matches_accelerate():
     for library in libraries():
-        one, two = torch.ones(2), [Activation()]
+        one: Any = torch.ones(2)
+        two: list[Any] = [Activation()]
         two.append(two)
         gone = weakref.ref(two[0])
         one, two = library.release_memory(one, two)

@@ -71,9 +71,12 @@ def test_partial_state_matches_accelerate_on_two_ranks():
 
 def test_a_process_group_gets_the_settings_that_accelerate_takes(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        "nanofinetune.dropin.partial_state.start_world", lambda *arguments: asked.append(arguments) or "a world"
-    )
+
+    def listen(*arguments):
+        asked.append(arguments)
+        return "a world"
+
+    monkeypatch.setattr("nanofinetune.dropin.partial_state.start_world", listen)
     handler = InitProcessGroupKwargs(timeout=timedelta(seconds=3))
     PartialState(cpu=True, **handler.to_kwargs())
     PartialState()

@@ -7,6 +7,7 @@ Every place in a job of 1 to 4 processes is played in this one, since none of th
 
 import contextlib
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,9 @@ def test_split_between_processes_matches_accelerate(kind, padded, rank, size):
             parts.append(plain(part))
     assert parts[0] == parts[1]
     if padded:
-        assert len(parts[0]["x"] if kind == "Dataset" else parts[0]) == -(-len(inputs) // size)
+        first: Any = parts[0]
+        rows: Any = first["x"] if kind == "Dataset" else first
+        assert len(rows) == -(-len(inputs) // size)
 
 
 def test_what_cannot_be_cut_is_refused_where_accelerate_hands_all_of_it_to_every_rank():

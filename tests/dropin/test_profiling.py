@@ -5,6 +5,7 @@ python -m pytest tests/dropin/test_profiling.py
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def test_profile_kwargs_match_accelerate():
 def test_profile_writes_what_accelerate_writes(tmp_path):
     seen = []
     for make, kind in libraries():
-        calls, folder = [], tmp_path / make.__name__
+        calls: list[Any] = []
+        folder = tmp_path / make.__name__
         plan = {"wait": 1, "warmup": 1, "active": 1, "repeat": 1}
         options = {"activities": ["cpu"], "schedule_option": plan, "on_trace_ready": calls.append}
         accelerator = make(kwargs_handlers=[kind(**options)])

@@ -6,6 +6,7 @@ python -m pytest tests/dropin/test_saving.py
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,11 +118,13 @@ def hooks_of(accelerator, log, written):
 def test_hooks_around_a_state_match_accelerate(tmp_path):
     seen = []
     for make in (ours, theirs):
-        accelerator, log, folder = make(), [], tmp_path / make.__name__
+        accelerator, folder = make(), tmp_path / make.__name__
+        log: list[Any] = []
+        written: list[Any] = []
         plain, tied = line(), Tied()
         optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
         plain, tied, optimizer = accelerator.prepare(plain, tied, optimizer)
-        handles = hooks_of(accelerator, log, written := [])
+        handles = hooks_of(accelerator, log, written)
         kept = [model.state_dict()[name].clone() for model, name in ((plain, "weight"), (tied, "first.weight"))]
         accelerator.save_state(str(folder))
         with torch.no_grad():

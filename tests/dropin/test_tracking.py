@@ -8,6 +8,7 @@ tensorboard's writer is replaced by one that lists what it is told, except where
 import sys
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,14 +24,14 @@ from nanofinetune.settings import LoggerType
 def tracker_class(library, everywhere=False):
     """A tracker as a script writes it, with the library's base class and decorator."""
 
-    class Listing(library.GeneralTracker):
+    class Listing(library.GeneralTracker):  # type: ignore[name-defined]
         name = "listing"
         requires_logging_directory = False
         main_process_only = not everywhere
 
         def __init__(self, *arguments, **settings):
             super().__init__()
-            self.heard = [("made", arguments, settings)]
+            self.heard: list[Any] = [("made", arguments, settings)]
 
         @property
         def tracker(self):
