@@ -99,8 +99,9 @@ def test_split_between_processes_matches_accelerate(kind, padded, rank, size):
             parts.append(plain(part))
     assert parts[0] == parts[1]
     if padded:
-        first: Any = parts[0]
-        rows: Any = first["x"] if kind == "Dataset" else first
+        rows: Any = parts[0]
+        if kind == "Dataset":
+            rows = rows["x"]
         assert len(rows) == -(-len(inputs) // size)
 
 
