@@ -102,7 +102,7 @@ def test_split_between_processes_matches_accelerate(kind, padded, rank, size):
         rows: Any = parts[0]
         if kind == "Dataset":
             rows = rows["x"]
-        assert len(rows) == -(-len(inputs) // size)
+        assert len(rows) == -(-len(inputs) // size)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_cut_is_refused_where_accelerate_hands_all_of_it_to_every_rank():
