@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from launching import LAUNCH, launch_sh
 
-from nanofinetune.launch.config import QUESTIONS
 from nanofinetune.ground.environment import first_host
+from nanofinetune.launch.config import QUESTIONS
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="launch.sh needs bash")
 
