@@ -13,7 +13,6 @@ equal the uninterrupted run's bit for bit.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import multiprocessing
@@ -35,6 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from readme import machine_text
 
+from nanofinetune.ground.cli import Parser, number, run_main
+from nanofinetune.ground.errors import UsageError
 from nanofinetune.launch.job import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -549,8 +550,8 @@ def prepare(work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="runs to kill, on each side (default 50)")
+    parser = Parser(prog="faults.py", description=__doc__)
+    parser.add_argument("--kills", type=number(int, 0), default=50, help="runs to kill, on each side (default 50)")
     parser.add_argument("--only", nargs="+", metavar="FAULT", help=f"kills, or of: {'; '.join(FAULTS)}")
     parser.add_argument("--cost", action="store_true", help="time what a save takes from training, on a quiet machine")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
@@ -559,7 +560,9 @@ def main() -> None:
     args = parser.parse_args()
     unknown = [name for name in args.only or () if name not in ("kills", *FAULTS)]
     if unknown:
-        parser.error(f"--only {unknown[0]}: choose kills, or of {'; '.join(FAULTS)}")
+        raise UsageError(f"--only {unknown[0]}: choose kills, or of {'; '.join(FAULTS)}")
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UsageError(f"--json {args.json}: there is no such folder")
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
     from pieces import machine
 
@@ -615,4 +618,4 @@ def table_of(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main("faults.py", main))

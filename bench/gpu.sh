@@ -18,6 +18,23 @@ if [ "${1:-}" = --print ]; then
     shift
 fi
 
+wanted=
+for argument; do
+    if [ -n "$wanted" ]; then
+        wanted=
+        continue
+    fi
+    case $argument in
+        --model | --data) wanted=$argument ;;
+        --model=* | --data=*) ;;
+        *) printf 'gpu.sh: %s: it takes --print first, then --model and --data\n' "$argument" >&2; exit 2 ;;
+    esac
+done
+if [ -n "$wanted" ]; then
+    echo "gpu.sh: $wanted: a value is missing" >&2
+    exit 2
+fi
+
 run() {
     echo "+ TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 $*"
     if [ -z "$print" ]; then

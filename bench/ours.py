@@ -20,11 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from nanofinetune.data import job
+from nanofinetune.ground.errors import shown
 from nanofinetune.run import run as loop
 
 
 def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        print("ours.py: name the file for losses and times first; train.py's arguments come after it", file=sys.stderr)
+        return 2
     path = Path(sys.argv.pop(1))
+    if not path.absolute().parent.is_dir():
+        print(f"ours.py: {shown(str(path))}: there is no such folder", file=sys.stderr)
+        return 2
     losses: list[Any] = []
     tokens: list[int] = []  # of each of this rank's batches, without padding; evaluation's come after training's
     times: list[float] = []

@@ -9,7 +9,6 @@ Prints a table, and one JSON object as the last line.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -18,9 +17,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from nanofinetune.ground.cli import Parser, number, run_main
+from nanofinetune.ground.errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"nanofinetune": ROOT / "train.py", "library": ROOT / "bench" / "peer.py"}
 
 
@@ -65,23 +67,32 @@ def summarise(runs: dict[int, dict[str, dict[str, Any]]], data: str) -> dict[str
 
 
 def main() -> None:
-    from nanofinetune.data.pretrained import packaged_model
+    from pieces import model_of
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default=packaged_model(), help="folder of the model (default: the packaged checkpoint)"
+    parser = Parser(prog="quality.py", description=__doc__)
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="folder of the model (default: the packaged checkpoint)")
+    add("--data", metavar="DIR", required=True, help="folder of MRPC as parquet")
+    add("--seeds", metavar="N", type=number(int, 0), nargs="+", default=[1, 2, 3], help="(default 1 2 3)")
+    add(
+        "--peer-seeds", metavar="N", type=number(int, 0), nargs="+", help="those of them for the library (default: all)"
     )
-    parser.add_argument("--data", required=True, help="folder of MRPC as parquet")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--peer-seeds", type=int, nargs="+", help="those of them for the library (default: all)")
-    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="where each run's result is kept")
-    parser.add_argument("--json", type=Path, help="where the record is written")
+    add("--folder", metavar="DIR", type=Path, default=Path("runs/quality"), help="where each run's result is kept")
+    add("--json", metavar="FILE", type=Path, help="where the record is written")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
+    if other := set(args.peer_seeds or ()) - set(args.seeds):
+        raise UsageError(f"--peer-seeds {min(other)}: it is none of --seeds")
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UsageError(f"--json {args.json}: there is no such folder")
+    model = model_of(args.model)
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--folder {args.folder}: it cannot be made ({error.strerror})") from error
     runs = {}
     for seed in args.seeds:
         sides = [side for side in SCRIPTS if side == "nanofinetune" or seed in (args.peer_seeds or args.seeds)]
-        runs[seed] = run_seed(args.folder, args.model, args.data, seed, sides)
+        runs[seed] = run_seed(args.folder, model, args.data, seed, sides)
     record = summarise(runs, args.data)
     for side, scores in record["sides"].items():
         print(
@@ -94,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main("quality.py", main))

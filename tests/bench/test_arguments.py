@@ -1,0 +1,79 @@
+"""What the scripts in bench/ refuse: an option they do not have, a shortened one, a value that cannot be. One line, 2.
+
+Run: python -m pytest tests/bench/test_arguments.py
+"""
+
+import subprocess
+import sys
+from importlib import import_module, util
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+
+WRONG = [
+    ("captured", "--bogus", "unrecognized arguments: --bogus"),
+    ("compare", "--bogus", "unrecognized arguments: --bogus"),
+    ("pieces", "--bogus", "unrecognized arguments: --bogus"),
+    ("throughput", "--bogus", "unrecognized arguments: --bogus"),
+    ("throughput", "--step 40", "unrecognized arguments: --step"),
+    ("faults", "--bogus", "unrecognized arguments: --bogus"),
+    ("faults", "--kill 3", "unrecognized arguments: --kill 3"),
+    ("faults", "--kills -3", "--kills: -3 is not a whole number from 0"),
+    ("faults", "--only nothing", "--only nothing: choose kills, or of newest"),
+    ("faults", "--json no/such/file.json", "--json no/such/file.json: there is no such folder"),
+    ("quality", "", "the following arguments are required: --data"),
+    ("quality", "--data x --bogus", "unrecognized arguments: --bogus"),
+    ("quality", "--data x --seeds one", "--seeds: one is not a whole number from 0"),
+    ("quality", "--data x --peer-seeds 9", "--peer-seeds 9: it is none of --seeds"),
+    ("quality", "--data x --json no/such/file.json", "--json no/such/file.json: there is no such folder"),
+    ("peer", "--model x --data y --bogus", "unrecognized arguments: --bogus"),
+    ("peer", "--model x --data y --batch 4", "unrecognized arguments: --batch 4"),
+    ("peer", "--model x --data y --batch-size 0", "argument --batch-size: invalid positive value: '0'"),
+    ("peer", "--model x --data y --precision fp8", "argument --precision: invalid choice: 'fp8'"),
+    ("readme", "--bogus", "unrecognized arguments: --bogus"),
+    ("readme", "x", "unrecognized arguments: x"),
+    ("ours", "", "name the file for losses and times first"),
+    ("ours", "--help", "name the file for losses and times first"),
+    ("ours", "no/such/file.json --lr 1", "no/such/file.json: there is no such folder"),
+]
+
+
+@pytest.mark.parametrize(("script", "words", "said"), WRONG)
+def test_what_a_script_does_not_know_is_one_line_and_exit_2(script, words, said, monkeypatch, capsys, tmp_path) -> None:
+    if script == "peer" and not all(util.find_spec(name) for name in ("accelerate", "sklearn")):
+        pytest.skip("the libraries' side needs accelerate and scikit-learn (extra `test`)")
+    module = import_module(script)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words.split()])
+    if script in ("peer", "ours"):  # the one imports nothing of ours, the other is train.py
+        try:
+            code = module.main()
+        except SystemExit as ended:
+            code = ended.code
+    else:
+        code = module.run_main(f"{script}.py", module.main)
+    out, err = capsys.readouterr()
+    assert code == 2 and out == ""
+    assert err.startswith(f"{script}.py: {said}") and err.count("\n") == 1, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_readme_py_writes_nothing_where_it_is_told_something() -> None:
+    """It rewrote README whatever its arguments were."""
+    documents = [ROOT / name for name in import_module("readme").DOCUMENTS]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in documents]
+    for words in (["--help"], ["--check"], ["README.md"]):
+        command = [sys.executable, str(ROOT / "bench" / "readme.py"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
+    assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in documents] == before
+
+
+@pytest.mark.parametrize("words", ["--bogus", "--print --bogus", "fp32", "--print --data", "--data x --print"])
+def test_gpu_sh_refuses_what_it_does_not_know(words: str) -> None:
+    command = ["sh", str(ROOT / "bench" / "gpu.sh"), *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("gpu.sh: ")
+    assert done.stderr.count("\n") == 1
