@@ -2,18 +2,19 @@
 """Fine-tune a BERT on a text classification task: the Hugging Face course's loop, top to bottom.
 
     python train.py                                              bert-base-uncased on GLUE MRPC, one process
-    torchrun --nproc_per_node=4 train.py                         the same on four (or: ./launch.sh -n 4)
+    torchrun --nproc_per_node=4 train.py                         four processes, 32 rows an update (or ./launch.sh)
     python train.py --data glue/cola --lr 2e-5 --output runs/cola
     python train.py --model ./my-bert --data reviews.csv --precision bf16 --group-by-length
     python train.py --output runs/long --save-every 200 --resume auto        stop it, start it again: it goes on
     python train.py --dry-run                                    print the plan and stop
 
-The course imports its pieces from the libraries; here each comes from one file of nanofinetune/. The lines that
-the course's Accelerate listing changes in its plain loop are marked `# accelerate`, and so is `accumulate`, which that
+The course imports its pieces from the libraries; here each comes from one file of nanofinetune/. The lines that the
+course's Accelerate listing changes in its plain loop are marked `# accelerate`, and so is `accumulate`, which that
 listing does not have. Differs from the course on purpose: everything is seeded; no weight decays unless --weight-decay
 says so (torch's AdamW: all, by 0.01); a window of accumulated batches is divided by its true number of rows; N
-processes compute the gradient of one process with N times the batch; on a CPU the model leaves out what its loss does
-not read; evaluation batches are sorted by length, and the ranks add up their counts once, at the end of it.
+processes compute, but for their dropout masks, the gradient of one process with N times the batch; on a CPU the model
+leaves out what its loss does not read; evaluation batches are sorted by length, and the ranks add up their counts
+once, at the end of it.
 """
 
 from __future__ import annotations
@@ -90,16 +91,16 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     # accelerate
     model, optimizer, train_loader, scheduler = accelerator.prepare(model, optimizer, train_loader, scheduler)
 
-    # --- the loop: the course's. `run` is what the course leaves to luck: nanofinetune/run/run.py ---
+    # --- the course's loop; `run` adds checkpoints, signals, memory and NaN handling (run/run.py) ---
     with Run(plan, accelerator, model, optimizer, scheduler, train_loader) as run:
         for epoch in run.epochs():
             model.train()
             for batch in run.batches(epoch):  # accelerate: this rank's rows, on the device already
                 with accelerator.accumulate(model), run.step():  # accelerate: gradients travel once a window
-                    loss = None  # frees the forward before it, if its backward ran out of memory
+                    loss = None  # free the last forward's activations, which a failed backward may have left
                     loss = model(**batch).loss
                     accelerator.backward(loss)  # accelerate: in place of loss.backward()
-                    if run.agreed(loss):  # a window's end: on every rank there was memory, and the loss is a number
+                    if run.agreed(loss):  # end of a window: no rank ran out of memory, and every loss is finite
                         if args.clip_norm is not None:
                             accelerator.clip_grad_norm_(model.parameters(), args.clip_norm)
                         optimizer.step()
@@ -109,14 +110,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
 
     result = summary(accelerator, job, run.log, padding)
     if run.output and accelerator.is_main_process:
-        whole = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        save(run.output, whole, job.tokenizer, result, run.log.evaluations, args)
+        unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        save(run.output, unwrapped, job.tokenizer, result, run.log.evaluations, args)
     accelerator.wait_for_everyone()
     return result
 
 
 def compute_faster(model: Any, args: argparse.Namespace, device: torch.device) -> None:
-    """On a CPU: the same numbers but for rounding, in less time. Everything of nanofinetune/cpu/ is used here."""
+    """On a CPU: the same numbers up to rounding, in less time; --fast-dropout draws other dropout masks."""
     if args.fast_dropout and device.type != "cpu":
         raise UsageError(f"--fast-dropout: only on a CPU, and the device is {device}; leave it out")
     if device.type == "cpu":  # --fast-dropout has masks of its own
@@ -155,7 +156,7 @@ def evaluate(
         end_step(accelerator.device)
     if metric.reduction == "sum":
         counts = metric.state().to(accelerator.device)
-        metric.load_state(accelerator.reduce(counts, "sum"))  # the one meeting of the ranks
+        metric.load_state(accelerator.reduce(counts, "sum"))  # the only communication between ranks
     else:  # correlations need the values themselves
         metric.load_state(torch.cat(gather_object([metric.state()], accelerator.world), dim=1))
     if len(metric) != len(store):
@@ -174,7 +175,7 @@ def evaluate(
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises UsageError for what cannot be."""
     parser = Parser(prog="train.py", description=__doc__)
-    add = parser.add_argument_group("what to train on what").add_argument
+    add = parser.add_argument_group("model and data").add_argument
     add("--model", metavar="NAME", help="a folder or a name on the Hub (default bert-base-uncased)")
     add("--data", metavar="NAME",
         help="glue/TASK, stdlib-pairs, a file, a folder or a name on the Hub (default glue/mrpc)")
@@ -182,10 +183,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--label-column", metavar="COLUMN", help="the column of classes or numbers (default: found)")
     add = parser.add_argument_group("how long").add_argument
     add("--epochs", metavar="N", type=number(int, 1), default=3, help="passes over the training rows (default 3)")
-    add("--max-steps", metavar="N", type=number(int, 1), help="updates, whatever --epochs says")
-    add("--batch-size", metavar="ROWS", type=number(int, 1), default=8, help="rows a batch, per process (default 8)")
+    add("--max-steps", metavar="N", type=number(int, 1), help="number of updates; overrides --epochs")
+    add("--batch-size", metavar="ROWS", type=number(int, 1), default=8, help="rows per batch and process (default 8)")
     add("--eval-batch-size", metavar="ROWS", type=number(int, 1), default=32, help="rows a batch (default 32)")
-    add("--accumulate", metavar="N", type=number(int, 1), default=1, help="batches an update (default 1)")
+    add("--accumulate", metavar="N", type=number(int, 1), default=1, help="batches per update (default 1)")
     add("--group-by-length", action="store_true",
         help="batches of rows of similar length: less padding, another order (bf16, fp16: lengths in steps of 8)")
     add("--fast-dropout", action="store_true", help="cheaper random bits for a BERT on a CPU: other dropout masks")
@@ -195,7 +196,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup-steps", metavar="N", type=steps_or_ratio, default=0, help="updates, or a ratio below 1 (default 0)")
     add("--schedule", choices=tuple(SCHEDULES), default="linear",
         help="how the rate goes on after its warm-up (default linear)")
-    add("--clip-norm", metavar="NORM", type=number(float, 0, above=True), help="largest gradient norm (default: any)")
+    add("--clip-norm", metavar="NORM", type=number(float, 0, above=True),
+        help="clip gradients to this norm (default: no clipping)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", metavar="KIND", default="auto", help="auto, cpu, cuda, cuda:N, mps, tpu or xla (default auto)")
     add("--precision", choices=tuple(PRECISIONS), default="no", help="autocast; no is fp32 (default no)")
@@ -207,7 +209,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-every", metavar="N", type=number(int, 1), help="updates between two checkpoints (default: at a signal)")
     add("--keep", metavar="N", type=number(int, 1), default=2, help="checkpoints kept (default 2)")
     add("--resume", metavar="auto|PATH",
-        help="go on from the newest whole checkpoint of --output, if any, or from the one named")
+        help="resume from the newest complete checkpoint in --output, if any, or from the one named")
     add("--dry-run", action="store_true", help="print the plan and stop")
     add = parser.add_argument_group("when something goes wrong").add_argument
     add("--on-nan", choices=("stop", "skip"), default="stop",

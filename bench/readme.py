@@ -143,7 +143,7 @@ def numbers(folder: Path) -> str:
     lines = sum(map(code_lines, core()))
     accelerate = "Accelerate's `prepare` alone is 165 lines in a file of 4,400"
     return (
-        "**Equal**: 30 losses of the loop, bit for bit"
+        "**Equal**: 30 training losses are those of transformers + Accelerate + torch, bit for bit"
         " ([test_course.py](tests/test_course.py)). "
         f"**Fast**: {fastest['ratio']:.2f} times Accelerate's speed at the same work, in fp32 on two CPU cores"
         f" ({link(path, folder)}). "

@@ -5,8 +5,8 @@
 >>> metric.compute(predictions=[1, 1, 0], references=[1, 0, 0])
 {'accuracy': 0.6666666666666666, 'f1': 0.6666666666666666}
 
-Rooms, in reading order: `step` (one device), `ranks` (many processes), `accelerator` (the facade over both), `run` (a
-long run), `data`, `cpu` (the same numbers, faster on a CPU), `launch`, `trace`, and `ground` under all of them.
+Subpackages, in reading order: `step` (one device), `ranks` (many processes), `accelerator` (the facade over both),
+`run` (a long run), `data`, `cpu` (the same numbers, faster on a CPU), `launch`, `trace`, and `ground` under all.
 
 Underneath: `accelerate.Accelerator`, `transformers.DataCollatorWithPadding`, `torch.optim.AdamW`,
 `transformers.get_scheduler`, `evaluate.load`.

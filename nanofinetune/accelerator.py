@@ -1,4 +1,4 @@
-"""Accelerate's names for the pieces of the other files, and the little state that holds them together.
+"""The Accelerator: `prepare` wraps what a loop uses; `backward` makes N ranks and K micro-batches act as one batch.
 
 >>> accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
 >>> model = nn.Linear(1, 1, bias=False)
@@ -179,9 +179,9 @@ class Accelerator:
         return self.positions[-1] if self.positions else None
 
     def _weigh(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss, divided so that a window's losses, summed and averaged over ranks, are the mean over its rows.
+        """The loss times mine * N / (rows of the window): DDP's mean over N ranks is then the mean over all these rows.
 
-        In a full window that is by K, bit for bit as in Accelerate.
+        `loss` is a mean over this rank's `mine` rows. In a full window the factor is 1 / K, exactly as in Accelerate.
         """
         accumulated = self.gradient_accumulation_steps
         position = self.position

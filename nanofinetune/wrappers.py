@@ -1,4 +1,4 @@
-"""What `prepare` wraps things in: a forward under autocast, an optimizer and a schedule that wait for a window's end.
+"""What `prepare` returns: a model under autocast, an optimizer and a schedule that wait for an accumulation window.
 
 >>> parameter, window = nn.Parameter(torch.ones(1)), GradientState(GradientAccumulationPlugin())
 >>> optimizer = AcceleratedOptimizer(torch.optim.SGD([parameter], lr=1.0), window)

@@ -1,4 +1,4 @@
-"""A lean BERT encoder: it computes only what the loss reads, so no padding, and of the last layer one token a row.
+"""A BERT encoder that computes only what the loss reads: no padding, and one token per row in the last layer.
 
 >>> layout = Layout(torch.tensor([[True, True, True], [True, False, False]]), multiple=1)
 >>> layout.rows.tolist()  # of the batch's 2 x 3 positions: the four that hold tokens

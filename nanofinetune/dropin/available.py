@@ -8,7 +8,7 @@ True
 
 Underneath: `accelerate.utils.is_wandb_available`, `accelerate.utils.is_bf16_available`, ... (accelerate 1.15).
   - A package counts as installed if it can be found and has metadata, so that a folder of that name does not pass.
-  - Devices that are not supported here are not available here: NPU, MLU, XLA and others.
+  - Devices that an Accelerator cannot spread ranks over count as unavailable: NPU, MLU, XLA and others.
 
 Proof: test_answers_match_accelerate, test_a_folder_is_no_package in tests/dropin/test_available.py.
 """

@@ -1,4 +1,4 @@
-"""What all rooms stand on: errors for people, command lines, devices, precisions, and which process this is.
+"""What all other subpackages use: errors for people, command lines, devices, precisions, and which process this is.
 
 Read `errors` and `cli` first; `environment` (which rank is this?), `device`, `xla`, `process` and `precision` when a
 name from there comes up.

@@ -29,7 +29,7 @@ def checked_precision(name: str | None, device: torch.device) -> str:
     """The precision in force, checked against what the device can do."""
     name = name or os.environ.get("NANOFINETUNE_MIXED_PRECISION") or "no"
     if name not in PRECISIONS:
-        raise UsageError(f"mixed_precision is {name!r}: choose no, bf16 or fp16")
+        raise UsageError(f"mixed_precision is {name!r}: choose {', '.join(PRECISIONS)}")
     if name == "fp16" and device.type == "cpu":
         # underneath: Accelerate trains in fp32 then, without a word, and still reports "fp16"
         raise UsageError("mixed_precision is 'fp16', and a CPU has no half-precision training: choose bf16, or a GPU")

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from nanofinetune.ground import cli
 from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.precision import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ QUESTIONS = (
     Question("NANOFINETUNE_DEVICE", "Device (auto, cpu, cuda, mps)?", "auto", one_of("auto", "cpu", "cuda", "mps")),
     Question("NPROC_PER_NODE", "Processes on this node (auto: one for each GPU, else 1)?", "auto", cli.number(int, 1)),
     Question("OMP_NUM_THREADS", "Threads a process (auto: cores / processes)?", "auto", cli.number(int, 1)),
-    Question("NANOFINETUNE_MIXED_PRECISION", "Precision (no, bf16, fp16)?", "no", one_of("no", "bf16", "fp16")),
+    Question("NANOFINETUNE_MIXED_PRECISION", f"Precision ({', '.join(PRECISIONS)})?", "no", one_of(*PRECISIONS)),
     Question("MAX_RESTARTS", "How often to start again after a failure?", "0", cli.number(int, 0)),
 )
 

@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from nanofinetune.ground.precision import PRECISIONS
 from nanofinetune.ground.process import end_with_parent
 from nanofinetune.launch import rendezvous
 from nanofinetune.launch.job import traceback_of
@@ -80,8 +81,8 @@ def notebook_launcher(
         if value != default:
             raise NotImplementedError(f"{name}={value!r}: a notebook starts one node, once; launch.sh does more")
     precision = mixed_precision.lower()
-    if precision not in ("no", "bf16", "fp16"):
-        raise ValueError(f"mixed_precision={mixed_precision!r}: choose no, bf16 or fp16")
+    if precision not in PRECISIONS:
+        raise ValueError(f"mixed_precision={mixed_precision!r}: choose {', '.join(PRECISIONS)}")
     size = (torch.cuda.device_count() or 1) if num_processes is None else num_processes
     if size < 1:
         raise ValueError(f"num_processes={num_processes}: it must be at least 1, or None for one for each GPU")

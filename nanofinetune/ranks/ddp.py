@@ -9,7 +9,7 @@
 
 Underneath: `torch.nn.parallel.DistributedDataParallel` (torch 2.13).
   - It hooks every parameter, copies gradients into flat buckets, starts an all-reduce when a bucket is full, and waits
-    at backward's end. Kept, in Python.
+    at backward's end. Kept, in Python: `_gradient_is_there`, `_send_full_buckets`, `_finish`.
   - A parameter without a gradient is named in the backward that left it out. There, the *next* forward raises, without
     names.
   - Every backward synchronises. There, not the second after two forwards.

@@ -1,4 +1,4 @@
-"""Data parallelism in twenty lines: every rank holds the model, and the ranks average each gradient once it is there.
+"""Data parallelism in thirty lines: every rank holds the model, and the ranks average each gradient once it is there.
 
 >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 >>> model = NaiveDDP(nn.Linear(2, 1))

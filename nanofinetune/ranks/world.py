@@ -12,8 +12,8 @@ Underneath: `accelerate.state.PartialState`, `accelerate.utils.set_seed` (accele
   - PartialState is one dictionary that all its instances share; a `World` is a value that is passed around.
   - Under torchrun on a machine without a GPU it makes N separate copies; here N ranks train one model over gloo.
   - Ranks wait 5 minutes for each other; gloo's default is 30.
-  - After a restart, ranks meet each other, and not what torchrun's store still says of dead ones.
-  - Left out: XLA, NPU and other backends.
+  - After a restart, the new ranks find each other; entries that dead ranks left in torchrun's store are ignored.
+  - Left out: several XLA processes (one drives all devices: ground/xla.py), NPU and other backends.
 
 Proof: test_torchrun_on_cpu_is_one_world_where_accelerate_runs_copies, test_an_attempt_never_meets_the_dead in
 tests/ranks/test_world.py.
@@ -192,7 +192,7 @@ def _store(launch: Launch, timeout: timedelta) -> dist.Store:
 
 
 def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
-    """torchrun's store, or one of rank 0's. Where all ranks are on one node, nothing listens beyond the loopback."""
+    """torchrun's store, which listens on all interfaces, or one of rank 0's, which on one node is loopback only."""
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "0")
     if launch.launcher == "slurm":
         host, _, port = launch.init_method.removeprefix("tcp://").rpartition(":")

@@ -1,4 +1,4 @@
-"""Save a run's state so that no kill, full disk or flipped bit loses it: complete or not at all, and checked when read.
+"""Save a run's state. A kill or a full disk never costs an older checkpoint, and damage is noticed when it is read.
 
 >>> import tempfile
 >>> folder = Path(tempfile.mkdtemp())

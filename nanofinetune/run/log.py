@@ -15,7 +15,7 @@ place in the data; scripts write it into the folder's name, in batches.
   - Here the place is (epoch, rows of it that all ranks together have used). It means the same on any number of ranks,
     and is saved with the model.
   - Losses stay on the device: reading one waits for all work before it. Ranks add them up once in 50 updates.
-  - A full disk ends no training.
+  - A full disk does not end the training.
 
 Proof: test_ranks_may_change_between_runs, test_full_disk_ends_no_training_and_loses_nothing in
 tests/run/test_resume.py.

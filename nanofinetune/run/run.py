@@ -135,7 +135,7 @@ class Run:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A `with` block around one micro-batch. It catches a lack of memory; a window's last one ends the update."""
+        """A `with` block around one micro-batch. It catches out-of-memory errors; a window's last ends the update."""
         self.settled = False
         try:
             yield
@@ -155,7 +155,7 @@ class Run:
             self._end_update()
 
     def agreed(self, loss: torch.Tensor) -> bool:
-        """Whether to step: at the end of a window, and if its loss is a number on all ranks. There, a collective.
+        """Log the loss -> whether to step: at a window's end, if the loss is finite on all ranks. There, a collective.
 
         `loss` is the mean over this rank's rows. If some rank ran out of memory, all ranks leave the block of `step`.
         Raises Halt where the loss is not a number, unless --on-nan skip leaves that update out.
