@@ -21,9 +21,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from nanofinetune.accelerator import Accelerator
+from nanofinetune.dropin.operations import set_seed
 from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.loader import skip_first_batches
-from nanofinetune.ranks.world import set_seed
 from nanofinetune.step import metrics
 from nanofinetune.step.collate import DataCollatorWithPadding
 from nanofinetune.step.optim import AdamW

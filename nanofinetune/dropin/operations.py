@@ -16,14 +16,16 @@ tests/dropin/test_operations.py.
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from nanofinetune.ground.environment import read_environment
 from nanofinetune.ranks import collectives
-from nanofinetune.ranks.world import World, init_world
+from nanofinetune.ranks.world import World, init_world, rank_and_size
 from nanofinetune.settings import refuse
 
 
@@ -138,6 +140,21 @@ def tqdm(*args: Any, main_process_only: bool = True, **kwargs: Any) -> Any:
 
     silent = main_process_only and read_environment(os.environ).local_rank != 0
     return bar(*args, **kwargs | ({"disable": True} if silent else {}))
+
+
+def set_seed(seed: int, device_specific: bool = False, deterministic: bool = False) -> None:
+    """Seed Python's `random`, numpy and torch on all devices (source: accelerate.utils.set_seed).
+
+    `device_specific` adds the rank to `seed`. `deterministic` makes torch choose deterministic kernels, or raise.
+    """
+    # underneath: without device_specific all ranks draw the same dropout masks.
+    if device_specific:
+        seed += rank_and_size()[0]
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
 
 
 def _world() -> World:

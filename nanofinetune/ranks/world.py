@@ -3,12 +3,9 @@
 >>> world = init_world("cpu")  # no launcher has started this process, so it is alone
 >>> world.rank, world.size, world.backend
 (0, 1, None)
->>> set_seed(0)
->>> torch.rand(2, device=world.device)
-tensor([0.4963, 0.7682])
 >>> shutdown(world)
 
-Underneath: `accelerate.state.PartialState`, `accelerate.utils.set_seed` (accelerate 1.15).
+Underneath: `accelerate.state.PartialState` (accelerate 1.15).
   - PartialState is one dictionary that all its instances share; a `World` is a value that is passed around.
   - Under torchrun on a machine without a GPU it makes N separate copies; here N ranks train one model over gloo.
   - Ranks wait 5 minutes for each other; gloo's default is 30.
@@ -24,7 +21,6 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import random
 import socket
 import sys
 import time
@@ -34,7 +30,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -151,21 +146,6 @@ def rank_and_size() -> tuple[int, int]:
         return dist.get_rank(), dist.get_world_size()
     launch = read_environment(os.environ)
     return launch.rank, launch.size
-
-
-def set_seed(seed: int, device_specific: bool = False, deterministic: bool = False) -> None:
-    """Seed Python's `random`, numpy and torch on all devices (source: accelerate.utils.set_seed).
-
-    `device_specific` adds the rank to `seed`. `deterministic` makes torch choose deterministic kernels, or raise.
-    """
-    # underneath: without device_specific all ranks draw the same dropout masks.
-    if device_specific:
-        seed += rank_and_size()[0]
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    if deterministic:
-        torch.use_deterministic_algorithms(True)
 
 
 def _let_threads_finish() -> None:

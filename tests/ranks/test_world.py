@@ -22,11 +22,12 @@ import torch
 import torch.distributed as dist
 from helpers import ROOT, run_ranks, run_torchrun
 
+from nanofinetune.dropin.operations import set_seed
 from nanofinetune.ground.environment import Launch
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ranks import world as ranks_world
 from nanofinetune.ranks.collectives import reduce, wait_for_everyone
-from nanofinetune.ranks.world import World, init_world, set_seed, shutdown
+from nanofinetune.ranks.world import World, init_world, shutdown
 
 
 @pytest.mark.parametrize(
