@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from nanofinetune import Accelerator, AdamW, get_scheduler
+from nanofinetune import Accelerator, AdamW, __version__, get_scheduler
 from nanofinetune.cpu.dropout import use_exact_dropout, use_fast_dropout
 from nanofinetune.cpu.embedding import use_row_gradients
 from nanofinetune.cpu.lean import use_lean_encoder
@@ -48,6 +48,7 @@ from nanofinetune.run.plan import Plan, padding_fraction, print_plan
 from nanofinetune.run.result import save, summary
 from nanofinetune.run.resume import batch_plan, common_start, run_of
 from nanofinetune.run.run import Run
+from nanofinetune.run.same import check_same, loaded, told
 from nanofinetune.run.watch import preflight
 from nanofinetune.settings import DataLoaderConfiguration
 from nanofinetune.step.metrics import Metric, UndefinedMetricWarning
@@ -60,6 +61,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     """The whole run -> the result, as it is printed; None for a dry run."""
     keep_freed_memory()
     preflight(accelerator.world)  # ranks that cannot talk are found before any long work
+    check_same(accelerator.world, told(vars(args), __version__))  # all ranks were started alike
     start = common_start(args, accelerator)  # a checkpoint to go on from, or nothing
 
     # --- data and model ---
@@ -80,7 +82,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     optimizer = AdamW(decay_groups(model, args.weight_decay), lr=args.lr)
     scheduler = get_scheduler(args.schedule, optimizer, args.warmup_steps, updates)
 
-    identity = run_of(vars(args), accelerator.num_processes, job.found(optimizer), start)
+    found = job.found(optimizer)
+    check_same(accelerator.world, loaded(accelerator.world, found, model))  # and have found the same
+    identity = run_of(vars(args), accelerator.num_processes, found, start)
     plan = Plan(args, rows, rows_per_step, accumulate, updates, start, identity, new_loader)
     padding = padding_fraction(job.train.lengths, train_loader.batch_sampler, job.multiple)
     if accelerator.is_main_process:
