@@ -37,7 +37,7 @@ from nanofinetune.cpu.embedding import use_row_gradients
 from nanofinetune.cpu.lean import use_lean_encoder
 from nanofinetune.cpu.memory import keep_freed_memory
 from nanofinetune.data.job import Job, load, training_loader
-from nanofinetune.ground.cli import Parser, number, run_main, steps_or_ratio
+from nanofinetune.ground.cli import Parser, number, outliving_readers, run_main, steps_or_ratio
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ground.precision import PRECISIONS
 from nanofinetune.ground.xla import end_step
@@ -229,6 +229,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # fmt: on
 
 
+@outliving_readers()  # `train.py | head -1` trains to the end
 def main() -> None:
     """Run, and print the result as the last line of stdout."""
     args = parse_arguments()

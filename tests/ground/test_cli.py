@@ -7,6 +7,7 @@ The last test shows transformers 5.23's own command line taking a learning rate 
 
 import argparse
 import math
+import os
 import re
 import subprocess
 import sys
@@ -198,6 +199,52 @@ sys.exit(run_main("name", main))
     complaint = writer.stderr.read()
     writer.stderr.close()
     assert (head.stdout, complaint, writer.wait(timeout=60)) == (b"first\n", b"", 141)
+
+
+STREAMS = {  # what a shell can do with a program's streams -> what is left to read on stderr
+    "{} | true": "note: stdout cannot be written (Broken pipe); the work goes on without\n",
+    "{} >&-": "",
+    "{} >/dev/full": "note: stdout cannot be written (No space left on device); the work goes on without\n",
+    "{} 2>&1 | true": "",
+    "{} >&- 2>&-": "",
+    "{} 2>&-": "",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the shell and /dev/full of Linux")
+@pytest.mark.parametrize("shell", STREAMS)
+def test_work_outlives_whoever_reads_its_output(shell, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import sys, time
+from pathlib import Path
+from nanofinetune.ground.cli import outliving_readers, run_main
+from tqdm import tqdm
+
+@outliving_readers()
+def main():
+    time.sleep(0.3)  # the reader is gone by now
+    for _ in range(3):
+        print("to stdout", flush=True)
+        tqdm.write("through tqdm", file=sys.stdout)
+        for _ in tqdm(range(2), file=sys.stderr, disable=None):
+            pass
+    with open({str(tmp_path / "file")!r}, "w") as file:
+        print("x" * 10000)
+        file.write("whole")
+
+code = run_main("name", main)
+Path({str(tmp_path / "code")!r}).write_text(str(code))
+sys.exit(code)
+""")
+    command = f"{sys.executable} {program}"
+    done = subprocess.run(
+        ["bash", "-c", f"({shell.format(command)}; exit ${{PIPESTATUS[0]}})"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, STREAMS[shell])
+    assert (tmp_path / "code").read_text() == "0"
+    assert (tmp_path / "file").read_text() == "whole"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")  # TrainingArguments' own, by version
