@@ -37,7 +37,7 @@ from nanofinetune.cpu.embedding import use_row_gradients
 from nanofinetune.cpu.lean import use_lean_encoder
 from nanofinetune.cpu.memory import keep_freed_memory
 from nanofinetune.data.job import Job, load, training_loader
-from nanofinetune.ground.cli import Parser, number, outliving_readers, run_main, steps_or_ratio
+from nanofinetune.ground.cli import LONGEST_WAIT, MOST, Parser, number, outliving_readers, run_main, steps_or_ratio
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ground.precision import PRECISIONS
 from nanofinetune.ground.xla import end_step
@@ -185,11 +185,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text-columns", metavar="COLUMN", nargs="+", help="one or two columns of text (default: found)")
     add("--label-column", metavar="COLUMN", help="the column of classes or numbers (default: found)")
     add = parser.add_argument_group("how long").add_argument
-    add("--epochs", metavar="N", type=number(int, 1), default=3, help="passes over the training rows (default 3)")
-    add("--max-steps", metavar="N", type=number(int, 1), help="updates, whatever --epochs says")
-    add("--batch-size", metavar="ROWS", type=number(int, 1), default=8, help="rows a batch, per process (default 8)")
-    add("--eval-batch-size", metavar="ROWS", type=number(int, 1), default=32, help="rows a batch (default 32)")
-    add("--accumulate", metavar="N", type=number(int, 1), default=1, help="batches an update (default 1)")
+    add("--epochs", metavar="N", type=number(int, 1, MOST), default=3, help="passes over the training rows (default 3)")
+    add("--max-steps", metavar="N", type=number(int, 1, MOST), help="updates, whatever --epochs says")
+    add("--batch-size", metavar="ROWS", type=number(int, 1, MOST), default=8,
+        help="rows a batch, per process (default 8)")
+    add("--eval-batch-size", metavar="ROWS", type=number(int, 1, MOST), default=32, help="rows a batch (default 32)")
+    add("--accumulate", metavar="N", type=number(int, 1, MOST), default=1, help="batches an update (default 1)")
     add("--group-by-length", action="store_true",
         help="batches of rows of similar length: less padding, another order (bf16, fp16: lengths in steps of 8)")
     add("--fast-dropout", action="store_true", help="cheaper random bits for a BERT on a CPU: other dropout masks")
@@ -208,15 +209,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="the last batch of several processes: masked, or filled with the first rows again (default mask)")
     add = parser.add_argument_group("what is kept").add_argument
     add("--output", metavar="DIR", help="gets model/, metrics.jsonl, result.json and checkpoints/")
-    add("--save-every", metavar="N", type=number(int, 1), help="updates between two checkpoints (default: at a signal)")
-    add("--keep", metavar="N", type=number(int, 1), default=2, help="checkpoints kept (default 2)")
+    add("--save-every", metavar="N", type=number(int, 1, MOST),
+        help="updates between two checkpoints (default: at a signal)")
+    add("--keep", metavar="N", type=number(int, 1, MOST), default=2, help="checkpoints kept (default 2)")
     add("--resume", metavar="auto|PATH",
         help="go on from the newest whole checkpoint of --output, if any, or from the one named")
     add("--dry-run", action="store_true", help="print the plan and stop")
     add = parser.add_argument_group("when something goes wrong").add_argument
     add("--on-nan", choices=("stop", "skip"), default="stop",
         help="an update whose loss is not finite: end there, or leave it out and say so (default stop)")
-    add("--timeout", metavar="SECONDS", type=number(float, 1), default=TIMEOUT.total_seconds(),
+    add("--timeout", metavar="SECONDS", type=number(float, 1, LONGEST_WAIT), default=TIMEOUT.total_seconds(),
         help=f"how long processes wait for each other (default {TIMEOUT.total_seconds():g})")
     args = parser.parse_args(argv)
     if args.schedule == "constant" and args.warmup_steps:

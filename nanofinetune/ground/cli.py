@@ -28,7 +28,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from nanofinetune.ground.errors import Halt, UsageError, first_line
+from nanofinetune.ground.errors import Halt, UsageError, first_line, shown
+
+MOST = 2**31  # of rows, batches, updates or files: no run has more, and a resumed run believes no greater count
+LONGEST_WAIT = 10**6  # seconds, 11 days: poll(2) counts milliseconds in 32 bits
 
 
 class Parser(argparse.ArgumentParser):
@@ -163,8 +166,8 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
             value = math.nan
         if not (value > low if above else value >= low) or value > high or value == math.inf:
             what = "a whole number" if kind is int else "a number"
-            limit = f"{'above' if above else 'from'} {low:g}" + ("" if high == math.inf else f" to {high:g}")
-            raise argparse.ArgumentTypeError(f"{text} is not {what} {limit}")
+            limit = f"{'above' if above else 'from'} {low:g}" + ("" if high == math.inf else f" to {high}")
+            raise argparse.ArgumentTypeError(f"{shown(text, most=40)} is not {what} {limit}")
         return value
 
     return parse
@@ -172,7 +175,7 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
 
 def steps_or_ratio(text: str) -> int | float:
     """An argparse type: a whole number of updates, or a ratio of all of them between 0 and 1."""
-    value = number(float, 0)(text)
+    value = number(float, 0, MOST)(text)
     if value >= 1 and value != int(value):
         raise argparse.ArgumentTypeError(f"{text} is neither a whole number of updates nor a ratio below 1")
     return value if 0 < value < 1 else int(value)

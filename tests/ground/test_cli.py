@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 from conftest import ROOT, load_script
@@ -163,6 +164,43 @@ def test_run_gives_the_exit_code_and_one_line(raised, code, shown, capsys):
 
     assert run_main("name", main) == code
     assert capsys.readouterr() == ("", shown)
+
+
+NINES = "9" * 18
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--timeout 1e300", "--timeout: 1e300 is not a number from 1 to 1000000"),
+        ("--timeout inf", "--timeout: inf is not a number from 1 to 1000000"),
+        ("--timeout nan", "--timeout: nan is not a number from 1 to 1000000"),
+        (
+            "--batch-size 100000000000000000000",
+            "--batch-size: 1" + "0" * 20 + " is not a whole number from 1 to 2147483648",
+        ),
+        ("--batch-size " + "9" * 5000, f"--batch-size: {NINES}...{NINES} is not a whole number from 1 to 2147483648"),
+        ("--accumulate 2147483649", "--accumulate: 2147483649 is not a whole number from 1 to 2147483648"),
+        ("--epochs 1e9", "--epochs: 1e9 is not a whole number from 1 to 2147483648"),
+        ("--keep inf", "--keep: inf is not a whole number from 1 to 2147483648"),
+        ("--warmup-steps 1e300", "--warmup-steps: 1e300 is not a number from 0 to 2147483648"),
+        ("--weight-decay 1e400", "--weight-decay: 1e400 is not a number from 0"),
+        ("--clip-norm -inf", "--clip-norm: -inf is not a number above 0"),
+        (
+            "--seed 9223372036854775808",
+            "--seed: 9223372036854775808 is not a whole number from 0 to 9223372036854775807",
+        ),
+    ],
+)
+def test_numbers_that_nothing_can_hold_are_one_line(train, arguments, line):
+    with pytest.raises(UsageError, match="^" + re.escape(f"{line} (--help lists the options)") + "$"):
+        train.parse_arguments([arguments.split(" ")[0] + "=" + arguments.split(" ")[1]])
+
+
+def test_the_longest_time_out_is_one_that_the_store_waits(train):
+    """poll(2), under torch's store, counts milliseconds in 32 bits."""
+    args = train.parse_arguments(["--timeout", "1e6"])
+    assert timedelta(seconds=args.timeout) // timedelta(milliseconds=1) < 2**31
 
 
 def test_run_lets_our_own_faults_keep_their_traceback():
