@@ -126,7 +126,7 @@ def test_tests_mirror_the_package():
 # Test files that are about several modules of a room at once.
 OTHER_TESTS = {
     ("ranks", "equal_ranks"), ("ranks", "nodes"), ("ranks", "ddp_edges"), ("ground", "xla_calls"),
-    ("step", "step_properties"), ("run", "start"),
+    ("step", "step_properties"), ("run", "start"), ("run", "damage"),
 }  # fmt: skip
 
 
