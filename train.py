@@ -32,13 +32,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from nanofinetune import Accelerator, AdamW, get_scheduler
+from nanofinetune import Accelerator, AdamW, __version__, get_scheduler
 from nanofinetune.cpu.dropout import use_exact_dropout, use_fast_dropout
 from nanofinetune.cpu.embedding import use_row_gradients
 from nanofinetune.cpu.lean import use_lean_encoder
 from nanofinetune.cpu.memory import keep_freed_memory
 from nanofinetune.data.job import Job, load, training_loader
-from nanofinetune.ground.cli import Parser, number, run_main, steps_or_ratio
+from nanofinetune.ground.cli import LONGEST_WAIT, MOST, Parser, number, outliving_readers, run_main, steps_or_ratio
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ground.precision import PRECISIONS
 from nanofinetune.ground.xla import end_step
@@ -49,6 +49,7 @@ from nanofinetune.run.plan import Plan, padding_fraction, print_plan
 from nanofinetune.run.result import save, summary
 from nanofinetune.run.resume import batch_plan, common_start, run_of
 from nanofinetune.run.run import Run
+from nanofinetune.run.same import check_same, loaded, told
 from nanofinetune.run.watch import preflight
 from nanofinetune.settings import DataLoaderConfiguration
 from nanofinetune.step.metrics import Metric, UndefinedMetricWarning
@@ -61,6 +62,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     """The whole run -> the result, as it is printed; None for a dry run."""
     keep_freed_memory()
     preflight(accelerator.world)  # ranks that cannot talk are found before any long work
+    check_same(accelerator.world, told(vars(args), __version__))  # all ranks were started alike
     start = common_start(args, accelerator)  # a checkpoint to go on from, or nothing
 
     # --- data and model ---
@@ -81,7 +83,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     optimizer = AdamW(decay_groups(model, args.weight_decay), lr=args.lr)
     scheduler = get_scheduler(args.schedule, optimizer, args.warmup_steps, updates)
 
-    identity = run_of(vars(args), accelerator.num_processes, job.found(optimizer), start)
+    found = job.found(optimizer)
+    check_same(accelerator.world, loaded(accelerator.world, found, model))  # and have found the same
+    identity = run_of(vars(args), accelerator.num_processes, found, start)
     plan = Plan(args, rows, rows_per_step, accumulate, updates, start, identity, new_loader)
     padding = padding_fraction(job.train.lengths, train_loader.batch_sampler, job.multiple)
     if accelerator.is_main_process:
@@ -182,11 +186,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text-columns", metavar="COLUMN", nargs="+", help="one or two columns of text (default: found)")
     add("--label-column", metavar="COLUMN", help="the column of classes or numbers (default: found)")
     add = parser.add_argument_group("how long").add_argument
-    add("--epochs", metavar="N", type=number(int, 1), default=3, help="passes over the training rows (default 3)")
-    add("--max-steps", metavar="N", type=number(int, 1), help="number of updates; overrides --epochs")
-    add("--batch-size", metavar="ROWS", type=number(int, 1), default=8, help="rows per batch and process (default 8)")
-    add("--eval-batch-size", metavar="ROWS", type=number(int, 1), default=32, help="rows a batch (default 32)")
-    add("--accumulate", metavar="N", type=number(int, 1), default=1, help="batches per update (default 1)")
+    count = number(int, 1, MOST)
+    add("--epochs", metavar="N", type=count, default=3, help="passes over the training rows (default 3)")
+    add("--max-steps", metavar="N", type=count, help="number of updates; overrides --epochs")
+    add("--batch-size", metavar="ROWS", type=count, default=8, help="rows per batch and process (default 8)")
+    add("--eval-batch-size", metavar="ROWS", type=count, default=32, help="rows a batch (default 32)")
+    add("--accumulate", metavar="N", type=count, default=1, help="batches per update (default 1)")
     add("--group-by-length", action="store_true",
         help="batches of rows of similar length: less padding, another order (bf16, fp16: lengths in steps of 8)")
     add("--fast-dropout", action="store_true", help="cheaper random bits for a BERT on a CPU: other dropout masks")
@@ -206,15 +211,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="the last batch of several processes: masked, or filled with the first rows again (default mask)")
     add = parser.add_argument_group("what is kept").add_argument
     add("--output", metavar="DIR", help="gets model/, metrics.jsonl, result.json and checkpoints/")
-    add("--save-every", metavar="N", type=number(int, 1), help="updates between two checkpoints (default: at a signal)")
-    add("--keep", metavar="N", type=number(int, 1), default=2, help="checkpoints kept (default 2)")
+    add("--save-every", metavar="N", type=count, help="updates between two checkpoints (default: at a signal)")
+    add("--keep", metavar="N", type=count, default=2, help="checkpoints kept (default 2)")
     add("--resume", metavar="auto|PATH",
         help="resume from the newest complete checkpoint in --output, if any, or from the one named")
     add("--dry-run", action="store_true", help="print the plan and stop")
     add = parser.add_argument_group("when something goes wrong").add_argument
     add("--on-nan", choices=("stop", "skip"), default="stop",
         help="an update whose loss is not finite: end there, or leave it out and say so (default stop)")
-    add("--timeout", metavar="SECONDS", type=number(float, 1), default=TIMEOUT.total_seconds(),
+    add("--timeout", metavar="SECONDS", type=number(float, 1, LONGEST_WAIT), default=TIMEOUT.total_seconds(),
         help=f"how long processes wait for each other (default {TIMEOUT.total_seconds():g})")
     args = parser.parse_args(argv)
     if args.schedule == "constant" and args.warmup_steps:
@@ -227,6 +232,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # fmt: on
 
 
+@outliving_readers()  # `train.py | head -1` trains to the end
 def main() -> None:
     """Run, and print the result as the last line of stdout."""
     args = parse_arguments()

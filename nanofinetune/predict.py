@@ -25,7 +25,7 @@ import torch
 
 from nanofinetune.data.pretrained import length_limit, load_tokenizer, load_trained
 from nanofinetune.data.tokens import tokenize_texts
-from nanofinetune.ground.cli import Parser, number, run_main
+from nanofinetune.ground.cli import MOST, Parser, number, run_main
 from nanofinetune.ground.device import choose_device
 from nanofinetune.ground.errors import UsageError, shown
 from nanofinetune.step.collate import DataCollatorWithPadding
@@ -84,7 +84,7 @@ def main() -> None:
         "file", metavar="FILE", nargs="?", default="-", help="a text a line, a tab inside a pair (default -)"
     )
     parser.add_argument(
-        "--batch-size", metavar="ROWS", type=number(int, 1), default=64, help="rows a batch (default 64)"
+        "--batch-size", metavar="ROWS", type=number(int, 1, MOST), default=64, help="rows a batch (default 64)"
     )
     parser.add_argument(
         "--device", metavar="KIND", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)"

@@ -31,7 +31,7 @@ FLOORS = {
     " run/schema",
     3: "ranks/world cpu/lean data/load run/folders",
     4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch",
-    5: "ranks/loader settings run/state run/log data/cache launch/job launch/config"
+    5: "ranks/loader settings run/state run/log run/same data/cache launch/job launch/config"
     " dropin/processes dropin/logs dropin/local_sgd dropin/tracking dropin/available",
     6: "wrappers run/resume data/job dropin/saving dropin/profiling dropin/partial_state dropin/uneven launch/notebook",
     7: "accelerator run/plan run/result predict exercise launch/__main__ dropin/attributes dropin/operations",
@@ -126,7 +126,7 @@ def test_tests_mirror_the_package():
 # Test files that are about several modules of a room at once.
 OTHER_TESTS = {
     ("ranks", "equal_ranks"), ("ranks", "nodes"), ("ranks", "ddp_edges"), ("ground", "xla_calls"),
-    ("step", "step_properties"), ("run", "start"),
+    ("step", "step_properties"), ("run", "start"), ("run", "damage"),
 }  # fmt: skip
 
 

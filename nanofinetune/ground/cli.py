@@ -20,13 +20,18 @@ tests/test_bad_inputs.py and tests/ground/test_cli.py.
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from nanofinetune.ground.errors import Halt, UsageError
+from nanofinetune.ground.errors import Halt, UsageError, first_line, shown
+
+MOST = 2**31  # of rows, batches, updates or files: no run has more, and a resumed run believes no greater count
+LONGEST_WAIT = 10**6  # seconds, 11 days: poll(2) counts milliseconds in 32 bits
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,26 +49,111 @@ def run_main(name: str, main: Callable[[], None]) -> int:
     """Run a command -> its exit code. A UsageError is one line on stderr and exit code 2; a Halt brings its own."""
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed from the beginning: `>&-`
+            sys.stdout.flush()
     except UsageError as error:
         if "NANOFINETUNE_WORKER" in os.environ:
             raise  # nanofinetune.launch started this rank, and prints the line of the first rank that fails
         if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every rank makes the same mistake: print it once
-            print(f"{name}: {' '.join(str(error).splitlines())}", file=sys.stderr)  # one line, whatever it quotes
+            _complain(f"{name}: {' '.join(str(error).splitlines())}")  # one line, whatever it quotes
         return 2
     except Halt as halt:
         if "NANOFINETUNE_WORKER" in os.environ:
             raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"{name}: {halt}", file=sys.stderr)
+            _complain(f"{name}: {halt}")
         return halt.code
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        _complain(f"{name}: interrupted")
         return 130
     except BrokenPipeError:  # whoever read our output has closed it, as `| head` does: no mistake of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _to_devnull(sys.stdout)
         return 141  # 128 + SIGPIPE, what a shell reports
     return 0
+
+
+def _complain(line: str) -> None:
+    """Print to stderr, if there is one: without it, the exit code has to do."""
+    if sys.stderr is not None:
+        try:
+            print(line, file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                _to_devnull(sys.stderr)
+
+
+@contextmanager
+def outliving_readers() -> Iterator[None]:
+    """A `with` block in which a stdout or stderr that cannot be written ends nothing.
+
+    Whoever reads them may leave, as `head -1` does, or a terminal closes. Once that is noticed on stdout, stderr gets
+    one line. Where there was no stdout from the beginning (`>&-`), nothing is said.
+    """
+    before = sys.stdout, sys.stderr
+    # Where 1 or 2 is closed, the next file that is opened would get its number, and what C prints with it.
+    for number_of in (1, 2):
+        try:
+            os.fstat(number_of)
+        except OSError:
+            if (nowhere := os.open(os.devnull, os.O_WRONLY)) != number_of:
+                os.dup2(nowhere, number_of)
+                os.close(nowhere)
+    sys.stderr = _Outliving(before[1], lambda why: None)
+    sys.stdout = _Outliving(
+        before[0],
+        lambda why: print(f"note: stdout cannot be written ({why}); the work goes on without", file=sys.stderr),
+    )
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = before
+
+
+class _Outliving(io.TextIOBase):
+    """A stream whose first failed write is reported; from then on what is written is dropped."""
+
+    def __init__(self, stream: Any, report: Callable[[str], None]) -> None:
+        self._stream, self._report = stream, report
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def fileno(self) -> int:
+        if self._stream is None:
+            raise io.UnsupportedOperation("fileno")
+        return self._stream.fileno()
+
+    def __getattr__(self, name: str) -> Any:  # encoding, buffer, ...
+        return getattr(self._stream, name)
+
+    def _try(self, method: str, *args: str) -> None:
+        if self._stream is None:
+            return
+        try:
+            getattr(self._stream, method)(*args)
+        except (OSError, ValueError) as error:  # ValueError: it has been closed in Python
+            with suppress(
+                OSError, ValueError
+            ):  # what is still in its buffer goes nowhere, and so ends without an error
+                _to_devnull(self._stream)
+            self._stream = None
+            self._report(getattr(error, "strerror", None) or first_line(error))
+
+
+def _to_devnull(stream: Any) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, stream.fileno())
+    finally:
+        os.close(nowhere)
 
 
 def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], Any]:
@@ -76,8 +166,8 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
             value = math.nan
         if not (value > low if above else value >= low) or value > high or value == math.inf:
             what = "a whole number" if kind is int else "a number"
-            limit = f"{'above' if above else 'from'} {low:g}" + ("" if high == math.inf else f" to {high:g}")
-            raise argparse.ArgumentTypeError(f"{text} is not {what} {limit}")
+            limit = f"{'above' if above else 'from'} {low:g}" + ("" if high == math.inf else f" to {high}")
+            raise argparse.ArgumentTypeError(f"{shown(text, most=40)} is not {what} {limit}")
         return value
 
     return parse
@@ -85,7 +175,7 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
 
 def steps_or_ratio(text: str) -> int | float:
     """An argparse type: a whole number of updates, or a ratio of all of them between 0 and 1."""
-    value = number(float, 0)(text)
+    value = number(float, 0, MOST)(text)
     if value >= 1 and value != int(value):
         raise argparse.ArgumentTypeError(f"{text} is neither a whole number of updates nor a ratio below 1")
     return value if 0 < value < 1 else int(value)

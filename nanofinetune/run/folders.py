@@ -39,6 +39,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from nanofinetune.ground.errors import shown
+
 FORMAT = 1  # of the folder; a reader accepts no other
 MANIFEST = "manifest.json"
 NEW_MANIFEST = MANIFEST + ".new"
@@ -93,7 +95,7 @@ def check(folder: Path, *, hashes: bool = True) -> str:
             present = set()
             for entry in entries:  # stops at the first stranger, however many there are
                 if entry.name not in expected and entry.name != MANIFEST:
-                    return f"{shown(entry.name)} does not belong to it"
+                    return f"{shown(entry.name, most=80)} does not belong to it"
                 present.add(entry.name)
         for name in sorted(set(expected) - present):
             return f"{name} is missing"
@@ -154,9 +156,9 @@ def not_ours(folder: Path) -> str:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name not in names:
-                    return f"{shown(entry.name)} in it is not ours"
+                    return f"{shown(entry.name, most=80)} in it is not ours"
                 if not entry.is_file(follow_symlinks=False):
-                    return f"{shown(entry.name)} in it is not a plain file"
+                    return f"{shown(entry.name, most=80)} in it is not a plain file"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     except ValueError as error:
@@ -295,9 +297,3 @@ def sha256(file: Path) -> str:
     """The hash of a file's content, in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def shown(name: str) -> str:
-    """A file's name as a message can show it: printable, and not longer than a line."""
-    name = name if name.isprintable() else ascii(name)
-    return name if len(name) <= 80 else name[:77] + "..."

@@ -28,19 +28,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanofinetune.ground.errors import UsageError, first_line
+from nanofinetune.ground.errors import UsageError, first_line, shown
 from nanofinetune.ranks.collectives import agree, broadcast_object_list
 from nanofinetune.run import checkpoint, log
-from nanofinetune.run.folders import MANIFEST, shown
+from nanofinetune.run.folders import MANIFEST
 from nanofinetune.run.log import locked, occupied
 from nanofinetune.run.schema import whole
 
 # A resumed run is the same run, so these arguments must be what they were. (Batches may differ: see `batch_plan`.)
 IDENTITY = (
     "model", "data", "text_columns", "label_column", "epochs", "max_steps", "group_by_length", "lr", "weight_decay",
-    "warmup_steps", "clip_norm", "precision", "fast_dropout", "seed", "uneven",
+    "warmup_steps", "schedule", "clip_norm", "precision", "fast_dropout", "seed", "uneven",
 )  # fmt: skip
-
+LATER = {"schedule": "linear"}  # arguments that older checkpoints lack, and what their runs did
 
 COUNTS = ("batch_size", "accumulate", "world", "fits")  # fits: the rows of a process's batch that fitted into memory
 
@@ -136,7 +136,7 @@ def find_start(args: Any, restarted: bool = False) -> Start:
     if folder is None:
         return Start(note="; ".join([*map(_skipped, passed_over), f"no checkpoint in {args.output}: from the start"]))
     state = checkpoint.read_part(folder, "custom")
-    run = state["run"]
+    run = LATER | state["run"]
     for name in IDENTITY:
         if run[name] != getattr(args, name):
             flag, was = "--" + name.replace("_", "-"), "not given" if run[name] is None else run[name]
@@ -170,7 +170,7 @@ def misfit(folder: Path) -> str:
 
 def _misfit_of_run(run: Mapping[str, Any]) -> str:
     """Why this cannot be what `run_of` returned."""
-    if set(run) != {*IDENTITY, *COUNTS, "found"}:
+    if {*run, *LATER} != {*IDENTITY, *COUNTS, "found"}:
         return "its run has other arguments than train.py"
     for name in COUNTS:
         if not whole(run[name], 1, 2**31):

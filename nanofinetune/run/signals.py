@@ -24,6 +24,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -31,7 +32,7 @@ SECOND = 1.0  # seconds in which a signal counts once: torchrun hands Ctrl-C on,
 
 
 class StopSignals:
-    """A `with` block in which SIGTERM, SIGINT and SLURM's SIGUSR1 are noted in `number`; a second one ends the process.
+    """A `with` block in which SIGTERM, SIGINT, SIGHUP and SLURM's SIGUSR1 are noted in `number`; a second one ends it.
 
     Python allows signal handlers in the main thread only; in any other one this does nothing.
     """
@@ -50,8 +51,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            slurm = [signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []
-            for number in (signal.SIGTERM, signal.SIGINT, *slurm):
+            for number in _numbers():
                 self._before[number] = signal.signal(number, self._note)
             # Python runs `_note` between two of its own instructions: never, while one call waits for another rank.
             # The interpreter writes the number into this pipe at once, and a thread reads it.
@@ -81,8 +81,25 @@ class StopSignals:
                 self.number, self._when = self.number or number, time.monotonic()
                 if os.environ.get("RANK", "0") == "0":  # a launcher sends it to every rank: print once
                     name = signal.Signals(number).name
-                    sys.stderr.write(f"\n{name}: stopping after this update; once more to stop now\n")
+                    _say(f"\n{name}: stopping after this update; once more to stop now\n")
             elif time.monotonic() - self._when > SECOND:
-                sys.stderr.write(f"{signal.Signals(number).name} again: stopped at once\n")
+                _say(f"{signal.Signals(number).name} again: stopped at once\n")
                 os._exit(128 + number)
         os.close(pipe)
+
+
+def _numbers() -> list[int]:
+    """The signals that ask for a stop here."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if "SLURM_JOB_ID" in os.environ:
+        numbers.append(signal.SIGUSR1)
+    # A terminal that closes sends SIGHUP. Under `nohup` it is ignored, and stays so.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return [int(number) for number in numbers]
+
+
+def _say(text: str) -> None:
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):  # the terminal that sent SIGHUP is gone: the stop still counts
+            sys.stderr.write(text)

@@ -10,6 +10,7 @@ Underneath: `accelerate.Accelerator.save_state`, `accelerate.checkpointing.save_
   - Kept: each kind of object is numbered in the order in which it was prepared.
   - There every rank writes its own file of random states; here rank 0 writes them all, since one folder is one save.
   - There rank 0's failure leaves the others waiting; here all ranks raise, with its reason.
+  - A call by rank 0 alone fails within seconds, and says so.
   - checkpoint.py puts the files on the disk.
 
 Proof: test_save_state_and_load_state_on_ranks, test_a_failure_to_save_reaches_all_ranks in tests/run/test_state.py.
@@ -29,6 +30,7 @@ from nanofinetune.ranks.world import World
 from nanofinetune.run import checkpoint
 from nanofinetune.run.folders import refusal
 from nanofinetune.run.schema import misfit
+from nanofinetune.run.watch import all_call
 
 METHODS = ("state_dict", "load_state_dict")  # what an object needs to be saved
 SERIES = "checkpoint_"  # what automatic naming calls a folder, before its number
@@ -71,6 +73,7 @@ def save(
     An older checkpoint of ours is replaced, unless `replace` is False.
     Raises on rank 0 what `Accelerator.save_state` lists, and on the others RuntimeError with rank 0's reason.
     """
+    all_call("save_state", world)
     random_states = collectives.gather_object([checkpoint.random_state()], world)
     if keep is not None and keep < 1:
         raise ValueError(f"save_state: keep (or total_limit) is {keep}: it must be 1 or more")
@@ -115,6 +118,7 @@ def load(folder: Path, things: dict[str, Any], world: World) -> None:
     The folder may hold more: for an evaluation, the model alone is prepared, and loaded.
     Raises ValueError, on all ranks and before anything is changed, if a rank cannot read it or it does not fit.
     """
+    all_call("load_state", world)
     states, reason = {}, ""
     try:
         states = checkpoint.load(folder, ["random_states", *things])

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from nanofinetune.ground.errors import Halt, UsageError
 from nanofinetune.ranks.world import World
 
+PATIENCE = 20.0  # seconds that rank 0 waits in `all_call` for the others
 ANSWER = 3.0  # seconds in which the ranks may say where they are
 
 
@@ -103,6 +104,34 @@ class Watch:
                     self._store.set(f"watch/{self.world.rank}", f"is in {self.where()}")
         except RuntimeError:  # the store is gone, with the rank or the launcher that held it
             return
+
+
+def all_call(name: str, world: World, patience: float = PATIENCE) -> None:
+    """Begin a call that every rank must make, before its first real collective. It costs a message to the store a rank.
+
+    Rank 0 waits for the others' messages, `patience` seconds at most; they go on at once, to the next collective, whose
+    own time-out holds. So a rank 0 that is late by minutes, after an evaluation of its own, is no failure.
+    Raises RuntimeError on rank 0 that names the ranks that did not call.
+    """
+    if world.size == 1:
+        return
+    store = _store()
+    key = f"all_call/{world.calls.begin(name)}"
+    if world.rank != 0:
+        store.set(f"{key}/{world.rank}", "here")
+        return
+    keys = {rank: f"{key}/{rank}" for rank in range(1, world.size)}
+    try:
+        store.wait(list(keys.values()), timedelta(seconds=patience))
+    except dist.DistStoreError as error:
+        missing = [rank for rank in keys if not store.check([keys[rank]])]
+        world.calls[name] -= 1  # the call has not happened
+        who = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
+        raise RuntimeError(
+            f"{name}: {who} did not call it within {patience:g} s; call it on all ranks, not under is_main_process"
+        ) from error
+    for each in keys.values():  # a second Accelerator in the same group counts from the beginning
+        store.delete_key(each)
 
 
 def _store() -> Any:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from nanofinetune.ground.cli import Parser, number, run_main
+from nanofinetune.ground.cli import MOST, Parser, number, run_main
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.trace.observe import ROOT, Event
 from nanofinetune.trace.picture import picture
@@ -57,8 +57,10 @@ def traced(arguments: Sequence[str], processes: int) -> Ranks:
 def main() -> None:
     """Train, then print what happened and draw the last update."""
     parser = Parser(prog="python -m nanofinetune.trace", description=__doc__)
-    parser.add_argument("-n", metavar="N", dest="processes", type=number(int, 1), default=2, help="ranks (default 2)")
-    parser.add_argument("--updates", metavar="N", type=number(int, 1), default=2, help="how many (default 2)")
+    parser.add_argument(
+        "-n", metavar="N", dest="processes", type=number(int, 1, MOST), default=2, help="ranks (default 2)"
+    )
+    parser.add_argument("--updates", metavar="N", type=number(int, 1, MOST), default=2, help="how many (default 2)")
     parser.add_argument("--picture", metavar="FILE", default="trace.svg", help="of the last update (default trace.svg)")
     parser.add_argument("--json", metavar="FILE", help="what was measured, to draw it again")
     parser.epilog = "every other argument goes to train.py: --model, --data, --batch-size, --accumulate ..."

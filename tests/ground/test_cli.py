@@ -7,9 +7,11 @@ The last test shows transformers 5.23's own command line taking a learning rate 
 
 import argparse
 import math
+import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 from conftest import ROOT, load_script
@@ -164,6 +166,43 @@ def test_run_gives_the_exit_code_and_one_line(raised, code, shown, capsys):
     assert capsys.readouterr() == ("", shown)
 
 
+NINES = "9" * 18
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--timeout 1e300", "--timeout: 1e300 is not a number from 1 to 1000000"),
+        ("--timeout inf", "--timeout: inf is not a number from 1 to 1000000"),
+        ("--timeout nan", "--timeout: nan is not a number from 1 to 1000000"),
+        (
+            "--batch-size 100000000000000000000",
+            "--batch-size: 1" + "0" * 20 + " is not a whole number from 1 to 2147483648",
+        ),
+        ("--batch-size " + "9" * 5000, f"--batch-size: {NINES}...{NINES} is not a whole number from 1 to 2147483648"),
+        ("--accumulate 2147483649", "--accumulate: 2147483649 is not a whole number from 1 to 2147483648"),
+        ("--epochs 1e9", "--epochs: 1e9 is not a whole number from 1 to 2147483648"),
+        ("--keep inf", "--keep: inf is not a whole number from 1 to 2147483648"),
+        ("--warmup-steps 1e300", "--warmup-steps: 1e300 is not a number from 0 to 2147483648"),
+        ("--weight-decay 1e400", "--weight-decay: 1e400 is not a number from 0"),
+        ("--clip-norm -inf", "--clip-norm: -inf is not a number above 0"),
+        (
+            "--seed 9223372036854775808",
+            "--seed: 9223372036854775808 is not a whole number from 0 to 9223372036854775807",
+        ),
+    ],
+)
+def test_numbers_that_nothing_can_hold_are_one_line(train, arguments, line):
+    with pytest.raises(UsageError, match="^" + re.escape(f"{line} (--help lists the options)") + "$"):
+        train.parse_arguments([arguments.split(" ")[0] + "=" + arguments.split(" ")[1]])
+
+
+def test_the_longest_time_out_is_one_that_the_store_waits(train):
+    """poll(2), under torch's store, counts milliseconds in 32 bits."""
+    args = train.parse_arguments(["--timeout", "1e6"])
+    assert timedelta(seconds=args.timeout) // timedelta(milliseconds=1) < 2**31
+
+
 def test_run_lets_our_own_faults_keep_their_traceback():
     def main() -> None:
         raise ValueError("a fault of ours")
@@ -198,6 +237,52 @@ sys.exit(run_main("name", main))
     complaint = writer.stderr.read()
     writer.stderr.close()
     assert (head.stdout, complaint, writer.wait(timeout=60)) == (b"first\n", b"", 141)
+
+
+STREAMS = {  # what a shell can do with a program's streams -> what is left to read on stderr
+    "{} | true": "note: stdout cannot be written (Broken pipe); the work goes on without\n",
+    "{} >&-": "",
+    "{} >/dev/full": "note: stdout cannot be written (No space left on device); the work goes on without\n",
+    "{} 2>&1 | true": "",
+    "{} >&- 2>&-": "",
+    "{} 2>&-": "",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the shell and /dev/full of Linux")
+@pytest.mark.parametrize("shell", STREAMS)
+def test_work_outlives_whoever_reads_its_output(shell, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import sys, time
+from pathlib import Path
+from nanofinetune.ground.cli import outliving_readers, run_main
+from tqdm import tqdm
+
+@outliving_readers()
+def main():
+    time.sleep(0.3)  # the reader is gone by now
+    for _ in range(3):
+        print("to stdout", flush=True)
+        tqdm.write("through tqdm", file=sys.stdout)
+        for _ in tqdm(range(2), file=sys.stderr, disable=None):
+            pass
+    with open({str(tmp_path / "file")!r}, "w") as file:
+        print("x" * 10000)
+        file.write("whole")
+
+code = run_main("name", main)
+Path({str(tmp_path / "code")!r}).write_text(str(code))
+sys.exit(code)
+""")
+    command = f"{sys.executable} {program}"
+    done = subprocess.run(
+        ["bash", "-c", f"({shell.format(command)}; exit ${{PIPESTATUS[0]}})"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, STREAMS[shell])
+    assert (tmp_path / "code").read_text() == "0"
+    assert (tmp_path / "file").read_text() == "whole"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")  # TrainingArguments' own, by version

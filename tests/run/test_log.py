@@ -7,9 +7,13 @@ The reference is the same rule, written over a list of lines.
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import pytest
+from conftest import ROOT
 
 from nanofinetune.accelerator import Accelerator
 from nanofinetune.run.log import LONGEST, Log, cut_back
@@ -82,3 +86,26 @@ def test_a_log_says_what_stays(tmp_path, capsys):
         log._write(ours(2).decode())
     assert path.read_bytes() == ours(1) + b"\n\xff\n" + ours(2)
     assert capsys.readouterr().err == f"note: {path}: 2 line(s) in it are not of this run's making: they stay\n"
+
+
+# ---- what reads the output may leave ----
+
+
+@pytest.mark.parametrize("gone", ["the reader", "stdout itself"])
+def test_a_run_whose_output_nobody_reads_trains_to_its_end(gone, tiny_model, pairs, tmp_path):
+    """`train.py | head -1`, `train.py >&-`: in a real process, whose plan, scores and result cannot be printed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = ["--model", tiny_model, "--data", pairs, "--max-steps", "2", "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *arguments, "--device", "cpu"], cwd=ROOT, timeout=120, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, stdout=writer,
+        preexec_fn=(lambda: os.close(1)) if gone == "stdout itself" else None,
+    )  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["steps"] == 2
+    notes = [line for line in done.stderr.splitlines() if "stdout" in line]
+    expected = ["note: stdout cannot be written (Broken pipe); the work goes on without"]
+    assert notes == (expected if gone == "the reader" else []), done.stderr
+    assert "Traceback" not in done.stderr

@@ -16,7 +16,7 @@ from conftest import ROOT
 from nanofinetune.run.signals import StopSignals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_are_noted(number, capfd):
     before = signal.getsignal(number)
     with StopSignals() as stop:
@@ -36,6 +36,31 @@ def test_slurm_warns_with_sigusr1(monkeypatch):
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.exit_code == 128 + signal.SIGUSR1
+
+
+def test_nohup_stays_in_force():
+    """`nohup` starts a process that ignores SIGHUP, so that it outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+            assert stop.number == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_stop_counts_where_its_terminal_is_gone(monkeypatch):
+    """The thread that reads the signals must survive a write to a terminal that is no more."""
+    closed = open(os.devnull, "w")  # noqa: SIM115
+    closed.close()
+    for gone in (None, closed):
+        with monkeypatch.context() as patch, StopSignals() as stop:
+            patch.setattr("sys.stderr", gone)
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.1)
+            reader = [thread for thread in threading.enumerate() if getattr(thread, "_target", None) == stop._read]
+            assert stop.exit_code == 129 and len(reader) == 1 and reader[0].is_alive()
 
 
 def test_another_thread_has_no_handlers():

@@ -101,7 +101,7 @@ SIDE_FILES = {
     "a huge part": ("custom.json", huge, "custom.json has 1099511627776 bytes, and its manifest says"),
     "a FIFO beside it": ("pipe", fifo, "pipe does not belong to it"),
     "a huge file beside it": ("core", huge, "core does not belong to it"),
-    "a name that no terminal shows": ("a\n\x1b[31m\udcff", Path.touch, r"'a\n\x1b[31m\udcff' does not belong to it"),
+    "a name that no terminal shows": ("a\n\x1b[31m\udcff", Path.touch, r"a\n\x1b[31m\udcff does not belong to it"),
 }  # fmt: skip
 
 
@@ -201,3 +201,24 @@ def test_a_home_of_nobody_is_one_line(tmp_path):
     for arguments_of in (arguments("~nobody-of-that-name/run", None), arguments(tmp_path, "~nobody-of-that-name/run")):
         with pytest.raises(UsageError, match=r"--(output|resume) ~nobody-of-that-name/run: Could not determine home"):
             find_start(arguments_of)
+
+
+@pytest.mark.parametrize(
+    "saved, asked, same",
+    [("linear", "linear", True), ("cosine", "linear", False), (None, "linear", True), (None, "cosine", False)],
+)
+def test_a_run_goes_on_with_its_schedule(saved, asked, same, tmp_path):
+    """None: a checkpoint that was saved when there was no other schedule than linear."""
+    run = state(9)["run"] | {"schedule": saved}
+    if saved is None:
+        del run["schedule"]
+    folder = save(tmp_path, 9, run=run)
+    asks = arguments(tmp_path)
+    asks.schedule = asked
+    if same:
+        assert find_start(asks).folder == folder
+        return
+    with pytest.raises(
+        UsageError, match=f"--schedule {asked}: the run to resume began with {saved or 'linear'}; use the same"
+    ):
+        find_start(asks)

@@ -6,6 +6,7 @@ OMP_NUM_THREADS=1 python -m pytest tests/run/test_state.py
 import inspect
 import os
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from nanofinetune.accelerator import Accelerator
-from nanofinetune.run import checkpoint
+from nanofinetune.run import checkpoint, watch
 from nanofinetune.settings import ProjectConfiguration
 from nanofinetune.step.optim import AdamW
 from nanofinetune.step.schedule import get_scheduler
@@ -353,3 +354,53 @@ def test_a_failure_to_load_reaches_all_ranks(tmp_path):
     assert second.startswith(f"{folder}/nowhere is not a complete checkpoint: it has no manifest.json")
     assert first == f"rank 1 cannot load: {second}"
     assert unchanged and also
+
+
+def alone(folder, method):
+    """Rank 0 alone calls it, under is_main_process; rank 1 goes on to the next collective."""
+    accelerator = Accelerator(cpu=True, timeout=timedelta(seconds=60))
+    accelerator.prepare(nn.Linear(1, 1))
+    accelerator.save_state(folder / "together")
+    accelerator.load_state(folder / "together")
+    watch.all_call.__defaults__ = (2.0,)  # in place of 20 s
+    text = ""
+    if accelerator.is_main_process:
+        with pytest.raises(RuntimeError) as raised:
+            getattr(accelerator, method)(folder / "together")
+        text = str(raised.value)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(folder / "after")  # the ranks still count alike
+    accelerator.end_training()
+    return text
+
+
+@pytest.mark.parametrize("method", ["save_state", "load_state"])
+def test_a_call_by_rank_0_alone_fails_by_name_and_not_after_the_time_out(method, tmp_path):
+    text, _ = run_ranks(alone, 2, tmp_path, method)
+    assert text == (f"{method}: rank 1 did not call it within 2 s; call it on all ranks, not under is_main_process")
+    assert checkpoint.check(tmp_path / "after") == ""
+
+
+def second_accelerator(folder):
+    """Two of them in the caller's process group: the second counts its calls from the beginning."""
+    torch.distributed.init_process_group("gloo")
+    watch.all_call.__defaults__ = (2.0,)
+    texts = []
+    for turn in range(2):
+        accelerator = Accelerator(cpu=True)
+        accelerator.prepare(nn.Linear(1, 1))
+        if turn == 0:
+            accelerator.save_state(folder / "first")
+        elif accelerator.is_main_process:
+            with pytest.raises(RuntimeError) as raised:
+                accelerator.save_state(folder / "second")
+            texts.append(str(raised.value))
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    torch.distributed.destroy_process_group()
+    return texts
+
+
+def test_a_second_accelerator_is_not_taken_for_the_first(tmp_path):
+    texts, _ = run_ranks(second_accelerator, 2, tmp_path)
+    assert len(texts) == 1 and texts[0].startswith("save_state: rank 1 did not call it within 2 s")
