@@ -14,21 +14,23 @@ Proof: test_the_plan_says_what_will_happen, test_grouping_by_length_pads_less in
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
+from itertools import chain
 from types import SimpleNamespace  # noqa: F401 (the example above)
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from nanofinetune.data.cache import load_tokens
 from nanofinetune.data.load import Data
 from nanofinetune.data.pretrained import import_library, length_limit, load_model, load_tokenizer, resolve_default
 from nanofinetune.ground.errors import shown
 from nanofinetune.ground.xla import fixed_lengths
+from nanofinetune.ranks.shard import steps
 from nanofinetune.step.collate import DataCollatorWithPadding
-from nanofinetune.step.order import LengthGroupedBatchSampler, RebatchedSampler, SeedableRandomSampler
+from nanofinetune.step.order import LengthGroupedBatchSampler, SeedableRandomSampler
 
 
 class Job(NamedTuple):
@@ -90,6 +92,31 @@ def batches_of(args: Any, store: Any, rows_per_step: int, rows_per_group: int) -
         return BatchSampler(SeedableRandomSampler(store, data_seed=args.seed), rows_per_step, drop_last=False)
     grouped = LengthGroupedBatchSampler(store.lengths, rows_per_group, args.seed)
     return grouped if rows_per_step == rows_per_group else RebatchedSampler(grouped, rows_per_step)
+
+
+class RebatchedSampler(Sampler[list[int]]):
+    """The rows of another batch sampler, in the same order, in batches of another size.
+
+    >>> list(RebatchedSampler([[5, 1], [0, 4], [2]], batch_size=3))
+    [[5, 1, 0], [4, 2]]
+    """
+
+    drop_last = False
+
+    def __init__(self, batch_sampler: Iterable[list[int]], batch_size: int) -> None:
+        self.batch_sampler = batch_sampler
+        self.batch_size = batch_size
+
+    @cached_property
+    def _count(self) -> int:
+        """Rows of an epoch. Counted once, since they do not change and a loader asks for its length at every batch."""
+        return sum(map(len, self.batch_sampler))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return steps(chain.from_iterable(self.batch_sampler), self.batch_size)
+
+    def __len__(self) -> int:
+        return -(-self._count // self.batch_size)
 
 
 def collate_to_fixed_length(tokenizer: Any, lengths: tuple[int, ...], rows: Any) -> Any:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sized
-from functools import cached_property
 from itertools import chain, islice
 
 import torch
@@ -135,31 +134,6 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose batches the next iteration yields."""
         self.epoch = epoch
-
-
-class RebatchedSampler(Sampler[list[int]]):
-    """The rows of another batch sampler, in the same order, in batches of another size.
-
-    >>> list(RebatchedSampler([[5, 1], [0, 4], [2]], batch_size=3))
-    [[5, 1, 0], [4, 2]]
-    """
-
-    drop_last = False
-
-    def __init__(self, batch_sampler: Iterable[list[int]], batch_size: int) -> None:
-        self.batch_sampler = batch_sampler
-        self.batch_size = batch_size
-
-    @cached_property
-    def _count(self) -> int:
-        """Rows of an epoch. Counted once, since they do not change and a loader asks for its length at every batch."""
-        return sum(map(len, self.batch_sampler))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return _cut(chain.from_iterable(self.batch_sampler), self.batch_size)
-
-    def __len__(self) -> int:
-        return -(-self._count // self.batch_size)
 
 
 class SortedBatchSampler(Sampler[list[int]]):
