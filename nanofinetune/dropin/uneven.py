@@ -13,8 +13,8 @@ Underneath: `accelerate.Accelerator.join_uneven_inputs`, `accelerate.Accelerator
   - Works on CPUs as well, where Accelerate warns and does nothing.
   - `Accelerator(uneven="mask")` needs neither: ranks get as many steps, and weigh as much as they have rows.
 
-Proof: test_join_uneven_inputs_matches_accelerate, test_trigger_sync_in_backward_matches_accelerate in
-tests/dropin/test_uneven.py.
+Proof: test_join_uneven_inputs_matches_torch_join_where_accelerate_leaves_cpus_out,
+test_trigger_sync_in_backward_matches_accelerate in tests/dropin/test_uneven.py.
 """
 
 from __future__ import annotations
