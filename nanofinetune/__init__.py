@@ -20,6 +20,9 @@ test_importing_the_package_loads_neither_transformers_nor_datasets in tests/test
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import nanofinetune.ground.process  # noqa: F401 (before torch, which takes seconds: it notes who started us)
+
+# isort: split
 from nanofinetune.accelerator import Accelerator
 from nanofinetune.dropin.operations import set_seed
 from nanofinetune.ranks.ddp import DistributedDataParallel

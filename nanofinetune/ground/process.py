@@ -23,13 +23,28 @@ import sys
 import time
 
 _IMPORTED = time.monotonic()
+_parent = os.getppid()  # who started this process; see `end_with_parent`
+
+
+def _note_parent() -> None:
+    global _parent
+    _parent = os.getppid()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_parent)
 
 
 def end_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when the one that started it is gone; Linux only."""
+    """Have the kernel send this process SIGTERM when the one that started it is gone; Linux only.
+
+    If that one has gone since this module was imported, the signal comes now.
+    """
     # underneath: torchrun leaves its workers running when it is killed
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG (prctl.h)
+        if os.getppid() != _parent:  # the kernel sends nothing for a parent that was gone before the call
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def peak_rss_mb(pid: int | None = None) -> float:

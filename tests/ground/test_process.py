@@ -3,11 +3,16 @@
 python -m pytest tests/ground/test_process.py
 """
 
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from helpers import run_python
 
 from nanofinetune.ground import process
@@ -81,3 +86,67 @@ def test_seconds_since_start_counts_from_the_import_where_the_kernel_does_not_te
     monkeypatch.setattr(process, "_read", lambda path: "")
     monkeypatch.setattr(process, "_IMPORTED", process.time.monotonic() - 5)
     assert 5 <= seconds_since_start() < 65
+
+
+CHILD = """
+    import sys, time
+    from pathlib import Path
+    {before}
+    Path(sys.argv[1], "begun").touch()
+    while not Path(sys.argv[1], "go").exists():
+        time.sleep(0.01)
+    from nanofinetune.ground.process import end_with_parent
+    end_with_parent()
+    Path(sys.argv[1], "outlived").touch()
+    time.sleep(60)
+"""
+LAUNCHER = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]).pid, flush=True)"
+FORKING = """
+    import os
+    from nanofinetune.ground import process
+    if (child := os.fork()) == 0:
+        process.end_with_parent()
+        os._exit(7)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@ON_LINUX
+def test_a_process_whose_launcher_died_while_it_imported_ends(tmp_path):
+    """The kernel alone would send nothing: it speaks of a parent that dies after the call."""
+    code = textwrap.dedent(CHILD).format(before="import nanofinetune")
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER + "; input()", code, str(tmp_path)], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as launcher:  # fmt: skip
+        assert launcher.stdout is not None
+        child = int(launcher.stdout.readline())
+        wait_for(lambda: (tmp_path / "begun").exists())
+        launcher.kill()
+    (tmp_path / "go").touch()
+    try:
+        wait_for(lambda: not alive(child) or (tmp_path / "outlived").exists())
+        time.sleep(0.2)
+        assert not (tmp_path / "outlived").exists() and not alive(child)
+    finally:
+        if alive(child):
+            os.kill(child, signal.SIGKILL)
+
+
+@ON_LINUX
+def test_a_forked_rank_has_its_own_parent():
+    assert run_python(FORKING) == [7]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended may wait for a parent to ask for its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
