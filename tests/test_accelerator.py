@@ -61,7 +61,7 @@ def reset():
 @pytest.fixture
 def theirs():
     """Makes accelerate's Accelerator, each time with its global state new."""
-    accelerate = pytest.importorskip("accelerate", reason="the oracle of these tests, extra `test`")
+    accelerate = pytest.importorskip("accelerate", reason="the reference of these tests, extra `test`")
 
     def make(**arguments):
         reset()
@@ -688,7 +688,7 @@ def test_arguments_without_effect_are_refused(theirs):
 )
 def test_kwargs_handlers_match_accelerate(kind):
     """The same fields, in the same order, with the same values by default."""
-    reference = getattr(pytest.importorskip("accelerate.utils", reason="the oracle, extra `test`"), kind.__name__)
+    reference = getattr(pytest.importorskip("accelerate.utils", reason="the reference, extra `test`"), kind.__name__)
     assert [field.name for field in dataclasses.fields(kind)] == [field.name for field in dataclasses.fields(reference)]
     for name, expected in vars(reference()).items():
         assert getattr(kind(), name) == getattr(expected, "value", expected), name
@@ -698,7 +698,7 @@ def test_kwargs_handlers_match_accelerate(kind):
 
 def test_communication_hooks_match_accelerate_but_for_power_sgd():
     """The same names; the two of PowerSGD are refused when they are chosen."""
-    theirs = pytest.importorskip("accelerate.utils", reason="the oracle, extra `test`").DDPCommunicationHookType
+    theirs = pytest.importorskip("accelerate.utils", reason="the reference, extra `test`").DDPCommunicationHookType
     assert {hook.name: hook.value for hook in DDPCommunicationHookType} == {hook.name: hook.value for hook in theirs}
     for hook in (DDPCommunicationHookType.POWER_SGD, DDPCommunicationHookType.BATCHED_POWER_SGD):
         with pytest.raises(NotImplementedError, match=r"comm_hook=.*power_sgd.* is not supported"):
@@ -813,7 +813,7 @@ def unused_through_the_facade():
 
 
 def test_find_unused_parameters_matches_accelerate_on_ranks():
-    pytest.importorskip("accelerate", reason="the oracle, extra `test`")
+    pytest.importorskip("accelerate", reason="the reference, extra `test`")
     for (mine, reference), hook, text in run_ranks(unused_through_the_facade, 2):
         assert mine == reference and mine[2:] == [None, None]
         assert hook == "bf16_compress_hook"
@@ -992,7 +992,7 @@ def more_on_ranks():
 
 @pytest.fixture(scope="module")
 def ranks():
-    pytest.importorskip("accelerate", reason="the oracle of these tests, extra `test`")
+    pytest.importorskip("accelerate", reason="the reference of these tests, extra `test`")
     return run_ranks(on_three_ranks, WORLD, timeout=170)
 
 

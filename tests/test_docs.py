@@ -183,7 +183,7 @@ def stale(span):
     if symbols(span):
         for dotted in symbols(span):
             if dotted.split(".")[0] != "torch" and importlib.util.find_spec(dotted.split(".")[0]) is None:
-                continue  # an optional oracle
+                continue  # an optional reference
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # looking a name up imports the library's own modules

@@ -201,7 +201,7 @@ def test_a_module_has_the_house_form(path):
     for dotted in dict.fromkeys(symbols(underneath)):
         library = dotted.split(".")[0]
         if library != "torch" and importlib.util.find_spec(library) is None:
-            continue  # an optional oracle
+            continue  # an optional reference
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # looking a name up imports the library's own modules, with their warnings
             resolve(dotted)

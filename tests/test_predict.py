@@ -66,8 +66,8 @@ def test_predict_matches_the_transformers_pipeline(pairs, batch_size, tmp_path, 
 
     folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a", "b"] if pairs else ["a"])
     texts = lines(30, pairs)
-    oracle = pipeline("text-classification", model=folder, device="cpu")
-    expected = [oracle({"text": text[0], "text_pair": text[1]} if pairs else text[0]) for text in texts]
+    reference = pipeline("text-classification", model=folder, device="cpu")
+    expected = [reference({"text": text[0], "text_pair": text[1]} if pairs else text[0]) for text in texts]
     expected = [found[0] if isinstance(found, list) else found for found in expected]
     mine = predict.predict(texts, predict.load_trained(folder), predict.load_tokenizer(folder), 64, batch_size)
     assert [label for label, _ in mine] == [found["label"] for found in expected]

@@ -3,7 +3,7 @@
     python -m pytest tests/bench/test_compare.py
 
 Each mistake is put into one piece of this package, and the report must name the first step and tensor that it touches
-and no other piece. The oracle is the loop with transformers 5.23, accelerate 1.15 and torch 2.13.
+and no other piece. The reference is the loop with transformers 5.23, accelerate 1.15 and torch 2.13.
 """
 
 import json

@@ -119,7 +119,7 @@ def test_new_content_under_an_old_time_is_read(kind, tmp_path):
     assert sizes == [12, 30] and theirs == [12, 12]
 
 
-# --- csv: refused rather than mended ----------------------------------------------------------------------------------
+# --- csv: refused rather than repaired
 
 REVIEWS = [f"the cat {i},{i % 2}" for i in range(12)]
 REFUSED = {

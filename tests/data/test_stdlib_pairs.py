@@ -1,7 +1,7 @@
 """The embedded data set: MRPC's form, no leak, no false negative, nothing to guess from one side.
 
-There is no reference to equal, so these are properties of the built rows. The oracles are GLUE MRPC's own files where
-they are present (columns, sizes), `inspect.getdoc` (positives) and scikit-learn (guessing the label from one side).
+Nothing builds the same rows, so these are properties of them, checked against GLUE MRPC's own files where they are
+present (columns, sizes), `inspect.getdoc` (positives) and scikit-learn (guessing the label from one side).
 
     python -m pytest tests/data/test_stdlib_pairs.py
 """

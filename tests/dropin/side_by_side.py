@@ -16,7 +16,7 @@ def ours(**arguments):
 
 def theirs(**arguments):
     """accelerate's, with its global state new. Skips the test where accelerate is not installed."""
-    accelerate = pytest.importorskip("accelerate", reason="the oracle of these tests, extra `test`")
+    accelerate = pytest.importorskip("accelerate", reason="the reference of these tests, extra `test`")
     reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own

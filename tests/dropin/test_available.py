@@ -16,7 +16,7 @@ ELSEWHERE = {f"is_{name}_available" for name in available.ELSEWHERE}  # may be h
 
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_match_accelerate(name):
-    reference = pytest.importorskip("accelerate.utils", reason="the oracle, extra `test`")
+    reference = pytest.importorskip("accelerate.utils", reason="the reference, extra `test`")
     answer = getattr(nanofinetune, name)()
     assert isinstance(answer, bool)
     assert answer == bool(getattr(reference, name)()) or name in ELSEWHERE

@@ -18,7 +18,7 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
 def libraries():
-    return nanofinetune, pytest.importorskip("accelerate.utils", reason="the oracle, extra `test`")
+    return nanofinetune, pytest.importorskip("accelerate.utils", reason="the reference, extra `test`")
 
 
 MESSAGES = [
@@ -161,7 +161,7 @@ def on_two_ranks(limits):
 
 
 def test_all_ranks_try_again_where_accelerate_shrinks_one():
-    pytest.importorskip("accelerate", reason="the oracle, extra `test`")
+    pytest.importorskip("accelerate", reason="the reference, extra `test`")
     first, second = run_ranks(on_two_ranks, 2, (10, 8))
     assert [first[0], second[0]] == [[10, 9, 8, 8]] * 2
     assert [first[1], second[1]] == [[10, 10], [10, 9, 8, 8]]  # two ranks of one job, with other batches

@@ -51,7 +51,7 @@ def on_two_ranks(failing):
 
 def test_local_sgd_matches_accelerate():
     """Bit for bit: the ranks' weights differ after an odd step, and agree after an even one and at the end."""
-    pytest.importorskip("accelerate", reason="the oracle, extra `test`")
+    pytest.importorskip("accelerate", reason="the reference, extra `test`")
     ranks = run_ranks(on_two_ranks, 2, False)
     for found, expected in ranks:
         assert found == expected

@@ -107,7 +107,7 @@ def on_ranks():
 
 
 def test_lines_in_order_come_from_every_rank():
-    pytest.importorskip("accelerate", reason="the oracle, extra `test`")
+    pytest.importorskip("accelerate", reason="the reference, extra `test`")
     results = run_ranks(on_ranks, 2)
     for rank, ((mine, reference), _) in enumerate(results):
         assert mine == reference

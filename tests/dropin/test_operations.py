@@ -17,7 +17,7 @@ Pair = collections.namedtuple("Pair", "a b")
 
 
 def reference():
-    return pytest.importorskip("accelerate.utils", reason="the oracle, extra `test`")
+    return pytest.importorskip("accelerate.utils", reason="the reference, extra `test`")
 
 
 def listed(data):
@@ -76,7 +76,7 @@ def on_two_ranks():
 
 
 def test_operations_match_accelerate_on_two_ranks():
-    pytest.importorskip("accelerate", reason="the oracle, extra `test`")
+    pytest.importorskip("accelerate", reason="the reference, extra `test`")
     for rank, (found, expected, mixed, bars) in enumerate(run_ranks(on_two_ranks, 2)):
         assert found == expected
         assert mixed == [0, 1, 0, 1]

@@ -62,7 +62,7 @@ def on_two_ranks():
 
 
 def test_partial_state_matches_accelerate_on_two_ranks():
-    pytest.importorskip("accelerate", reason="the oracle, extra `test`")
+    pytest.importorskip("accelerate", reason="the reference, extra `test`")
     for rank, (mine, other, reference, accelerators, left) in enumerate(run_ranks(on_two_ranks, 2)):
         assert mine == other == reference and not left
         assert accelerators[0] == accelerators[1]

@@ -53,7 +53,10 @@ def tracker_class(library, everywhere=False):
 
 
 def libraries():
-    return ((ours, tracking), (theirs, pytest.importorskip("accelerate.tracking", reason="the oracle, extra `test`")))
+    return (
+        (ours, tracking),
+        (theirs, pytest.importorskip("accelerate.tracking", reason="the reference, extra `test`")),
+    )
 
 
 def script(accelerator, end=True):
@@ -137,7 +140,7 @@ def on_two_ranks():
 
 def test_trackers_on_two_ranks_hear_what_accelerates_hear():
     """Rank 0 is the one that logs, whatever `main_process_only` says of the tracker's own methods."""
-    pytest.importorskip("accelerate", reason="the oracle, extra `test`")
+    pytest.importorskip("accelerate", reason="the reference, extra `test`")
     for rank, heard in enumerate(run_ranks(on_two_ranks, 2)):
         assert heard[:2] == heard[2:]
         assert [len(each) for each in heard[:2]] == ([4, 4] if rank == 0 else [1, 1])
@@ -163,7 +166,7 @@ def writer(monkeypatch):
     module.SummaryWriter = Writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(torch.utils, "tensorboard", module, raising=False)
-    reference = pytest.importorskip("accelerate.tracking", reason="the oracle, extra `test`")
+    reference = pytest.importorskip("accelerate.tracking", reason="the reference, extra `test`")
     monkeypatch.setattr(reference, "_available_trackers", [reference.LoggerType.TENSORBOARD])
 
 

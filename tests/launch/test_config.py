@@ -59,7 +59,7 @@ def test_config_never_writes_over_a_file_unasked(answers: str, said: str, tmp_pa
 
 def test_accelerate_config_fields_are_asked_or_left_out() -> None:
     """Every field of accelerate's configuration file has its question here, or is named as left out."""
-    reason = "accelerate is an optional extra: its configuration is the oracle"
+    reason = "accelerate is an optional extra: its configuration is the reference"
     config_args = pytest.importorskip("accelerate.commands.config.config_args", reason=reason)
     asked = {
         "num_machines": "NNODES", "machine_rank": "NODE_RANK", "main_process_ip": "MASTER_ADDR",

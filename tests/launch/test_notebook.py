@@ -217,7 +217,7 @@ def test_a_notebook_that_has_used_cuda_is_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_signature_matches_accelerate() -> None:
     accelerate = pytest.importorskip(
-        "accelerate", reason="accelerate is an optional extra: its signature is the oracle"
+        "accelerate", reason="accelerate is an optional extra: its signature is the reference"
     )
     theirs = inspect.signature(accelerate.notebook_launcher).parameters
     ours = inspect.signature(notebook_launcher).parameters

@@ -88,11 +88,11 @@ TREES = {
 @pytest.mark.parametrize("name", TREES)
 def test_trees_match_torch_save(name, tmp_path):
     """What comes back is what torch.save and torch.load bring back."""
-    torch.save(TREES[name], tmp_path / "oracle.pt")
-    oracle = torch.load(tmp_path / "oracle.pt", weights_only=True)
+    torch.save(TREES[name], tmp_path / "reference.pt")
+    reference = torch.load(tmp_path / "reference.pt", weights_only=True)
     checkpoint.save(tmp_path / "update-1", {"part": TREES[name]})
-    same(checkpoint.load(tmp_path / "update-1")["part"], oracle)
-    same(checkpoint.read_part(tmp_path / "update-1", "part"), oracle)
+    same(checkpoint.load(tmp_path / "update-1")["part"], reference)
+    same(checkpoint.read_part(tmp_path / "update-1", "part"), reference)
 
 
 def test_trees_come_back_as_they_were(tmp_path):

@@ -191,7 +191,7 @@ def find_size():
 
 def test_accelerate_shrinks_one_rank_alone():
     """The trap: rank 0 goes on with 16 rows and rank 1 with fewer; their batches are no longer of one step."""
-    pytest.importorskip("accelerate", reason="the oracle of this test, extra `test`")
+    pytest.importorskip("accelerate", reason="the reference of this test, extra `test`")
     assert run_ranks(find_size, 2, timeout=60)[0] == 16 != run_ranks(find_size, 2, timeout=60)[1]
 
 
