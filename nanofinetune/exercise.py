@@ -41,13 +41,13 @@ PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
 NEEDED = ("pyproject.toml", "README.md", "train.py", "launch.sh", "nanofinetune", "tests", "bench")  # by the tests
 ORDER = ("schedule", "metrics", "collate", "shard", "naive_ddp", "ddp")  # to do them in; then the rest
-NOT_HERE = ("launch", "trace", "dropin")  # rooms that a training does not need
+ROOMS = ("step", "ranks", "cpu", "data")  # whose files are worth rebuilding
 GROUND = {"nanofinetune.ground.errors", "nanofinetune.ground.cli"}  # what a rebuilt module may still import
 
 
 def modules() -> dict[str, Path]:
     """The modules that can be rebuilt alone, by name, in the order to do them: they import of ours `GROUND` only."""
-    files = (path for path in sorted(PACKAGE.glob("*/[a-z]*.py")) if path.parent.name not in NOT_HERE)
+    files = (path for path in sorted(PACKAGE.glob("*/[a-z]*.py")) if path.parent.name in ROOMS)
     alone = {path.stem: path for path in files if _stands_alone(path.read_text())}
     return dict(sorted(alone.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER)))
 

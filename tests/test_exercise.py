@@ -103,7 +103,7 @@ def test_emptied_keeps_what_others_need(name):
 
 
 def test_the_proof_of_a_module_are_its_own_tests_and_those_elsewhere_that_its_docstring_names(tmp_path, monkeypatch):
-    assert proof_of("precision")[-1] == "nanofinetune/ground/precision.py"
+    assert proof_of("tasks")[-1] == "nanofinetune/data/tasks.py"
 
     def write(name, text):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
