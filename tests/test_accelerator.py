@@ -438,7 +438,7 @@ def test_precision_comes_from_the_argument_or_the_environment(monkeypatch):
     assert ours().mixed_precision == "bf16"
     assert ours(mixed_precision="no").mixed_precision == "no"
     monkeypatch.setenv("NANOFINETUNE_MIXED_PRECISION", "fp8")
-    with pytest.raises(UsageError, match="mixed_precision is 'fp8': choose no, bf16 or fp16"):
+    with pytest.raises(UsageError, match="mixed_precision is 'fp8': choose no, bf16, fp16"):
         ours()
 
 

@@ -196,7 +196,7 @@ def _load() -> None:
         ({"max_restarts": 1}, NotImplementedError, "max_restarts=1: "),
         ({"rdzv_conf": {"rank": 0}}, NotImplementedError, "rdzv_conf={'rank': 0}: "),
         ({"log_line_prefix_template": "x"}, NotImplementedError, "log_line_prefix_template='x': "),
-        ({"mixed_precision": "fp8"}, ValueError, "mixed_precision='fp8': choose no, bf16 or fp16"),
+        ({"mixed_precision": "fp8"}, ValueError, "mixed_precision='fp8': choose no, bf16, fp16"),
         ({"num_processes": 0}, ValueError, "num_processes=0: it must be at least 1, or None for one for each GPU"),
     ],
 )
