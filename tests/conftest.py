@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import os
+import signal
 import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, here and in every process that a test starts
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a Hub: what is not on the disk is skipped with its reason
 os.environ.setdefault(
     "TOKENIZERS_PARALLELISM", "false"

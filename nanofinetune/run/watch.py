@@ -115,14 +115,17 @@ def all_call(name: str, world: World, patience: float = PATIENCE) -> None:
     """
     if world.size == 1:
         return
-    store = _store()
+    # Not a connection of its own: to make one to a store that went with its launcher would wait for the time-out.
+    store: Any = dist.distributed_c10d._get_default_store()
     key = f"all_call/{world.calls.begin(name)}"
-    if world.rank != 0:
-        store.set(f"{key}/{world.rank}", "here")
-        return
     keys = {rank: f"{key}/{rank}" for rank in range(1, world.size)}
     try:
+        if world.rank != 0:
+            store.set(keys[world.rank], "here")
+            return
         store.wait(list(keys.values()), timedelta(seconds=patience))
+    except dist.DistNetworkError:
+        return  # the store is gone, so nobody can be asked; the collective that follows has its own time-out
     except dist.DistStoreError as error:
         missing = [rank for rank in keys if not store.check([keys[rank]])]
         world.calls[name] -= 1  # the call has not happened

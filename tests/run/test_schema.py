@@ -86,7 +86,7 @@ WRONG = {  # part, what is changed in it, and the reason
     "a negative decay": ("optimizer", put("param_groups", 0, "weight_decay", -1.0), "weight_decay is -1.0"),
     "parameters of text": ("optimizer", put("param_groups", 0, "params", "ab"), "are not numbered"),
     "an optimizer without groups": ("optimizer", lambda state: state.pop("param_groups"), "optimizer is not what"),
-    "a schedule that takes a method's place": ("scheduler", put("step", 1), "would replace LinearSchedule.step"),
+    "a schedule that takes a method's place": ("scheduler", put("step", 1), "would replace Schedule.step"),
     "a negative update": ("scheduler", put("last_epoch", -2), "last_epoch is -2"),
     "other totals": ("scheduler", put("num_training_steps", 41), "num_training_steps is 40, but the saved schedule"),
     "an infinite learning rate": ("scheduler", put("_last_lr", [math.inf]), r"_last_lr is \[inf\]"),

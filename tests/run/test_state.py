@@ -42,7 +42,7 @@ def test_state_methods_match_accelerate_signatures(accelerate):
             for p in inspect.signature(getattr(accelerate.Accelerator, name)).parameters.values()
             if p.kind != p.VAR_KEYWORD
         ]
-        ours = list(inspect.signature(getattr(Accelerator, name)).parameters)
+        ours = ["self", *inspect.signature(getattr(Accelerator(cpu=True), name)).parameters]
         assert [p for p in theirs if p not in ours] == []
     fields = accelerate.utils.ProjectConfiguration.__dataclass_fields__
     assert {name: field.default for name, field in fields.items()} == vars(ProjectConfiguration())
