@@ -318,7 +318,7 @@ def test_fixed_lengths_pad_to_the_next_one(tiny_tokenizer):
     """What --device xla collates with: the rows of the ordinary collator, wider."""
     rows = [{"input_ids": [2, *range(5, 5 + n), 3], "label": 1} for n in (4, 9)]
     plain = DataCollatorWithPadding(tiny_tokenizer)(rows)
-    fixed = train.collate_to_fixed_length(tiny_tokenizer, (8, 16, 64), rows)
+    fixed = job.collate_to_fixed_length(tiny_tokenizer, (8, 16, 64), rows)
     assert fixed["input_ids"].shape == (2, 16) and plain["input_ids"].shape == (2, 11)
     for name in ("input_ids", "attention_mask"):
         assert fixed[name][:, :11].equal(plain[name]) and not fixed[name][:, 11:].any()

@@ -250,7 +250,7 @@ def _observe_optimizer(observer: Observer) -> None:
         group, begin = self.param_groups[0], time.monotonic()
         form = f", {self.optimizer.form(group)}" if isinstance(self.optimizer, optim.AdamW) else ""
         result = step(self, *args, **kwargs)
-        if self.accelerator.sync_gradients:
+        if self.gradient_state.sync_gradients:
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
             text = f"{_kind(self.optimizer)}{form}, lr {group['lr']:.3g}: {described(parameters)}"
             observer.note("optimizer", begin, time.monotonic(), text, type(self.optimizer).step)
