@@ -469,7 +469,7 @@ def own_folder(side: str, work: Path) -> str:
     command = [sys.executable, "-c", SAVES.format(package=side), str(folder)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    said = done.stdout.strip() or done.stderr.strip().splitlines()[-1][:90]
+    said = done.stdout.strip() or done.stderr.replace(f"{work}/", "").strip().splitlines()[-1][:90]
     return f"the file is {'there' if (folder / 'thesis.tex').exists() else 'gone'}; {said}"
 
 
