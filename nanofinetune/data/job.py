@@ -66,8 +66,8 @@ def load(args: Any, accelerator: Any, note: str = "") -> Job:
         limit = length_limit(model_name, tokenizer)
         data, stores = load_tokens(args.data, args.text_columns, args.label_column, args.seed, tokenizer, limit)
         notes = [text for text in (model_note, data.note, note) if text]
-        for note in notes:
-            accelerator.print(f"note: {shown(note)}", flush=True)
+        for line in notes:
+            accelerator.print(f"note: {shown(line)}", flush=True)
         torch.manual_seed(args.seed)  # the classification head is new, and random
         model, made_anew = load_model(model_name, data.label_names)
     model.config.text_columns = list(data.text_columns)  # saved with the model: predict.py asks it for one text or two
