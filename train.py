@@ -37,7 +37,7 @@ from nanofinetune.cpu.dropout import use_exact_dropout, use_fast_dropout
 from nanofinetune.cpu.embedding import use_row_gradients
 from nanofinetune.cpu.lean import use_lean_encoder
 from nanofinetune.cpu.memory import keep_freed_memory
-from nanofinetune.data.job import Job, load, training_loader
+from nanofinetune.data.job import Job, data_arguments, load, training_loader
 from nanofinetune.ground.cli import LONGEST_WAIT, MOST, Parser, number, outliving_readers, run_main, steps_or_ratio
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ground.precision import PRECISIONS
@@ -179,12 +179,7 @@ def evaluate(
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises UsageError for what cannot be."""
     parser = Parser(prog="train.py", description=__doc__)
-    add = parser.add_argument_group("model and data").add_argument
-    add("--model", metavar="NAME", help="a folder or a name on the Hub (default bert-base-uncased)")
-    add("--data", metavar="NAME",
-        help="glue/TASK, stdlib-pairs, a file, a folder or a name on the Hub (default glue/mrpc)")
-    add("--text-columns", metavar="COLUMN", nargs="+", help="one or two columns of text (default: found)")
-    add("--label-column", metavar="COLUMN", help="the column of classes or numbers (default: found)")
+    data_arguments(parser)
     add = parser.add_argument_group("how long").add_argument
     count = number(int, 1, MOST)
     add("--epochs", metavar="N", type=count, default=3, help="passes over the training rows (default 3)")

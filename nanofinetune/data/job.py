@@ -14,6 +14,7 @@ Proof: test_the_plan_says_what_will_happen, test_grouping_by_length_pads_less in
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from itertools import chain
@@ -54,6 +55,18 @@ class Job(NamedTuple):
             "the model": self.model_name, "the data set": self.data.name,
             "the hash of the training rows": self.train.digest(), "the optimizer": type(optimizer).__name__,
         }  # fmt: skip
+
+
+def data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of train.py that say which model and which data."""
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", metavar="NAME", help="a folder or a name on the Hub (default bert-base-uncased)")
+    add(
+        "--data", metavar="NAME",
+        help="glue/TASK, stdlib-pairs, a file, a folder or a name on the Hub (default glue/mrpc)",
+    )  # fmt: skip
+    add("--text-columns", metavar="COLUMN", nargs="+", help="one or two columns of text (default: found)")
+    add("--label-column", metavar="COLUMN", help="the column of classes or numbers (default: found)")
 
 
 def load(args: Any, accelerator: Any, note: str = "") -> Job:
