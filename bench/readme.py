@@ -153,6 +153,23 @@ def numbers(folder: Path) -> str:
     )
 
 
+LEFT_OUT = ("seconds", "examples_per_second", "first_step_seconds", "peak_rss_mb", "padding", "notes")
+
+
+def commands(folder: Path) -> str:
+    """README's three commands, each with the last line that it printed when `python bench/commands.py` ran it."""
+    rows = newest("commands")[1]["rows"]
+    return "\n".join(["```bash", *(f"{command}\n# {short(last)}" for command, last in rows.items()), "```"])
+
+
+def short(last: str) -> str:
+    """A result line without what differs from machine to machine; each gap is "...". Other lines as they are."""
+    if not last.startswith("{"):
+        return last.strip("= ")
+    parts = ["..." if key in LEFT_OUT else f'"{key}": {json.dumps(value)}' for key, value in json.loads(last).items()]
+    return "{" + ", ".join(part for i, part in enumerate(parts) if part != "..." or parts[i - 1] != "...") + "}"
+
+
 def speed_short(folder: Path) -> str:
     """Five rows of the whole job, and where it loses."""
     path, record = newest("speed")
@@ -177,7 +194,7 @@ def speed_short(folder: Path) -> str:
     sentence = f"It loses in `{behind['what'].partition(',')[0]}` ({behind['ratio']:.2f})"
     if equal is not None:
         sentence += f", and gains least where no row is padded and the model is large ({equal['ratio']:.2f})"
-    return "\n".join([*lines, "", sentence + "."])
+    return "\n".join([*lines, "", sentence + ". [All of it](docs/speed.md), piece by piece."])
 
 
 FAULTS_SHOWN = ("50 runs killed", "newest checkpoint has a flipped bit", "disk full", "SIGTERM on both ranks")
@@ -199,7 +216,7 @@ def faults_short(folder: Path) -> str:
 
 
 TABLES = {
-    "numbers": numbers, "speed_short": speed_short, "faults_short": faults_short,
+    "numbers": numbers, "commands": commands, "speed_short": speed_short, "faults_short": faults_short,
     "pieces": pieces, "mrpc": mrpc, "speed": speed, "faults": faults,
 }  # fmt: skip
 

@@ -9,7 +9,6 @@ argument.
 
 import faulthandler
 import gc
-import multiprocessing
 import os
 import pickle
 import signal
@@ -26,7 +25,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from programs import ROOT, fork_context, run_program
+
 GRACE = 2.0  # seconds that the other ranks get, after one has failed, to say what they saw
 
 
@@ -45,12 +45,7 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 6
     When a rank raises, dies or still runs after `timeout` seconds, this raises an AssertionError with the traceback of
     the rank that failed *first* (the others mostly fail because it did). Whatever still runs then is killed.
     """
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context: Any = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(
-            ["torch", "torch.distributed", "torch._dynamo", "pytest", "transformers.models.bert.modeling_bert"]
-        )
+    context = fork_context()
     environment = {
         "WORLD_SIZE": world,
         "LOCAL_WORLD_SIZE": world,
@@ -130,25 +125,8 @@ def run_torchrun(
     exit code and the text of both streams; one that runs longer than `timeout` seconds is ended: an AssertionError.
     """
     args = [script_or_args] if isinstance(script_or_args, (str, Path)) else script_or_args
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--master_addr=127.0.0.1"]
-    command += [f"--master_port={free_port()}", *map(str, args)]
-    changes: dict[str, str | None] = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
-    variables = {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        # torchrun's workers are in sessions of their own: only torchrun can end them, and it does so on SIGTERM.
-        process.send_signal(signal.SIGTERM)
-        try:
-            out, err = process.communicate(timeout=40)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, err = process.communicate()
-        raise AssertionError(f"{command} ran longer than {timeout} s\n{out[-4000:]}\n{err[-8000:]}") from None
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--master_addr=127.0.0.1"]
+    return run_program([*launcher, f"--master_port={free_port()}", *args], timeout=timeout, env=env)
 
 
 def run_python(code: str, *arguments: str) -> list[float]:

@@ -11,7 +11,6 @@ libraries (transformers 5.23, datasets 5.2) retry.
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -23,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, WORDS, load_script, tiny_bert
+from programs import run_program
 
 from nanofinetune import accelerator, predict
 from nanofinetune.ground.cli import run_main
@@ -372,14 +372,10 @@ def test_every_bad_input_to_predict_gives_one_line_and_exit_2(command, yard, mon
     assert state_of(yard) == before
 
 
-def start(
-    *argv: str, timeout: float = 120, stdin: str | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """A real process in the repository's root; a variable that is given as "" is taken out of the environment."""
-    variables = {name: value for name, value in {**os.environ, **environment}.items() if value}
-    return subprocess.run(
-        [sys.executable, *argv], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout, input=stdin
-    )
+def start(*argv: str, timeout: float = 120, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process in the repository's root; a variable that is given as "" is taken out of the environment."""
+    changes = {name: value or None for name, value in environment.items()}
+    return run_program(argv, env=changes, timeout=timeout, stdin=stdin)
 
 
 @pytest.mark.parametrize("command", ["--lr -1", "--model {models/broken-weights}", "--data {quotes.csv}"])

@@ -9,14 +9,12 @@ that the names in the text stay the course's. Both runs print every loss and the
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, WORDS, save_tiny_model, tiny_bert
+from programs import run_program
 
 LIBRARY_IMPORTS = """
 from torch.optim import AdamW
@@ -179,10 +177,7 @@ def run_listing(folder: Path, imports: str, listing: str) -> dict:
     """Run the text as a script in `folder` -> what its last line printed."""
     script = folder / "listing.py"
     script.write_text(imports + listing)
-    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, script.name], cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run_program([script.name], cwd=folder, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -9,7 +9,6 @@ import pickle
 import random
 import re
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from both_libraries import Ours, training
-from conftest import ROOT, tiny_bert
+from conftest import tiny_bert
+from programs import run_program
 from torch import nn
 
 from nanofinetune.run import checkpoint, folders
@@ -200,10 +200,7 @@ for kill_at in range(1, 1000):
 
 def test_a_kill_at_every_file_operation_loses_nothing(tmp_path):
     """SIGKILL before each open, write, fsync, rename and remove of a save: the one before or the new one is whole."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(tmp_path / "checkpoints")],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = run_program(["-c", KILLS, tmp_path / "checkpoints"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > 30  # operations, each one killed at
 
@@ -248,10 +245,7 @@ def test_full_disk_keeps_what_was_there(kind, tmp_path):
         if mounted.returncode:
             pytest.skip("mounting a small tmpfs needs root, and a machine that lets root mount")
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", FULL, str(tmp_path / "checkpoints"), limit],
-            capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        done = run_program(["-c", FULL, tmp_path / "checkpoints", limit], timeout=60)
     finally:
         if kind == "small tmpfs":
             subprocess.run(["umount", str(tmp_path)], check=True)

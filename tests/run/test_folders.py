@@ -9,14 +9,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from both_libraries import Ours, training
-from conftest import ROOT
+from programs import run_program
 
 from nanofinetune.run import checkpoint, folders
 
@@ -253,10 +252,7 @@ print(kill_at, gaps)
 @pytest.mark.parametrize("how", ["at once", "in two renames"])
 def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new_one(how, tmp_path):
     """SIGKILL before each file operation of `save_state("last")`. Where folders cannot swap names, `load` mends it."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "run" / "last"), how],
-        capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = run_program(["-c", KILLED, tmp_path / "run" / "last", how], timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     operations, gaps = map(int, done.stdout.split())
     assert operations > 12
@@ -289,11 +285,7 @@ def test_a_stopped_save_leaves_no_lock(tmp_path):
         "import os, sys; from pathlib import Path; from nanofinetune.run import folders\n"
         "with folders.new_folder(Path(sys.argv[1]), ['w.json']):\n    os.kill(os.getpid(), 9)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "update-1")],
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    done = run_program(["-c", code, tmp_path / "update-1"])
     assert done.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 1
     folders.sweep(tmp_path)

@@ -6,15 +6,15 @@ Real ranks over gloo with a tiny model; the reference is the same train.py witho
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from conftest import ROOT, tiny_bert
+from helpers import run_torchrun
+from programs import run_program
 
 from nanofinetune.accelerator import Accelerator
 from nanofinetune.ground.cli import run_main
@@ -33,19 +33,12 @@ def job(tiny_model, pairs):
     return ["--model", tiny_model, "--data", pairs, "--clip-norm", "1", "--lr", "1e-3"]
 
 
-def run(command, folder):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-
-
 @pytest.fixture(scope="module")
 def traced(job, tmp_path_factory):
     """A traced run on two ranks -> (its folder, its report, its events)."""
     folder = tmp_path_factory.mktemp("traced")
     options = ["--updates", UPDATES, "--json", "trace.json", "--output", "run", "--device", "cpu", *job]
-    done = run([sys.executable, "-m", "nanofinetune.trace", *map(str, options)], folder)
+    done = run_program(["-m", "nanofinetune.trace", *map(str, options)], cwd=folder)
     assert done.returncode == 0, done.stderr
     saved = json.loads((folder / "trace.json").read_text())
     return folder, done.stdout, [[Event(**event) for event in rank] for rank in saved["ranks"]]
@@ -54,7 +47,7 @@ def traced(job, tmp_path_factory):
 def test_losses_are_those_of_an_unwatched_run(job, traced, tmp_path):
     """Bit for bit: the file of losses is the same, and so are the weights."""
     options = ["--max-steps", str(UPDATES), "--output", "run", "--device", "cpu", *job]
-    done = run([str(ROOT / "launch.sh"), "-n", "2", *options], tmp_path)
+    done = run_torchrun([ROOT / "train.py", *options], 2)
     assert done.returncode == 0, done.stderr
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (traced[0] / "run" / name).read_bytes()
