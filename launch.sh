@@ -41,7 +41,11 @@ use a network in which you trust everyone.
 END
 }
 
-fail() { printf 'launch.sh: %s\n' "${1//[![:print:]]/?}" >&2; exit 2; } # one line, whatever it quotes
+fail() { # one line, whatever it quotes: to bash's own UTF-8, what turns the text around is printable
+    local LC_ALL=C
+    printf 'launch.sh: %s\n' "${1//[![:print:]]/?}" >&2
+    exit 2
+}
 
 # underneath: in (( )) and in [[ -gt ]] bash evaluates the text of a variable: x='a[$(rm -r ~)]' is run. So every value
 # goes through `whole` before it is reckoned with.
@@ -236,7 +240,7 @@ for name in "${!PET_@}"; do unset "$name"; done
 [[ -n $worker ]] || unset RANK WORLD_SIZE
 if [[ -n $show ]]; then
     [[ -z $threads ]] || printf 'OMP_NUM_THREADS=%s ' "$threads"
-    printf '%q ' "${command[@]}"
+    LC_ALL=C printf '%q ' "${command[@]}"
     echo
     exit
 fi

@@ -18,6 +18,8 @@ if [ "${1:-}" = --print ]; then
     shift
 fi
 
+plain() { printf %s "$1" | LC_ALL=C tr -c '[:print:]' '?'; }
+
 wanted=
 for argument; do
     if [ -n "$wanted" ]; then
@@ -27,7 +29,10 @@ for argument; do
     case $argument in
         --model | --data) wanted=$argument ;;
         --model=* | --data=*) ;;
-        *) printf 'gpu.sh: %s: it takes --print first, then --model and --data\n' "$argument" >&2; exit 2 ;;
+        *)
+            printf 'gpu.sh: %s: it takes --print first, then --model and --data\n' "$(plain "$argument")" >&2
+            exit 2
+            ;;
     esac
 done
 if [ -n "$wanted" ]; then
@@ -36,7 +41,7 @@ if [ -n "$wanted" ]; then
 fi
 
 run() {
-    echo "+ TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 $*"
+    echo "+ TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 $(plain "$*")"
     if [ -z "$print" ]; then
         TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 "$@"
     fi

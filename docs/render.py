@@ -18,11 +18,16 @@ import ast
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nanofinetune.ground.cli import Parser, run_main  # noqa: E402
+
 # Where `file.py::symbol` is looked for: the package, its rooms, and what stands beside it.
 PLACES = [ROOT / "nanofinetune", *sorted(path.parent for path in (ROOT / "nanofinetune").glob("*/__init__.py"))]
 PLACES += [
@@ -137,7 +142,13 @@ def overlap() -> str:
     return picture([[Event(**event) for event in rank] for rank in saved["ranks"]], saved["title"])
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write all of it anew. It takes no arguments, so a wrong one changes nothing."""
+    Parser(prog="render.py", description=__doc__).parse_args()
     for path in documents():
         path.write_text(render(path.read_text(), path.parent))
     (ROOT / "docs" / "overlap.svg").write_text(overlap())
+
+
+if __name__ == "__main__":
+    sys.exit(run_main("render.py", main))

@@ -35,7 +35,8 @@ import tempfile
 from pathlib import Path
 
 from nanofinetune.ground.cli import Parser, run_main
-from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.errors import UsageError, shown
+from nanofinetune.ground.names import place_of
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -126,13 +127,13 @@ def main() -> None:
     if args.module not in known:
         raise UsageError(f"{args.module}: choose one of {', '.join(known)}")
     if args.check is not None:
-        file = Path(args.check).expanduser()
+        file = place_of("--check", args.check)
         if not file.is_file():
             raise UsageError(f"--check {args.check}: there is no such file")
         if not (ROOT / "tests").is_dir():
             raise UsageError(f"--check {args.check}: the tests are not beside the package; clone the repository")
         sys.exit(check(args.module, file, others))
-    target = Path(args.to or ".").expanduser() / f"{args.module}.py"
+    target = place_of("--to", "." if args.to is None else args.to) / f"{args.module}.py"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("x") as file_made:
@@ -141,8 +142,8 @@ def main() -> None:
         raise UsageError(f"--to {args.to or '.'}: {target} is there already, and is not written over") from None
     except OSError as error:
         raise UsageError(f"--to {args.to}: {target} cannot be written ({error.strerror})") from error
-    print(f"wrote {target}; fill it in until this passes:\n")
-    print(f"python -m nanofinetune.exercise {args.module} --check {target}")
+    print(f"wrote {shown(str(target))}; fill it in until this passes:\n")
+    print(f"python -m nanofinetune.exercise {args.module} --check {shown(str(target))}")
 
 
 def _functions(node: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -17,21 +17,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from itertools import islice
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
+from nanofinetune.data.files import LONGEST
 from nanofinetune.data.pretrained import length_limit, load_tokenizer, load_trained
 from nanofinetune.data.tokens import tokenize_texts
 from nanofinetune.ground.cli import MOST, Parser, number, run_main
 from nanofinetune.ground.device import choose_device
-from nanofinetune.ground.errors import UsageError, shown
+from nanofinetune.ground.errors import UsageError, first_line, shown
+from nanofinetune.ground.names import place_of
 from nanofinetune.step.collate import DataCollatorWithPadding
 from nanofinetune.step.order import SortedBatchSampler
 
-BLOCK = 4096  # lines held in memory at a time
+BLOCK = 4096  # lines, and
+CHARACTERS = 4_000_000  # characters, that are held in memory at a time
 
 
 def split_line(line: str, number: int, texts: int) -> tuple[str, ...]:
@@ -54,7 +55,15 @@ def predict(
     collate = DataCollatorWithPadding(tokenizer)
     found: list[tuple[str, float]] = [("", 0.0)] * len(lines)
     for rows in SortedBatchSampler(store.lengths, batch_size):
-        logits = model(**collate(store.__getitems__(rows)).to(model.device)).logits.float()  # (B, classes)
+        batch = collate(store.__getitems__(rows)).to(model.device)
+        try:
+            logits = model(**batch).logits.float()  # (B, classes)
+        except Exception as error:  # its config says something that its code cannot do
+            why = f"it fails on a batch of {len(rows)} rows ({first_line(error)})"
+            remedy = "choose a smaller --batch-size, or another model"
+            raise UsageError(f"model {model.name_or_path}: {why}; {remedy}") from error
+        if not logits.isfinite().all():
+            raise UsageError(f"model {model.name_or_path}: it answers with NaN or infinity; name another model")
         if model.config.num_labels == 1:
             answers = [("score", value) for value in logits.squeeze(-1).tolist()]
         else:
@@ -66,12 +75,29 @@ def predict(
 
 
 def read_lines(source: TextIO, texts: int | None) -> Iterator[list[tuple[str, ...]]]:
-    """Blocks of lines, each split into its texts; `texts` None lets the first line decide."""
+    """Blocks of lines, each split into its texts; `texts` None lets the first line decide.
+
+    Raises UsageError for a line that is longer than a text can be in training.
+    """
     seen = 0
-    while block := [line.rstrip("\r\n") for line in islice(source, BLOCK)]:
+    while block := list(_block(source, seen)):
         texts = texts or min(2, block[0].count("\t") + 1)
         yield [split_line(line, seen + i + 1, texts) for i, line in enumerate(block)]
         seen += len(block)
+
+
+def _block(source: TextIO, seen: int) -> Iterator[str]:
+    """The next lines, without what ends them, in so far as they are held at a time."""
+    size = 0
+    for nth in range(seen + 1, seen + BLOCK + 1):
+        line = source.readline(LONGEST + 1)
+        if len(line) > LONGEST and not line.endswith("\n"):
+            raise UsageError(f"line {nth} has more than {LONGEST:,} characters, the most that is read; cut it")
+        size += len(line)
+        if line:
+            yield line.rstrip("\r\n")
+        if not line or size >= CHARACTERS:
+            return
 
 
 def main() -> None:
@@ -91,12 +117,14 @@ def main() -> None:
     )
     args = parser.parse_args()
     device = choose_device(args.device)
-    if args.file != "-" and not Path(args.file).is_file():
+    if args.file != "-" and not place_of("FILE", args.file).is_file():
         raise UsageError(f"{args.file}: there is no such file")
     model = load_trained(args.model).to(device)
     tokenizer = load_tokenizer(args.model)
     limit = length_limit(args.model, tokenizer)
-    columns = getattr(model.config, "text_columns", None)
+    columns = getattr(model.config, "text_columns", None) or ()
+    if not isinstance(columns, (list, tuple)) or len(columns) > 2:
+        raise UsageError(f"model {args.model}: its config has text_columns {columns!r}, which are not one or two names")
     piped = args.file == "-"
     name = "stdin" if piped else args.file
     try:
@@ -105,7 +133,9 @@ def main() -> None:
             for lines in read_lines(source, len(columns) if columns else None):
                 answers = predict(lines, model, tokenizer, limit, args.batch_size)
                 for line, (label, value) in zip(lines, answers, strict=True):
-                    print(shown(label), f"{value:.4f}", *line, sep="\t")
+                    # as they are for another program; on a terminal they must not clear the screen
+                    texts = [shown(text, most=len(text) + 2**16) for text in line] if sys.stdout.isatty() else line
+                    print(shown(label), f"{value:.4f}", *texts, sep="\t")
     except UnicodeDecodeError as error:
         raise UsageError(f"{name}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file") from error
     except OSError as error:

@@ -108,6 +108,9 @@ DATA: dict[str, str | bytes] = {
     "used/model/config.json": "{}\n",
     "lines.txt": "the cat\na dog\n",
     "pairs.txt": "the cat\tit sat\na dog\tit ran\tunder the tree\n",
+    "long.txt": "the cat\n" + "a" * 1_000_001 + "\n",
+    "folder/folders/train.csv/a": "",
+    "folder/folders/validation.csv": GOOD,
     "latin1.txt": "the caf\u00e9\n".encode("latin-1"),
 }
 
@@ -165,6 +168,25 @@ def yard(tmp_path_factory, tiny_tokenizer_dir) -> Path:
     (folder / "vocabulary.txt").write_text("\n".join(vocabulary) + "\n")
     BertTokenizerFast(str(folder / "vocabulary.txt"), model_max_length=64).save_pretrained(other)
 
+    def configured(name: str, **values: object) -> None:
+        config = copy(name) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | values))
+
+    configured("huge", num_hidden_layers=10**7)
+    configured("cannot", chunk_size_feed_forward=10**7)
+    configured("columns", text_columns=7)
+    for name, number in (("nan", float("nan")), ("overflow", 3e38)):
+        bert = tiny_bert()
+        bert.classifier.weight.data.fill_(number)
+        bert.bert.pooler.dense.bias.data.fill_(100)  # all that the classifier reads is 1
+        bert.save_pretrained(copy(name))
+
+    (folder / "folder" / "pipes").mkdir()
+    for name in ("pipe.csv", "folder/pipes/train.csv", "folder/pipes/validation.csv"):
+        os.mkfifo(folder / name)
+    for name, target in (("loop.csv", "loop.csv"), ("zero.csv", "/dev/zero"), ("nothing", "nowhere")):
+        (folder / name).symlink_to(target)
+
     features = Features({"text": Value("string"), "label": Value("int64")})
     Dataset.from_dict({"text": [], "label": []}, features).to_parquet(folder / "no-rows.parquet")
     return folder
@@ -172,7 +194,7 @@ def yard(tmp_path_factory, tiny_tokenizer_dir) -> Path:
 
 def state_of(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Every path below the folder -> inode, size and time: what shows that a file was written, replaced or lost."""
-    found = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*")}
+    found = {str(path.relative_to(folder)): path.lstat() for path in folder.rglob("*")}
     return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 
 
@@ -229,6 +251,14 @@ OPTIONS = {
     "--text-columns label": r"--text-columns label: the column holds numbers, not text",
     "--text-columns text text": r"--text-columns text text: one column twice; name it once",
     "--label-column 'sta\nrs'": r"--label-column sta rs: there is no such column",
+    "--output ''": r"--output is empty: name a file or folder",
+    "--output a\0b": r"--output a\\x00b: no file can have this name",
+    "--output ~nobody-here/x": r"--output ~nobody-here/x: this user has no home folder here; write the path in full",
+    f"--output {'x' * 5000}": r"--output x+\.\.\.x+: it cannot be read|--output x+\.\.\.",
+    "--output {nothing}": r"--output \S+nothing: \S+nothing is a link to nothing; name another folder",
+    "--resume ''": r"--resume is empty: name a file or folder",
+    "--resume a\0b": r"--resume a\\x00b: no file can have this name",
+    "--resume=--": r"--resume: expected one argument .*--help",
     "--text-columns text --label-column text": r"--label-column text: it is also named as a text column",
 }
 
@@ -236,6 +266,16 @@ MODELS = {
     "no-such-model": r"model no-such-model: the Hub is out of reach.*; name a local folder",
     "nobody/no-such-model": r"model nobody/no-such-model: the Hub is out of reach.*; name a local folder",
     "{models/nowhere}": r"model \S+nowhere: there is no such folder",
+    "a@main": r"model a@main: there is no such file or folder, and no name on the Hub is like this; name a local one",
+    "'$(id)'": r"model \$\(id\): there is no such file or folder, and no name on the Hub is like this; name",
+    "~nobody-here": r"model ~nobody-here: this user has no home folder here; write the path in full",
+    f"{'x' * 5000}": r"model x+\.\.\.x+",
+    "a\0b": r"model a\\x00b: no file can have this name; name another one",
+    "'a\nb'": r"model a b: there is no such file or folder, and no name on the Hub is like this",
+    "''": r"model is empty: name a file or folder",
+    ".": r"model \.: the folder holds no config.json; name the folder of a saved model",
+    "{pipe.csv}": r"model \S+pipe.csv: this is a pipe; name the folder of a saved model",
+    "/dev/null": r"model /dev/null: this is a device; name the folder of a saved model",
     "{good.csv}": r"model \S+good.csv: this is a file; name the folder of a saved model",
     "{models/no-config}": r"model \S+no-config: the folder holds no config.json; name the folder",
     "{models/no-weights}": r"model \S+no-weights: the model could not be loaded \(.*model.safetensors",
@@ -248,6 +288,8 @@ MODELS = {
     "{models/no-padding}": r"model \S+no-padding: its tokenizer has no padding token.*; choose a BERT-like",
     "{models/few-layers}": r"model \S+few-layers: 16 encoder weights are missing .* bert.encoder.layer.1",
     "{models/no-room}": r"model \S+no-room: it takes 3 tokens at most, of which 3 are special: no room",
+    "{models/huge}": r"model \S+huge: its config has num_hidden_layers 10000000, and the most is 1,000",
+    "{models/nan}": r"model \S+nan: its weights hold NaN or infinity \(classifier.weight\); name another model",
     "{models/other-tokenizer}": r"model \S+other-tokenizer: .* 45 tokens and its embedding table 32 rows; save",
 }
 
@@ -255,6 +297,19 @@ FILES = {
     "nobody/nothing": r"--data nobody/nothing: the Hub is out of reach .*; name a local file or folder",
     "glue/rte": r"--data glue/rte: the Hub is out of reach .*; name a local file or folder",
     "glue/nosuchtask": r"--data glue/nosuchtask: there is no such task; the GLUE tasks are .*mnli, .*mrpc",
+    "a@main": r"--data a@main: there is no such file or folder, and no name on the Hub is like this; name a local one",
+    "'$(id)'": r"--data \$\(id\): there is no such file or folder, and no name on the Hub is like this",
+    "~nobody-here/x.csv": r"--data ~nobody-here/x.csv: this user has no home folder here; write the path in full",
+    f"{'x' * 5000}": r"--data x+\.\.\.x+",
+    "a\0b": r"--data a\\x00b: no file can have this name; name another one",
+    "'stdlib-pairs\n'": r"--data stdlib-pairs : there is no such file or folder, and no name on the Hub is like this",
+    "''": r"--data is empty: name a file or folder",
+    "{pipe.csv}": r"--data \S+pipe.csv: it is a pipe, and data are read more than once; write them into a file",
+    "/dev/zero": r"--data /dev/zero: it is a device, and data are read more than once; write them into a file",
+    "{zero.csv}": r"--data \S+zero.csv: it is a device, and data are read more than once; write them into a file",
+    "{loop.csv}": r"--data \S+loop.csv: there is no such file or folder",
+    "{folder/pipes}": r"--data \S+train.csv: it is a pipe; put a plain file there",
+    "{folder/folders}": r"--data \S+train.csv: it is a folder; put a plain file there",
     "{nowhere.csv}": r"--data \S+nowhere.csv: there is no such file or folder",
     "{nowhere}": r"--data \S+nowhere: there is no such file or folder",
     "{notes.txt}": r"--data \S+notes.txt: it is not a .csv, .* or .parquet file; rename or convert it",
@@ -315,6 +370,18 @@ TRAIN = {
 PREDICT = {
     "": r"following arguments are required: MODEL_DIR .*--help",
     "{models/nowhere}": r"model \S+nowhere: there is no such folder",
+    "a@main {lines.txt}": r"model a@main: there is no such file or folder, and no name on the Hub is like this",
+    "a\0b {lines.txt}": r"model a\\x00b: no file can have this name; name another one",
+    "'' {lines.txt}": r"model is empty: name a file or folder",
+    "{pipe.csv} {lines.txt}": r"model \S+pipe.csv: this is a pipe; name the folder of a saved model",
+    f"{{model}} {'x' * 5000}": r"FILE x+\.\.\.x+",
+    "{model} ''": r"FILE is empty: name a file or folder",
+    "{models/huge} {lines.txt}": r"model \S+huge: its config has num_hidden_layers 10000000, and the most is 1,000",
+    "{models/nan} {lines.txt}": r"model \S+nan: its weights hold NaN or infinity \(classifier.weight\); name another",
+    "{models/overflow} {lines.txt}": r"model \S+overflow: it answers with NaN or infinity; name another model",
+    "{models/cannot} {lines.txt}": r"model \S+cannot: it fails on a batch of 2 rows \(.*chunk.*another model",
+    "{models/columns} {lines.txt}": r"model \S+columns: its config has text_columns 7, which are not one or two names",
+    "{model} {long.txt}": r"line 2 has more than 1,000,000 characters, the most that is read; cut it",
     "{good.csv} {lines.txt}": r"model \S+good.csv: this is a file; name the folder of a saved model",
     "{models/broken-weights} {lines.txt}": r"model \S+broken-weights: the model could not be loaded",
     "{models/never-tuned} {lines.txt}": r"never-tuned: never fine-tuned .*classifier.*; fine-tune it with train.py",

@@ -26,7 +26,7 @@ FLOORS = {
     0: "ground/errors",
     1: "ground/cli ground/xla ground/process ground/precision step/collate step/optim step/schedule step/metrics"
     " step/order ranks/shard ranks/naive_ddp ranks/ddp data/tasks data/files cpu/memory"
-    " launch/rendezvous",
+    " launch/rendezvous ground/names data/limits",
     2: "ground/device ground/environment cpu/dropout cpu/embedding data/stdlib_pairs data/pretrained data/columns"
     " run/schema",
     3: "ranks/world cpu/lean data/load run/folders",

@@ -44,6 +44,7 @@ from nanofinetune.data.files import format_of
 from nanofinetune.data.load import Data, load_data
 from nanofinetune.data.tokens import TokenStore, tokenize
 from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.names import place_of
 
 MOST_BYTES = 4 * 2**30  # of our files in the folder; those that were used longest ago go first
 LEFT_BEHIND = 3600  # seconds: a file that has been unfinished for longer is a killed process's
@@ -145,7 +146,7 @@ def _content(name: str | None, seed: int) -> list[Any] | None:
         return None  # the default and its fallback are different data
     if name == "stdlib-pairs":
         return [_digest(Path(os.__file__)), sys.version]
-    path = Path(name).expanduser()
+    path = place_of("--data", name)
     with suppress(OSError):
         if path.is_file():
             return [path.suffix, _digest(path), seed]  # the seed chooses the rows that are held out

@@ -34,6 +34,7 @@ from nanofinetune.data.files import format_of, read
 from nanofinetune.data.pretrained import hub_in_reach, looks_like_path
 from nanofinetune.data.tasks import GLUE, Task, default_metrics
 from nanofinetune.ground.errors import UsageError, first_line
+from nanofinetune.ground.names import check_hub_name, oddity, place_of
 
 DEFAULT_DATA = "glue/mrpc"
 HELD_OUT = 0.1  # the share of a single file's rows that become its validation split
@@ -112,9 +113,13 @@ def _load(name: str | None) -> tuple[str, dict[str, Split], str]:
             name = "stdlib-pairs"
     if name == "stdlib-pairs":
         return name, _load_stdlib_pairs(), note
-    if name.startswith("glue/") and not Path(name).exists():
+    place = place_of("--data", name)
+    if name.startswith("glue/") and not place.exists():
         return name, _load_glue(name.removeprefix("glue/")), ""
-    return name, _load_path(Path(name).expanduser()) if _is_path(name) else _load_hub(name), ""
+    if place.exists() or looks_like_path(name) or format_of(place) is not None:
+        return name, _load_path(place), ""
+    check_hub_name("--data", name)
+    return name, _load_hub(name), ""
 
 
 def _with_labels(rows: Any, column: str, values: np.ndarray) -> Any:
@@ -132,10 +137,6 @@ def _with_labels(rows: Any, column: str, values: np.ndarray) -> Any:
 
 
 # --- each kind of name ------------------------------------------------------------------------------------------------
-
-
-def _is_path(name: str) -> bool:
-    return Path(name).expanduser().exists() or looks_like_path(name) or format_of(Path(name)) is not None
 
 
 def _load_glue(task: str) -> dict[str, Split]:
@@ -193,6 +194,8 @@ def _load_path(path: Path) -> dict[str, Split]:
         return {"train": _read([path])}
     if not path.exists():
         raise UsageError(f"--data {path}: there is no such file or folder")
+    if odd := oddity(path):
+        raise UsageError(f"--data {path}: it is {odd}, and data are read more than once; write them into a file")
     files = sorted(file for file in path.iterdir() if format_of(file) is not None)
     train = [file for file in files if _split_of(file) == "train"]
     if not train:
@@ -249,6 +252,9 @@ def _read(files: list[Path]) -> Split:
     import datasets
 
     datasets.disable_progress_bars()
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"--data {file}: it is {oddity(file) or 'a folder'}; put a plain file there")
     table, kinds = read(files)
     # underneath: without a fingerprint of its own, datasets would hash the whole table to make one
     rows = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=os.urandom(8).hex())

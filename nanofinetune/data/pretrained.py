@@ -28,9 +28,13 @@ from urllib.parse import urlsplit
 
 import torch
 
+from nanofinetune.data.limits import built_within, check_counts
 from nanofinetune.ground.errors import UsageError, first_line
+from nanofinetune.ground.names import check_hub_name, oddity, place_of
 
 DEFAULT_MODEL = "bert-base-uncased"
+LARGEST = 2**28  # bytes of a file that transformers reads whole: a large vocabulary has a tenth of it
+WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack", ".ckpt", ".gguf")  # the endings of their files' names
 
 # Model types whose positions start at pad_token_id + 1, as RoBERTa's do.
 _OFFSET_POSITIONS = ["roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text", "ibert", "luke"]
@@ -80,6 +84,17 @@ def is_cached(name: str) -> bool:
     return all(isinstance(try_to_load_from_cache(name, file), str) for file in files)
 
 
+def weights_size(source: str) -> int:
+    """The bytes of all weights files of a folder, or of a Hub's model in the cache, that a model may be read from."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(source)
+    if not folder.is_dir():
+        config = try_to_load_from_cache(source, "config.json")
+        folder = Path(config).parent if isinstance(config, str) else folder
+    return sum(file.stat().st_size for file in folder.glob("*") if file.suffix in WEIGHTS and file.is_file())
+
+
 def resolve_default() -> tuple[str, str]:
     """The model of a run that names none -> (folder or Hub name, the line that announces a fallback, or "").
 
@@ -113,11 +128,11 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model folder or Hub name. Raises UsageError where there is none."""
     from transformers import AutoTokenizer
 
-    _check_name(name)
+    source = _source(name)
     _config(name)  # refuses code of the model's own
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, JSONDecodeError ...
         raise UsageError(f"model {name}: no tokenizer could be loaded ({_why(error)})") from error
     # underneath: without a vocabulary, transformers 5 makes one of special tokens alone, and every word is [UNK]
@@ -127,6 +142,14 @@ def load_tokenizer(name: str) -> Any:
         raise UsageError(
             f"model {name}: its tokenizer has no padding token, which batches need; choose a BERT-like model"
         )
+    why = "" if isinstance(tokenizer.model_max_length, (int, float)) else "its model_max_length is no number"
+    try:
+        lacks = why or set(tokenizer.model_input_names) - set(tokenizer("\u2603", "?"))
+        why = why or (f"it gives no {', '.join(map(str, lacks))}" if lacks else "")
+    except Exception as error:  # a word that it does not know, and no token for such words
+        why = _why(error)
+    if why:
+        raise UsageError(f"model {name}: its tokenizer cannot be used ({why}); save a whole one beside the model")
     return tokenizer
 
 
@@ -138,7 +161,6 @@ def load_model(name: str, label_names: list[str] | None) -> tuple[Any, list[str]
     Raises:
         UsageError: no such model, a folder without weights, broken weights.
     """
-    _check_name(name)
     head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if label_names is not None:
         ids = {label: i for i, label in enumerate(label_names)}
@@ -153,7 +175,6 @@ def load_model(name: str, label_names: list[str] | None) -> tuple[Any, list[str]
 
 def load_trained(name: str) -> Any:
     """A model that was fine-tuned before, in fp32 and in evaluation mode. Raises UsageError where it has no head."""
-    _check_name(name)
     model, made_anew = _load(name, {})
     if made_anew:
         lacks = f"it lacks {', '.join(made_anew[:4])}"
@@ -196,27 +217,36 @@ def _load(name: str, head: dict[str, Any]) -> tuple[Any, list[str]]:
     """from_pretrained without its reports -> (model in fp32, names of the parameters that are new)."""
     from transformers import AutoModelForSequenceClassification
 
-    config = _config(name, **head)
+    source, config = _source(name), _config(name, **head)
     try:
-        with _quiet():
+        with _quiet(), built_within(name, lambda: weights_size(source)):
             # underneath: transformers 5 keeps a checkpoint's dtype, so half precision would train in half precision
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+                source, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
                 trust_remote_code=False,
             )  # fmt: skip
+    except UsageError:
+        raise  # from `built_within`
     except Exception as error:
         raise UsageError(f"model {name}: the model could not be loaded ({_why(error)})") from error
+    for key, tensor in model.named_parameters():
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise UsageError(f"model {name}: its weights hold NaN or infinity ({key}); name another model")
     # A head of another size (a model that was fine-tuned on another task) is replaced like a missing one.
     return model, sorted(set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]})
 
 
 def _config(name: str, **head: Any) -> Any:
     """The model's config. Raises UsageError where there is none, or where it asks for code from elsewhere."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
+    source = _source(name)
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **head)
+            check_counts(name, PreTrainedConfig.get_config_dict(source)[0])
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **head)
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(f"model {name}: its config could not be loaded ({_why(error)})") from error
     attention = config._attn_implementation
@@ -247,18 +277,29 @@ def _why(error: BaseException) -> str:
     return first_line(error)
 
 
-def _check_name(name: str) -> None:
-    """Refuse at once what the library would look up on the Hub, retry and explain at length."""
-    path = Path(name).expanduser()
+def _source(name: str) -> str:
+    """What transformers is to be asked for: a folder, or a name on the Hub that is there or in reach.
+
+    Raises UsageError at once for what the library would look up on the Hub, retry and explain at length.
+    """
+    path = place_of("model", name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"model {name}: the folder holds no config.json; name the folder of a saved model")
-    elif path.is_file():
-        raise UsageError(f"model {name}: this is a file; name the folder of a saved model")
-    elif looks_like_path(name):
+        for file in path.iterdir():
+            if file.suffix in (".json", ".txt", ".model") and file.is_file() and file.stat().st_size > LARGEST:
+                raise UsageError(
+                    f"model {name}: its {file.name} has {file.stat().st_size:,} bytes, which is no {file.stem}"
+                )
+        return str(path)  # underneath: transformers knows no ~
+    if path.exists():
+        raise UsageError(f"model {name}: this is {oddity(path) or 'a file'}; name the folder of a saved model")
+    if looks_like_path(name):
         raise UsageError(f"model {name}: there is no such folder")
-    elif not hub_in_reach() and not is_cached(name):
+    check_hub_name("model", name)
+    if not hub_in_reach() and not is_cached(name):
         raise UsageError(
             f"model {name}: the Hub is out of reach, the model is not in the cache and no folder has this name; "
             "name a local folder"
         )
+    return name

@@ -24,11 +24,12 @@ import io
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from nanofinetune.ground.errors import Halt, UsageError, first_line, shown
+from nanofinetune.ground.errors import Halt, UsageError, first_line, shown, shown_lines
 
 MOST = 2**31  # of rows, batches, updates or files: no run has more, and a resumed run believes no greater count
 LONGEST_WAIT = 10**6  # seconds, 11 days: poll(2) counts milliseconds in 32 bits
@@ -41,12 +42,21 @@ class Parser(argparse.ArgumentParser):
         layout = argparse.RawDescriptionHelpFormatter  # the docstring's own lines
         super().__init__(prog=prog, description=description, formatter_class=layout, allow_abbrev=False)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words[: words.index("--")] if "--" in words else words:
+            if word.startswith("--") and word.endswith("=--"):  # underneath: argparse makes an empty list of this value
+                self.error(f"argument {word.removesuffix('=--')}: expected one argument")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument ") + " (--help lists the options)")
 
 
 def run_main(name: str, main: Callable[[], None]) -> int:
     """Run a command -> its exit code. A UsageError is one line on stderr and exit code 2; a Halt brings its own."""
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _print_traceback
     try:
         main()
         if sys.stdout is not None:  # closed from the beginning: `>&-`
@@ -70,6 +80,11 @@ def run_main(name: str, main: Callable[[], None]) -> int:
         _to_devnull(sys.stdout)
         return 141  # 128 + SIGPIPE, what a shell reports
     return 0
+
+
+def _print_traceback(*error: Any) -> None:
+    """A fault of ours, as Python prints it, but that a name in it may hold what a terminal obeys."""
+    _complain(shown_lines("".join(traceback.format_exception(*error)).rstrip("\n")))
 
 
 def _complain(line: str) -> None:

@@ -16,6 +16,8 @@ Proof: test_every_bad_input_gives_one_line_and_exit_2, test_run_gives_the_exit_c
 tests/test_bad_inputs.py and tests/ground/test_cli.py.
 """
 
+import sys
+
 
 class UsageError(ValueError):
     """What the user got wrong, in one line: the thing, the value, the remedy."""
@@ -51,3 +53,12 @@ def shown(text: str, most: int = 500) -> str:
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     half = (most - 3) // 2
     return safe if len(safe) <= most else f"{safe[:half]}...{safe[-half:]}"
+
+
+def shown_lines(text: str) -> str:
+    r"""Text of several lines, such as a traceback, safe to print: each as `shown` makes it, however long.
+
+    >>> shown_lines("line 1\nline\r2\n")
+    'line 1\nline\\r2\n'
+    """
+    return "\n".join(shown(line, most=sys.maxsize) for line in text.split("\n"))

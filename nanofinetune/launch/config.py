@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanofinetune.ground import cli
-from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.errors import UsageError, shown
 from nanofinetune.ground.precision import PRECISIONS
 
 
@@ -52,7 +52,7 @@ class Question:
                     raise argparse.ArgumentTypeError("an answer is needed here")
                 return answer
             except argparse.ArgumentTypeError as error:
-                print(error)
+                print(shown(str(error)))
 
 
 def one_of(*choices: str) -> Callable[[str], object]:
@@ -93,9 +93,9 @@ def configure(path: Path) -> None:
     """
     try:
         if path.exists():
-            sure = Question("", f"{path} exists: write over it (yes, no)?", "no", one_of("yes", "no"))
+            sure = Question("", f"{shown(str(path))} exists: write over it (yes, no)?", "no", one_of("yes", "no"))
             if sure.ask() == "no":
-                print(f"{path} is as it was")
+                print(f"{shown(str(path))} is as it was")
                 return
         answers: dict[str, str] = {}
         for question in QUESTIONS:
@@ -110,4 +110,4 @@ def configure(path: Path) -> None:
         path.write_text("".join(["# Written by `launch.sh config`; the environment goes before it.\n", *chosen]))
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error.strerror})") from error
-    print(f"wrote {path}")
+    print(f"wrote {shown(str(path))}")

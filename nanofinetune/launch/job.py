@@ -35,7 +35,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanofinetune.ground.errors import Halt, UsageError, first_line
+from nanofinetune.ground.errors import Halt, UsageError, first_line, shown, shown_lines
 from nanofinetune.ground.process import end_with_parent
 
 # The exit codes of a process that torchrun has ended because another one failed: at once, or after saving its state.
@@ -149,9 +149,9 @@ def work(script: str, args: Sequence[str]) -> int:
         runpy.run_path(script, run_name="__main__")
         return 0
     except UsageError as error:
-        final, code, text = True, 2, f"{Path(script).name}: {error}\n"
+        final, code, text = True, 2, f"{shown(Path(script).name)}: {error}\n"
     except Halt as halt:
-        final, code, text = True, halt.code, f"{Path(script).name}: {halt}\n"
+        final, code, text = True, halt.code, f"{shown(Path(script).name)}: {halt}\n"
     except SystemExit as error:
         if error.code != 2:
             raise
@@ -159,7 +159,7 @@ def work(script: str, args: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        final, code, text = False, 1, traceback_of(error, script)
+        final, code, text = False, 1, shown_lines(traceback_of(error, script))
     # The launcher prints the text at the very end; but before a restart it is printed here, or nobody would see it.
     if os.environ["TORCHELASTIC_RESTART_COUNT"] != os.environ["TORCHELASTIC_MAX_RESTARTS"]:
         if final:

@@ -40,7 +40,7 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
-from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.errors import UsageError, shown
 
 BACKEND = "one-address"  # torchrun's --rdzv-backend
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}.get(sys.platform, "")  # the interface's name
@@ -115,7 +115,7 @@ class OneAddress(RendezvousHandler):
         where = f"{own}, port {self.port}, only"
         if not own:
             where = f"port {self.port} of ALL its addresses: MASTER_ADDR {self.address} is none that it has"
-        print(f"launch.sh: node 0 of {self.nodes} listens at {where}", file=sys.stderr, flush=True)
+        print(f"launch.sh: node 0 of {self.nodes} listens at {shown(where)}", file=sys.stderr, flush=True)
         return server
 
     def next_rendezvous(self) -> RendezvousInfo:

@@ -51,9 +51,14 @@ class Calls(Counter[str]):
     """
 
     latest = "no collective yet"
+    inside = ""  # the name of the block, if this rank is in one that lets some rank go first
 
     def begin(self, name: str) -> str:
         """Count one more call -> its label, which is the same on all ranks that make the same calls."""
+        if self.inside:
+            raise RuntimeError(
+                f"{name} inside {self.inside}, where ranks wait for each other's end: call it after that"
+            )
         self[name] += 1
         self.latest = f"{name}#{self[name]}"
         return self.latest

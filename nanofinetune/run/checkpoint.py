@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanofinetune.ground.errors import first_line
+from nanofinetune.ground.errors import first_line, shown
 from nanofinetune.run.folders import check, delete, new_folder, read_manifest, restore
 from nanofinetune.step.order import mix
 
@@ -180,7 +180,7 @@ class Saver:
     def _say(self, folder: Path, failure: BaseException | None) -> None:
         if failure is not None:
             why = failure.strerror if isinstance(failure, OSError) and failure.strerror else str(failure)
-            self._report(f"{folder} was not saved: {why}; what was saved before is still there")
+            self._report(shown(f"{folder} was not saved: {why}; what was saved before is still there"))
 
 
 # ---- Load ------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from typing import IO, Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from nanofinetune.ground.errors import Halt, UsageError
+from nanofinetune.ground.errors import Halt, UsageError, shown
 from nanofinetune.ranks.collectives import gather_object
 from nanofinetune.run.schema import finite, whole
 
@@ -93,7 +93,7 @@ class Log:
             with self.path.open("r+b") as content:
                 if strangers := cut_back(content, self.update):
                     why = f"{strangers} line(s) in it are not of this run's making: they stay"
-                    self.accelerator.print(f"note: {self.path}: {why}", file=sys.stderr, flush=True)
+                    self.accelerator.print(f"note: {shown(str(self.path))}: {why}", file=sys.stderr, flush=True)
         hidden = None if self.accelerator.is_main_process else True  # None: tqdm draws on a terminal only
         self.progress = tqdm(
             total=self.updates, initial=self.update, unit="update", disable=hidden, file=sys.stderr, dynamic_ncols=True
@@ -137,7 +137,7 @@ class Log:
     def say(self, text: str) -> None:
         """Print a line above the progress bar, on rank 0 alone."""
         if self.accelerator.is_main_process:
-            self.progress.write(text, file=sys.stderr)
+            self.progress.write(shown(text), file=sys.stderr)
 
     def end_update(self, lr: float, rows: int, rows_of_epoch: int) -> None:
         """Close the window. `rows`: of a full update of all ranks; `rows_of_epoch`: of the training split."""
@@ -202,9 +202,9 @@ class Log:
         """Move on to the next epoch; keep and print this one's scores."""
         self.epoch, self.rows, self.losses = self.epoch + 1, 0, (0.0, 0.0)
         self.evaluations.append(evaluation)
-        shown = ", ".join(f"{key} {value:.4f}" for key, value in evaluation.items() if isinstance(value, float))
+        scores = ", ".join(f"{key} {value:.4f}" for key, value in evaluation.items() if isinstance(value, float))
         if self.accelerator.is_main_process:
-            self.progress.write(f"epoch {self.epoch}: {shown}", file=sys.stdout)
+            self.progress.write(f"epoch {self.epoch}: {scores}", file=sys.stdout)
             sys.stdout.flush()
 
     def state_dict(self) -> dict[str, Any]:

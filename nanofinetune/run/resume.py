@@ -28,7 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanofinetune.ground.errors import UsageError, first_line, shown
+from nanofinetune.ground.errors import UsageError, shown
+from nanofinetune.ground.names import place_of
 from nanofinetune.ranks.collectives import agree, broadcast_object_list
 from nanofinetune.run import checkpoint, log
 from nanofinetune.run.folders import MANIFEST
@@ -120,7 +121,7 @@ def find_start(args: Any, restarted: bool = False) -> Start:
     Raises UsageError, before any long work, if something would be overwritten or the run is another one.
     """
     restarted = restarted and args.output is not None
-    output = None if args.output is None else _path("--output", args.output)
+    output = None if args.output is None else place_of("--output", args.output)
     if output is not None:
         _claim(args.output, output, goes_on=restarted or args.resume is not None)
     if args.resume is None and not restarted:
@@ -201,16 +202,9 @@ def _skipped(reason: str) -> str:
     return f"passed over {reason}"
 
 
-def _path(flag: str, name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:  # ~somebody
-        raise UsageError(f"{flag} {name}: {first_line(error)}") from error
-
-
 def _named(resume: str) -> tuple[Path, list[str]]:
     """The checkpoint that --resume names, or the newest of the run that it names -> it, and what is passed over."""
-    path = _path("--resume", resume)
+    path = place_of("--resume", resume)
     try:
         if os.path.lexists(path / MANIFEST):
             if reason := checkpoint.check(path):
@@ -234,8 +228,6 @@ def _named(resume: str) -> tuple[Path, list[str]]:
 
 def _claim(name: str, output: Path, goes_on: bool) -> None:
     """Make sure, before any long work, that the folder can be written and holds nothing that would be overwritten."""
-    if not name:
-        raise UsageError("--output is empty: name a folder")
     try:
         there = [child for child in ("model", "metrics.jsonl", "result.json", "checkpoints") if _exists(output / child)]
         if "result.json" in there and goes_on:

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from nanofinetune.ground.errors import Halt, UsageError
+from nanofinetune.ground.errors import Halt, UsageError, shown
 from nanofinetune.ground.process import seconds_since_start
 from nanofinetune.ground.xla import end_step, manual_seed, spread_rows
 from nanofinetune.ranks.collectives import agree
@@ -250,7 +250,7 @@ class Run:
         try:
             return accelerator.save_state(folder, keep=self.args.keep, background=background)
         except (OSError, RuntimeError, MemoryError) as error:
-            accelerator.print(f"{folder} was not saved: {error}", file=sys.stderr, flush=True)
+            accelerator.print(shown(f"{folder} was not saved: {error}"), file=sys.stderr, flush=True)
             return ""
 
     def where(self) -> str:

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanofinetune.ground.errors import first_line
+from nanofinetune.ground.errors import first_line, shown
 from nanofinetune.ranks import collectives
 from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.world import World
@@ -105,7 +105,7 @@ def newest(parent: Path, world: World) -> Path:
     if world.rank == 0:
         found[0], passed_over = checkpoint.newest(parent, SERIES)
         for line in passed_over:
-            print(f"passed over: {line}", file=sys.stderr)
+            print(f"passed over: {shown(line)}", file=sys.stderr)
     folder = collectives.broadcast_object_list(found, world)[0]
     if folder is None:
         raise ValueError(f"load_state: there is no complete checkpoint in {parent}")

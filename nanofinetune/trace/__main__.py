@@ -27,7 +27,8 @@ from pathlib import Path
 import torch
 
 from nanofinetune.ground.cli import MOST, Parser, number, run_main
-from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.errors import UsageError, shown
+from nanofinetune.ground.names import place_of
 from nanofinetune.trace.observe import ROOT, Event
 from nanofinetune.trace.picture import picture
 from nanofinetune.trace.told import Ranks, phases, told
@@ -67,19 +68,22 @@ def main() -> None:
     args, others = parser.parse_known_args()
     if not (ROOT / "train.py").is_file():
         raise UsageError("train.py is not beside the package: clone the repository")
+    for option, name in (("--picture", args.picture), ("--json", args.json)):
+        if name is not None and not place_of(option, name).absolute().parent.is_dir():
+            raise UsageError(f"{option} {name}: there is no such folder")  # before the training
     if "--dry-run" in others:
         raise UsageError("--dry-run: there is nothing to trace in a run that stops before its first step")
     ranks = traced([*others, "--max-steps", str(args.updates)], args.processes)
-    print("\n".join(told(ranks)))
+    print("\n".join(map(shown, told(ranks))))
     title = title_of(ranks)
     try:
         if args.json:
             events = [[asdict(event) for event in rank] for rank in ranks]
-            Path(args.json).write_text(json.dumps({"title": title, "ranks": events}) + "\n")
-        Path(args.picture).write_text(picture(ranks, title))
+            place_of("--json", args.json).write_text(json.dumps({"title": title, "ranks": events}) + "\n")
+        place_of("--picture", args.picture).write_text(picture(ranks, title))
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be written ({error.strerror})") from error
-    print(f"\nwrote {args.picture}: the last update, all ranks on one axis")
+    print(f"\nwrote {shown(args.picture)}: the last update, all ranks on one axis")
 
 
 def title_of(ranks: Ranks) -> str:

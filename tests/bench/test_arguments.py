@@ -8,7 +8,7 @@ import sys
 from importlib import import_module, util
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -73,6 +73,18 @@ def test_readme_py_writes_nothing_where_it_is_told_something() -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
     assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in documents] == before
+
+
+def test_render_py_writes_nothing_where_it_is_told_something() -> None:
+    """It rewrote every document whatever its arguments were."""
+    render = load_script(ROOT / "docs" / "render.py")
+    paths = [*render.documents(), ROOT / "docs" / "overlap.svg"]
+    before = [path.stat().st_mtime_ns for path in paths]
+    for words in (["--help"], ["--check"], ["README.md"]):
+        command = [sys.executable, str(ROOT / "docs" / "render.py"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
+    assert [path.stat().st_mtime_ns for path in paths] == before
 
 
 @pytest.mark.parametrize("words", ["--bogus", "--print --bogus", "fp32", "--print --data", "--data x --print"])

@@ -5,6 +5,7 @@ Run: OMP_NUM_THREADS=1 python -m pytest tests/ranks/test_collectives.py
 
 import collections
 import contextlib
+import dataclasses
 import time
 from datetime import timedelta
 
@@ -15,6 +16,7 @@ from helpers import run_ranks, run_world
 
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ranks.collectives import (
+    agree,
     broadcast,
     broadcast_object_list,
     gather,
@@ -289,6 +291,49 @@ def first_meets_a_usage_error(world):
 
 def test_main_process_first_tells_all_ranks_what_the_user_got_wrong():
     assert run_world(first_meets_a_usage_error, 2) == ["--data x.csv: there is no such file"] * 2
+
+
+def blocks_in_blocks(world):
+    order = []
+    for outer in (main_process_first, local_main_process_first):
+        for inner in (main_process_first, local_main_process_first):
+            with outer(world), inner(world):
+                time.sleep(0.2 * (world.rank == 0))
+                order.append(time.monotonic())
+    others = []
+    for call in (lambda: gather(torch.zeros(1), world), lambda: wait_for_everyone(world), lambda: agree([1], world)):
+        with pytest.raises(RuntimeError) as failure, main_process_first(world):
+            call()
+        others.append(str(failure.value))
+    with main_process_first(world), contextlib.suppress(KeyError), local_main_process_first(world):
+        raise KeyError("caught inside: no failure of the outer block")
+    wait_for_everyone(world)
+    return order, others
+
+
+def test_a_block_in_a_block_keeps_the_turns_and_a_collective_in_it_is_refused():
+    """Each waited for the other ranks, which wait for the outer block's end: for two hours, or in vain."""
+    (first, own), (second, heard) = run_world(blocks_in_blocks, 2)
+    assert len(first) == 4 and all(mine < other for mine, other in zip(first, second, strict=True))
+    assert [text.partition("#")[0] for text in own] == [
+        f"{name} inside main_process_first, where ranks wait for each other's end: call it after that"
+        for name in ("gather", "wait_for_everyone", "agree")
+    ]
+    assert all("rank 0 failed with RuntimeError: " + mine in text for mine, text in zip(own, heard, strict=True))
+
+
+def blocks_on_two_nodes(world):
+    """Two ranks that believe to be on a node each: its local first one has another rank to wait for."""
+    apart = dataclasses.replace(world, local_rank=0, local_size=1)
+    with pytest.raises(RuntimeError) as failure, main_process_first(apart), local_main_process_first(apart):
+        pytest.fail("not in two orders at once")
+    return str(failure.value)
+
+
+def test_two_kinds_of_blocks_on_several_nodes_are_refused():
+    first, second = run_world(blocks_on_two_nodes, 2)
+    assert first.startswith("local_main_process_first inside main_process_first, where ranks wait")
+    assert second.endswith(first)
 
 
 def accelerate_main_process_first():
