@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanofinetune.ground import cli
-from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.errors import UsageError, shown
 from nanofinetune.ground.precision import PRECISIONS
 
 
@@ -52,7 +52,7 @@ class Question:
                     raise argparse.ArgumentTypeError("an answer is needed here")
                 return answer
             except argparse.ArgumentTypeError as error:
-                print(error)
+                print(shown(str(error)))
 
 
 def one_of(*choices: str) -> Callable[[str], object]:

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nanofinetune.ground.errors import first_line
+from nanofinetune.ground.errors import first_line, shown
 from nanofinetune.ranks import collectives
 from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.world import World
@@ -105,7 +105,7 @@ def newest(parent: Path, world: World) -> Path:
     if world.rank == 0:
         found[0], passed_over = checkpoint.newest(parent, SERIES)
         for line in passed_over:
-            print(f"passed over: {line}", file=sys.stderr)
+            print(f"passed over: {shown(line)}", file=sys.stderr)
     folder = collectives.broadcast_object_list(found, world)[0]
     if folder is None:
         raise ValueError(f"load_state: there is no complete checkpoint in {parent}")
@@ -127,6 +127,7 @@ def load(folder: Path, things: dict[str, Any], world: World) -> None:
                 reason = reason or f"{folder} does not fit: {name}: {why}"
     except (OSError, ValueError) as error:
         reason = str(error)
+    reason = shown(reason)  # it may quote what the folder's author wrote
     for rank, why in enumerate(collectives.gather_object([reason], world)):
         if why:
             raise ValueError(why if rank == world.rank else f"rank {rank} cannot load: {why}")
