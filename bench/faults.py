@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from nanofinetune.launch.job import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, BATCH, SAVE_EVERY, WORDS = 2, 4, 5, [f"word{i}" for i in range(40)]
+ROWS = {"train": 240, "validation": 24}
 LIMIT = 60.0  # seconds that a run may take
 
 
@@ -528,8 +529,8 @@ FAULTS: dict[str, Callable[[str, Path], str]] = {
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def prepare(work: Path) -> None:
-    """A tiny random BERT with dropout, its tokenizer, and random pairs."""
+def prepare(work: Path, rows: Mapping[str, int] = ROWS, width: int = 64) -> None:
+    """A tiny random BERT with dropout, its tokenizer, and random pairs: so many rows a split."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
@@ -538,13 +539,13 @@ def prepare(work: Path) -> None:
     BertTokenizerFast(str(work / "vocab.txt"), model_max_length=64).save_pretrained(work / "model")
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(WORDS) + 5, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-        max_position_embeddings=64,
+        vocab_size=len(WORDS) + 5, hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=2 * width, max_position_embeddings=64,
     )  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(work / "model")
     (work / "data").mkdir()
-    for split, rows in (("train", 240), ("validation", 24)):
-        pairs = [[" ".join(dice.choices(WORDS, k=dice.randint(2, 9))) for _ in range(2)] for _ in range(rows)]
+    for split, count in rows.items():
+        pairs = [[" ".join(dice.choices(WORDS, k=dice.randint(2, 9))) for _ in range(2)] for _ in range(count)]
         lines = [json.dumps({"sentence1": a, "sentence2": b, "label": dice.randint(0, 1)}) for a, b in pairs]
         (work / "data" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 

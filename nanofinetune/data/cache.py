@@ -12,7 +12,7 @@
 Underneath: the cache of `datasets.Dataset.map` (datasets 5.2)
   - saves the tokenizing, but not the imports of itself, pandas and pyarrow; ours needs none of them;
   - knows a local file by path and mtime; ours by a hash of its content;
-  - believes what it finds; ours has a checksum, and must belong to the user;
+  - believes what it finds; ours has a checksum, of its name too, and must belong to the user;
   - grows for ever; ours keeps the 4 GB that were used last.
 
 A cache that cannot be read or written is left out: it saves time, and nothing depends on it.
@@ -84,12 +84,15 @@ def load_tokens(
 
 
 def read_cache(file: Path) -> tuple[Data, dict[str, TokenStore]] | None:
-    """What `write_cache` wrote; None where that is not there, is damaged or belongs to someone else."""
+    """What `write_cache` wrote under this name; None where that is not there, is damaged or belongs to someone else."""
     try:
-        with open(os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as raw:
-            if not (_is_ours(os.fstat(raw.fileno())) and _is_ours(file.parent.stat())):
+        # O_NONBLOCK: opening a FIFO would wait for a writer
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        with open(os.open(file, flags), "rb") as raw:
+            status = os.fstat(raw.fileno())
+            if not (_is_ours(status) and _is_ours(file.parent.stat())) or status.st_size > MOST_BYTES:
                 return None
-            if raw.read(32) != hashlib.file_digest(raw, "sha256").digest():
+            if raw.read(32) != _checksum(file, raw):
                 return None
             raw.seek(32)
             kept = json.loads(np.load(raw, allow_pickle=False).tobytes())
@@ -97,13 +100,15 @@ def read_cache(file: Path) -> tuple[Data, dict[str, TokenStore]] | None:
             for split, columns in kept.pop("columns").items():
                 labels, offsets = np.load(raw, allow_pickle=False), np.load(raw, allow_pickle=False)
                 ragged = {column: (np.load(raw, allow_pickle=False), offsets) for column in columns}
+                if not _fits(labels, offsets, *(flat for flat, _ in ragged.values())):
+                    return None
                 stores[split] = TokenStore(ragged, labels)
             os.utime(file)  # used last
-    except (OSError, ValueError, KeyError, EOFError):
+        splits = {split: range(len(store)) for split, store in stores.items()}
+        tuples = {name: tuple(kept[name]) for name in ("text_columns", "metrics")}
+        return Data(**kept | tuples, splits=splits), stores
+    except Exception:  # whatever it is, it is not what was written: JSON that is no object, an array of 2**60 bytes ...
         return None
-    splits = {split: range(len(store)) for split, store in stores.items()}
-    tuples = {name: tuple(kept[name]) for name in ("text_columns", "metrics")}
-    return Data(**kept | tuples, splits=splits), stores
 
 
 def write_cache(file: Path, data: Data, stores: Mapping[str, TokenStore]) -> None:
@@ -128,13 +133,29 @@ def write_cache(file: Path, data: Data, stores: Mapping[str, TokenStore]) -> Non
                 for array in (np.frombuffer(json.dumps(kept).encode(), np.uint8), *arrays):
                     np.save(raw, array, allow_pickle=False)
                 raw.seek(32)
-                checksum = hashlib.file_digest(raw, "sha256").digest()
+                checksum = _checksum(file, raw)
                 raw.seek(0)
                 raw.write(checksum)
             os.replace(part, file)
         finally:
             with suppress(OSError):
                 os.unlink(part)
+
+
+def _checksum(file: Path, content: Any) -> bytes:
+    """Of the rest of an opened file and of its name: the tokens of other data are as sound under a wrong name."""
+    return hashlib.file_digest(content, lambda: hashlib.sha256(file.stem.encode())).digest()
+
+
+def _fits(labels: np.ndarray, offsets: np.ndarray, *flats: np.ndarray) -> bool:
+    """Whether these can be a TokenStore's arrays."""
+    if any(array.ndim != 1 for array in (labels, offsets, *flats)) or not flats:
+        return False
+    whole = all(array.dtype.kind == "i" for array in (offsets, *flats)) and labels.dtype.kind in "if"
+    return bool(
+        whole and len(offsets) == len(labels) + 1 and offsets[0] == 0 and (np.diff(offsets) >= 0).all()
+        and all(offsets[-1] == len(flat) for flat in flats)
+    )  # fmt: skip
 
 
 # --- what the result depends on ---------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -29,7 +30,7 @@ from urllib.parse import urlsplit
 import torch
 
 from nanofinetune.data.limits import built_within, check_counts
-from nanofinetune.ground.errors import UsageError, first_line
+from nanofinetune.ground.errors import UsageError, first_line, shown
 from nanofinetune.ground.names import check_hub_name, oddity, place_of
 
 DEFAULT_MODEL = "bert-base-uncased"
@@ -133,6 +134,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            _check_class(source)
     except Exception as error:  # OSError, ValueError, KeyError, JSONDecodeError ...
         raise UsageError(f"model {name}: no tokenizer could be loaded ({_why(error)})") from error
     # underneath: without a vocabulary, transformers 5 makes one of special tokens alone, and every word is [UNK]
@@ -255,16 +257,29 @@ def _config(name: str, **head: Any) -> Any:
     return config
 
 
+def _check_class(name: str) -> None:
+    """Raises ValueError where a model's tokenizer is of a class that transformers does not have."""
+    import transformers
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    asked = get_tokenizer_config(name).get("tokenizer_class")
+    # underneath: transformers takes a class of its own instead, which gives both texts of a pair the same type
+    if asked is not None and not any(hasattr(transformers, f"{asked}{end}") for end in ("", "Fast")):
+        raise ValueError(f"it is a {shown(str(asked), most=60)}, which transformers does not have")
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' reports: what matters is returned or raised."""
+    """Without transformers' reports and torch's warnings: what matters is returned or raised."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(verbosity)
 

@@ -64,13 +64,13 @@ def run_main(name: str, main: Callable[[], None]) -> int:
     except UsageError as error:
         if "NANOFINETUNE_WORKER" in os.environ:
             raise  # nanofinetune.launch started this rank, and prints the line of the first rank that fails
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every rank makes the same mistake: print it once
+        if not _follows("LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # all ranks make the same mistake: print it once a node
             _complain(f"{name}: {' '.join(str(error).splitlines())}")  # one line, whatever it quotes
         return 2
     except Halt as halt:
         if "NANOFINETUNE_WORKER" in os.environ:
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if not _follows("RANK", "WORLD_SIZE"):
             _complain(f"{name}: {halt}")
         return halt.code
     except KeyboardInterrupt:
@@ -85,6 +85,12 @@ def run_main(name: str, main: Callable[[], None]) -> int:
 def _print_traceback(*error: Any) -> None:
     """A fault of ours, as Python prints it, but that a name in it may hold what a terminal obeys."""
     _complain(shown_lines("".join(traceback.format_exception(*error)).rstrip("\n")))
+
+
+def _follows(rank: str, size: str) -> bool:
+    """Whether these variables say that this is a later rank than 0, which speaks for all; not if they cannot be."""
+    value, ranks = os.environ.get(rank, ""), os.environ.get(size, "")
+    return value.isdecimal() and ranks.isdecimal() and 0 < int(value[:9]) < int(ranks[:9])
 
 
 def _complain(line: str) -> None:

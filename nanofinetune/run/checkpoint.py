@@ -202,8 +202,8 @@ def numbered(parent: Path, series: str) -> list[Path]:
     if not parent.is_dir():
         return []
     form = re.compile(re.escape(series) + "[0-9]+")
-    with os.scandir(parent) as entries:
-        names = [entry.name for entry in entries if form.fullmatch(entry.name) and entry.is_dir()]
+    with os.scandir(parent) as entries:  # os.path: `entry.is_dir` raises for a link that leads to itself
+        names = [entry.name for entry in entries if form.fullmatch(entry.name) and os.path.isdir(entry.path)]
     return sorted((parent / name for name in names), key=number_of, reverse=True)
 
 

@@ -184,7 +184,8 @@ def delete(folder: Path) -> None:
         hidden = _hidden("leaving", folder)
         os.rename(folder, hidden)  # ours, by the check above; first, so that a kill leaves no half checkpoint
     with suppress(OSError):  # another process may be sweeping too; or the folder has just got another file, and stays
-        for name in (*read_manifest(hidden), NEW_MANIFEST, MANIFEST):
+        known = read_manifest(hidden) if os.path.lexists(hidden / MANIFEST) else {}  # {}: an empty folder
+        for name in (*known, NEW_MANIFEST, MANIFEST):
             (hidden / name).unlink(missing_ok=True)  # ours: our manifest names it, and these are names, not paths
         os.rmdir(hidden)  # only if it is empty
 

@@ -127,6 +127,7 @@ def load(folder: Path, things: dict[str, Any], world: World) -> None:
                 reason = reason or f"{folder} does not fit: {name}: {why}"
     except (OSError, ValueError) as error:
         reason = str(error)
+    reason = shown(reason)  # it may quote what the folder's author wrote
     for rank, why in enumerate(collectives.gather_object([reason], world)):
         if why:
             raise ValueError(why if rank == world.rank else f"rank {rank} cannot load: {why}")

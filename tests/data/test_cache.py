@@ -3,9 +3,11 @@
 python -m pytest tests/data/test_cache.py
 """
 
+import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -157,6 +159,91 @@ def test_a_link_is_not_followed(kept, tmp_path):
     file.symlink_to(tmp_path / "elsewhere")
     assert kept() == (False, 20)
     assert not file.is_symlink()
+
+
+def test_a_file_of_other_data_under_this_name_is_read_anew(kept, tmp_path):
+    """It is whole and undamaged; it was copied, or renamed. Its checksum is of its name too."""
+    write(tmp_path, "csv", "other", rows(30, seed=1))
+    kept()
+    (file,) = cached(tmp_path)
+    whole = file.read_bytes()
+    assert kept("other.csv") == (False, 30)
+    (other,) = (path for path in cached(tmp_path) if path != file)
+    file.write_bytes(other.read_bytes())
+    assert kept() == (False, 20) and file.read_bytes() == whole
+    assert kept() == (True, 20) and kept("other.csv") == (True, 30)
+
+
+def in_place_of(file, kind):
+    file.unlink()
+    if kind == "a FIFO":
+        os.mkfifo(file)
+    elif kind == "a folder":
+        file.mkdir()
+    elif kind == "a socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            os.chdir(file.parent)  # a socket's name may be no longer than about a hundred bytes
+            listener.bind(file.name)
+    else:
+        with file.open("wb") as raw:
+            raw.truncate(cache_module.MOST_BYTES + 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+@pytest.mark.parametrize("kind", ["a FIFO", "a folder", "a socket", "five gigabytes of nothing"])
+def test_what_is_no_cache_file_is_left_out_without_waiting(kind, kept, tmp_path, monkeypatch):
+    """Opening a FIFO waits for a writer, which never comes; hashing gigabytes takes long."""
+    kept()
+    (file,) = cached(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    in_place_of(file, kind)
+    hashed = []
+    monkeypatch.setattr(cache_module, "_checksum", lambda *args: hashed.append(args) or b"")
+    assert cache_module.read_cache(file) is None and hashed == []
+
+
+def sealed(file, *arrays):
+    """A file whose checksum fits."""
+    with file.open("w+b") as raw:
+        raw.write(bytes(32))
+        for array in arrays:
+            np.save(raw, array)
+        raw.seek(32)
+        checksum = cache_module._checksum(file, raw)
+        raw.seek(0)
+        raw.write(checksum)
+
+
+KEPT = {"name": "x", "text_columns": ["a"], "label_column": "b", "label_names": None, "metrics": [], "note": "",
+        "columns": {"train": ["input_ids"]}}  # fmt: skip
+LABELS, OFFSETS, FLAT = np.array([0, 1]), np.array([0, 2, 3]), np.array([7, 8, 9], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("words", "arrays"),
+    [
+        ([], (LABELS, OFFSETS, FLAT)),
+        ("x", (LABELS, OFFSETS, FLAT)),
+        ({**KEPT, "more": 1}, (LABELS, OFFSETS, FLAT)),
+        ({"columns": {}}, ()),
+        ({**KEPT, "columns": {"train": []}}, (LABELS, OFFSETS)),
+        (KEPT, (LABELS, OFFSETS)),
+        (KEPT, (LABELS, OFFSETS[:-1], FLAT)),
+        (KEPT, (LABELS, OFFSETS[::-1], FLAT)),
+        (KEPT, (LABELS, OFFSETS + 1, FLAT)),
+        (KEPT, (LABELS, OFFSETS, FLAT[:-1])),
+        (KEPT, (LABELS, OFFSETS, FLAT.astype(float))),
+        (KEPT, (LABELS, OFFSETS, FLAT[None])),
+        (KEPT, (LABELS.astype(str), OFFSETS, FLAT)),
+        (KEPT, (LABELS[:1], OFFSETS, FLAT)),
+    ],
+)
+def test_what_no_cache_file_holds_is_left_out_whatever_its_checksum_says(words, arrays, tmp_path):
+    file = tmp_path / ("0" * 32 + ".tokens")
+    sealed(file, np.frombuffer(json.dumps(KEPT).encode(), np.uint8), LABELS, OFFSETS, FLAT)
+    assert cache_module.read_cache(file) is not None
+    sealed(file, np.frombuffer(json.dumps(words).encode(), np.uint8), *arrays)
+    assert cache_module.read_cache(file) is None
 
 
 def test_folder_and_files_are_for_the_user_alone(kept, tmp_path):

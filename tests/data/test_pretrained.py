@@ -7,8 +7,11 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import shutil
 import socket
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +217,35 @@ def test_the_code_of_a_model_folder_is_never_run(load, model_type, library, host
 def test_a_known_model_type_is_loaded_without_the_code(hostile, tmp_path):
     folder = hostile("bert")
     assert load_model(str(folder), ["a", "b"])[1] == []
-    assert load_tokenizer(str(folder))("the cat")["input_ids"]
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_of_an_unknown_class_is_refused_where_the_library_takes_another(hostile, tmp_path):
+    """The library's makes no token types: both texts of a pair look like one, and nothing says so."""
+    folder = hostile("bert")
+    with pytest.raises(UsageError, match=r"\(it is a EvilTokenizer, which transformers does not have\)"):
+        load_tokenizer(str(folder))
+    assert not (tmp_path / "ran").exists()
+    assert "token_type_ids" not in AutoTokenizer.from_pretrained(folder, trust_remote_code=False)("a cat", "a dog")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "BertTokenizer"}))
+    assert load_tokenizer(str(folder))("a cat", "a dog")["token_type_ids"][-1] == 1
+
+
+@pytest.mark.filterwarnings("always")  # torch's would be an error here
+@pytest.mark.parametrize("load", [load_trained, lambda name: load_model(name, ["a", "b"])])
+def test_a_pickle_in_place_of_the_weights_is_one_line_without_torchs_warning(load, classifier, tmp_path):
+    folder = Path(shutil.copytree(classifier, tmp_path / "pickled"))
+    (folder / "model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"weight": Path("x")}))
+        archive.writestr("archive/version", "3\n")
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(UsageError, match="could not be loaded"):
+        load(str(folder))
+    assert [str(warning.message) for warning in caught] == []
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(pickle.UnpicklingError):
+        torch.load(folder / "pytorch_model.bin", weights_only=True)
+    assert "pickle protocol" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("attention", ["someone/kernel", "someone/kernel@v1:attend", "paged|someone/kernel"])

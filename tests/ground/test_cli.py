@@ -166,6 +166,32 @@ def test_run_gives_the_exit_code_and_one_line(raised, code, shown, capsys):
     assert capsys.readouterr() == ("", shown)
 
 
+@pytest.mark.parametrize(
+    ("variables", "silent"),
+    [
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, True),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, False),
+        ({"LOCAL_RANK": "1"}, False),  # no launcher says this: it is what the line is about
+        ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, False),
+        ({"LOCAL_RANK": ""}, False),
+        ({"LOCAL_RANK": "x", "LOCAL_WORLD_SIZE": "2"}, False),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "9" * 5000}, True),
+    ],
+)
+def test_a_rank_is_silent_only_where_another_one_speaks(variables, silent, monkeypatch, capsys):
+    """A wrong LOCAL_RANK alone made every mistake silent: exit code 2, and nothing on the screen."""
+
+    def main() -> None:
+        raise UsageError("--lr is -1: choose more")
+
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run_main("name", main) == 2
+    assert capsys.readouterr().err == ("" if silent else "name: --lr is -1: choose more\n")
+
+
 NINES = "9" * 18
 
 

@@ -35,6 +35,14 @@ def test_config_asks_and_launch_sh_reads(tmp_path: Path) -> None:
         assert word in printed
 
 
+def test_an_answer_is_escaped_before_it_is_shown_again(tmp_path, monkeypatch, capsys) -> None:
+    """It may have been piped in, and a terminal obeys what it is sent."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("1\n\x1b[2J\n"))
+    with pytest.raises(UsageError, match="the answers ended"):
+        configure(tmp_path / "launch.env")
+    assert "\\x1b[2J is not one of auto, cpu, cuda, mps\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("answers", "said"),
     [

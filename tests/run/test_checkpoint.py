@@ -314,6 +314,23 @@ def test_damage_is_found(kind, tmp_path):
         assert checkpoint.newest(tmp_path)[0] == tmp_path / "update-9"
 
 
+@pytest.mark.parametrize("kind", ["a link to itself", "a link to nothing", "a file", "an empty folder", "a FIFO"])
+def test_a_neighbour_of_a_higher_number_is_passed_over(kind, tmp_path):
+    """`entry.is_dir` of os.scandir raises for a link that leads to itself; an empty folder may be deleted."""
+    checkpoint.save(tmp_path / "update-9", parts(9))
+    odd = tmp_path / "update-10"
+    if kind.startswith("a link"):
+        odd.symlink_to(odd if kind == "a link to itself" else tmp_path / "nothing")
+    elif kind == "a FIFO":
+        os.mkfifo(odd)
+    else:
+        odd.mkdir() if kind == "an empty folder" else odd.touch()
+    assert checkpoint.newest(tmp_path)[0] == tmp_path / "update-9"
+    checkpoint.save(tmp_path / "update-11", parts(11), keep=2)
+    assert checkpoint.newest(tmp_path)[0] == tmp_path / "update-11"
+    assert os.path.lexists(odd) == (kind != "an empty folder"), "what is not ours stays"
+
+
 def test_a_damaged_one_does_not_count_among_those_kept(tmp_path):
     for update in (1, 2, 3):
         checkpoint.save(tmp_path / f"update-{update}", parts(update))

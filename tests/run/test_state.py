@@ -3,7 +3,9 @@
 OMP_NUM_THREADS=1 python -m pytest tests/run/test_state.py
 """
 
+import hashlib
 import inspect
+import json
 import os
 import threading
 from datetime import timedelta
@@ -185,6 +187,27 @@ def test_save_state_says_what_is_wrong(tmp_path):
     from safetensors.torch import load_file
 
     assert sorted(load_file(tmp_path / "weights" / "model.safetensors")) == sorted(model.state_dict())
+
+
+def test_what_a_folder_says_is_escaped_before_it_is_shown(tmp_path, capsys):
+    """A terminal obeys what it is sent, and a manifest or a state may come from anybody."""
+    accelerator, *_ = training(Ours, tmp_path)
+    for _ in range(2):
+        folder = Path(accelerator.save_state())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    state = json.loads((folder / "loader.json").read_text())
+    (folder / "loader.json").write_text(json.dumps(state | {"rows": "\x1b[2J"}))
+    content = (folder / "loader.json").read_bytes()
+    manifest["files"]["loader.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"rows is \\x1b\[2J$"):
+        accelerator.load_state(folder)
+    manifest["files"]["\x1b[2J"] = {"bytes": 1, "sha256": ""}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r": \\x1b\[2J is missing$"):
+        accelerator.load_state(folder)
+    accelerator.load_state()
+    assert capsys.readouterr().err == "passed over: checkpoint_1: \\x1b[2J is missing\n"
 
 
 def test_background_save_holds_the_state_of_its_moment(tmp_path, monkeypatch):
