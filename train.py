@@ -50,6 +50,7 @@ from nanofinetune.run.result import save, summary
 from nanofinetune.run.resume import batch_plan, common_start, run_of
 from nanofinetune.run.run import Run
 from nanofinetune.run.same import check_same, loaded, told
+from nanofinetune.run.trial import trial
 from nanofinetune.run.watch import preflight
 from nanofinetune.settings import DataLoaderConfiguration
 from nanofinetune.step.metrics import Metric, UndefinedMetricWarning
@@ -92,6 +93,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
         print_plan(args, accelerator, job, scheduler, padding, rows_per_step)
     if args.dry_run:
         return None
+    trial(accelerator, job, rows_per_step)  # what cannot work fails now, in one line
     # accelerate
     model, optimizer, train_loader, scheduler = accelerator.prepare(model, optimizer, train_loader, scheduler)
 

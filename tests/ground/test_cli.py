@@ -23,6 +23,7 @@ from nanofinetune.ground.errors import UsageError
 COMMAND_LINE = {
     "--model": None,
     "--data": None,
+    "--max-length": None,
     "--text-columns": None,
     "--label-column": None,
     "--epochs": 3,
