@@ -23,13 +23,13 @@ ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 # A file imports only from lower floors. The numbers of the rooms say in which order they build on each other; within
 # a room a file may stand higher than its neighbours.
 FLOORS = {
-    0: "ground/errors data/outline data/head",
+    0: "ground/errors data/outline data/head data/balance",
     1: "ground/cli ground/xla ground/process ground/precision step/collate step/optim step/schedule step/metrics"
     " step/order ranks/shard ranks/naive_ddp ranks/ddp data/tasks data/files data/padding cpu/memory"
     " launch/rendezvous",
     2: "ground/device ground/environment cpu/dropout cpu/embedding data/stdlib_pairs data/pretrained data/columns"
-    " run/schema",
-    3: "ranks/world cpu/lean data/load run/folders",
+    " run/schema run/scores",
+    3: "ranks/world cpu/lean data/load run/folders run/best",
     4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch",
     5: "ranks/loader settings run/state run/log run/same data/cache launch/job launch/config"
     " dropin/processes dropin/logs dropin/local_sgd dropin/tracking dropin/available",

@@ -2,5 +2,6 @@
 
 Read `tasks`, `files`, `load`, `columns`, `tokens`, `cache` in this order. `pretrained` loads the model and its
 tokenizer: `outline` (how many positions it has), `padding` (the same in both), `head` (its classes are the data's).
-`stdlib_pairs` builds a data set where there is no network, and `job` puts it all together for train.py.
+`balance` weighs classes, `stdlib_pairs` builds a data set where there is no network, and `job` puts it all together for
+train.py.
 """

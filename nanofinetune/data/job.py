@@ -24,13 +24,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
+from nanofinetune.data.balance import WeighedLoss, balanced
 from nanofinetune.data.cache import load_tokens
 from nanofinetune.data.load import Data
 from nanofinetune.data.pretrained import import_library, length_limit, load_model, load_tokenizer, resolve_default
 from nanofinetune.ground.cli import MOST, number
-from nanofinetune.ground.errors import shown
+from nanofinetune.ground.errors import UsageError, shown
 from nanofinetune.ground.xla import fixed_lengths
 from nanofinetune.ranks.shard import steps
+from nanofinetune.run.best import best_arguments, check_metric
 from nanofinetune.step.collate import DataCollatorWithPadding
 from nanofinetune.step.order import LengthGroupedBatchSampler, SeedableRandomSampler
 
@@ -59,7 +61,7 @@ class Job(NamedTuple):
 
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of train.py that say which model and which data."""
+    """The options of train.py that say which model and which data, and which epoch's model is kept."""
     add = parser.add_argument_group("model and data").add_argument
     add("--model", metavar="NAME", help="a folder or a name on the Hub (default bert-base-uncased)")
     add(
@@ -72,6 +74,11 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--text-columns", metavar="COLUMN", nargs="+", help="one or two columns of text (default: found)")
     add("--label-column", metavar="COLUMN", help="the column of classes or numbers (default: found)")
+    add(
+        "--class-weights", choices=("balanced",),
+        help="balanced: each class counts as much in the loss as any other, however rare (default: each row does)",
+    )  # fmt: skip
+    best_arguments(parser)
 
 
 def load(args: Any, accelerator: Any, note: str = "") -> Job:
@@ -85,6 +92,7 @@ def load(args: Any, accelerator: Any, note: str = "") -> Job:
         if args.max_length is not None:
             tokenizer.model_max_length = limit  # saved with the model: predict.py cuts where the training did
         data, stores = load_tokens(args.data, args.text_columns, args.label_column, args.seed, tokenizer, limit)
+        check_metric(args, data.metrics, data.label_names)
         notes = [text for text in (model_note, data.note, note) if text]
         torch.manual_seed(args.seed)  # the classification head is new, and random
         model, made_anew = load_model(model_name, data.label_names, tokenizer, notes)
@@ -97,6 +105,11 @@ def load(args: Any, accelerator: Any, note: str = "") -> Job:
     if device.type == "xla":
         collator = partial(collate_to_fixed_length, tokenizer, fixed_lengths(limit))
     train_store = stores.pop("train")
+    if args.class_weights is not None:
+        if data.label_names is None:
+            raise UsageError(f"--class-weights {args.class_weights}: the label is a number, not a class; leave it out")
+        weights = balanced(train_store.dense["label"], len(data.label_names))
+        model.register_forward_hook(WeighedLoss(weights), with_kwargs=True)
     return Job(model, model_name, made_anew, tokenizer, data, train_store, stores, collator, limit, multiple, notes)
 
 

@@ -21,7 +21,7 @@ def padded(tokenizer, text, more, side=None):
 def test_a_padding_token_comes_from_the_tokenizer(kind, tmp_path):
     """Neither has one: the library's tokenizer refuses to pad, and its model to take a batch of two."""
     save_model(kind, tmp_path, padding=None)
-    tokenizer, notes = load_tokenizer(str(tmp_path)), []
+    tokenizer, notes = load_tokenizer(str(tmp_path)), list[str]()
     model, _ = load_model(str(tmp_path), ["a", "b"], tokenizer, notes)
     assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
     assert any("end-of-text token </s> is its padding token too" in note for note in notes)
@@ -41,7 +41,7 @@ def test_the_side_is_the_one_that_changes_nothing(kind, wrong, right, tmp_path):
     """XLNet's head reads the last token, GPT-2 counts positions from the left: on the other side answers change."""
     save_model(kind, tmp_path)
     save_tokenizer(kind, tmp_path, padding_side=wrong)
-    tokenizer, notes = load_tokenizer(str(tmp_path)), []
+    tokenizer, notes = load_tokenizer(str(tmp_path)), list[str]()
     assert tokenizer.padding_side == wrong
     model, _ = load_model(str(tmp_path), ["a", "b"], tokenizer, notes)
     assert tokenizer.padding_side == right and any(f"rows are padded on the {right}" in note for note in notes)
@@ -58,7 +58,7 @@ def test_a_padding_token_that_the_config_knows_by_another_number_is_taken_over(t
     """GPT-2's head takes the last token that is not the config's padding: with another one it reads padding."""
     save_model("gpt2", tmp_path, padding=4)
     save_tokenizer("gpt2", tmp_path, pad_token="<pad>")
-    tokenizer, notes = load_tokenizer(str(tmp_path)), []
+    tokenizer, notes = load_tokenizer(str(tmp_path)), list[str]()
     model, _ = load_model(str(tmp_path), ["a", "b"], tokenizer, notes)
     assert model.config.pad_token_id == tokenizer.pad_token_id == 1
     assert "pad_token_id is 4 in the model's config and 1 in its tokenizer: 1 is taken" in notes

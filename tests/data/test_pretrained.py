@@ -259,7 +259,12 @@ class Unlimited:
 
 def tiny_config(kind: str) -> Any:
     """A config of the kind with 40 rows in its position table."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     if kind == "distilbert":
         sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
     if kind in ("electra", "albert"):
