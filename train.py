@@ -50,9 +50,11 @@ from nanofinetune.run.result import save, summary
 from nanofinetune.run.resume import batch_plan, common_start, run_of
 from nanofinetune.run.run import Run
 from nanofinetune.run.same import check_same, loaded, told
+from nanofinetune.run.scores import Scores
+from nanofinetune.run.trial import trial
 from nanofinetune.run.watch import preflight
 from nanofinetune.settings import DataLoaderConfiguration
-from nanofinetune.step.metrics import Metric, UndefinedMetricWarning
+from nanofinetune.step.metrics import UndefinedMetricWarning
 from nanofinetune.step.optim import decay_groups
 from nanofinetune.step.order import SortedBatchSampler
 from nanofinetune.step.schedule import SCHEDULES
@@ -92,6 +94,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
         print_plan(args, accelerator, job, scheduler, padding, rows_per_step)
     if args.dry_run:
         return None
+    trial(accelerator, job, rows_per_step)  # what cannot work fails now, in one line
     # accelerate
     model, optimizer, train_loader, scheduler = accelerator.prepare(model, optimizer, train_loader, scheduler)
 
@@ -134,7 +137,8 @@ def evaluate_all(args: Any, accelerator: Accelerator, model: Any, job: Job) -> d
     """MNLI has two validation splits: the first's scores have plain names."""
     scores: dict[str, Any] = {}
     for name, store in job.validation.items():
-        score = evaluate(accelerator, model, store, job.collator, args.eval_batch_size, Metric(job.data.metrics))
+        metric = Scores(job.data.metrics, job.data.label_names)
+        score = evaluate(accelerator, model, store, job.collator, args.eval_batch_size, metric) | metric.details
         prefix = "" if name == next(iter(job.validation)) else f"{name}_"
         scores |= {prefix + key: value for key, value in score.items()}
     return scores
@@ -142,7 +146,7 @@ def evaluate_all(args: Any, accelerator: Accelerator, model: Any, job: Job) -> d
 
 @torch.inference_mode()
 def evaluate(
-    accelerator: Accelerator, model: Any, store: Any, collator: Callable[[Any], Any], batch_size: int, metric: Metric
+    accelerator: Accelerator, model: Any, store: Any, collator: Callable[[Any], Any], batch_size: int, metric: Any
 ) -> dict[str, Any]:
     """The task's metrics over every row of the store, each counted once; `undefined` names the values that are 0/0."""
     loader: Any = DataLoader(store, batch_sampler=SortedBatchSampler(store.lengths, batch_size), collate_fn=collator)

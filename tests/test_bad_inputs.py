@@ -11,6 +11,7 @@ libraries (transformers 5.23, datasets 5.2) retry.
 """
 
 import json
+import os
 import re
 import shlex
 import shutil

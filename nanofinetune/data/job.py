@@ -24,12 +24,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
+from nanofinetune.data.balance import WeighedLoss, balanced
 from nanofinetune.data.cache import load_tokens
 from nanofinetune.data.load import Data
 from nanofinetune.data.pretrained import import_library, length_limit, load_model, load_tokenizer, resolve_default
-from nanofinetune.ground.errors import shown
+from nanofinetune.ground.cli import MOST, number
+from nanofinetune.ground.errors import UsageError, shown
 from nanofinetune.ground.xla import fixed_lengths
 from nanofinetune.ranks.shard import steps
+from nanofinetune.run.best import best_arguments, check_metric
 from nanofinetune.step.collate import DataCollatorWithPadding
 from nanofinetune.step.order import LengthGroupedBatchSampler, SeedableRandomSampler
 
@@ -58,15 +61,24 @@ class Job(NamedTuple):
 
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of train.py that say which model and which data."""
+    """The options of train.py that say which model and which data, and which epoch's model is kept."""
     add = parser.add_argument_group("model and data").add_argument
     add("--model", metavar="NAME", help="a folder or a name on the Hub (default bert-base-uncased)")
     add(
         "--data", metavar="NAME",
         help="glue/TASK, stdlib-pairs, a file, a folder or a name on the Hub (default glue/mrpc)",
     )  # fmt: skip
+    add(
+        "--max-length", metavar="TOKENS", type=number(int, 1, MOST),
+        help="longer rows are cut, a pair's longer text first (default: what model and tokenizer take)",
+    )  # fmt: skip
     add("--text-columns", metavar="COLUMN", nargs="+", help="one or two columns of text (default: found)")
     add("--label-column", metavar="COLUMN", help="the column of classes or numbers (default: found)")
+    add(
+        "--class-weights", choices=("balanced",),
+        help="balanced: each class counts as much in the loss as any other, however rare (default: each row does)",
+    )  # fmt: skip
+    best_arguments(parser)
 
 
 def load(args: Any, accelerator: Any, note: str = "") -> Job:
@@ -76,13 +88,16 @@ def load(args: Any, accelerator: Any, note: str = "") -> Job:
     with accelerator.local_main_process_first():  # one rank of a node tokenizes, the others read its cache
         model_name, model_note = (args.model, "") if args.model is not None else resolve_default()
         tokenizer = load_tokenizer(model_name)
-        limit = length_limit(model_name, tokenizer)
+        limit = length_limit(model_name, tokenizer, args.max_length)
+        if args.max_length is not None:
+            tokenizer.model_max_length = limit  # saved with the model: predict.py cuts where the training did
         data, stores = load_tokens(args.data, args.text_columns, args.label_column, args.seed, tokenizer, limit)
+        check_metric(args, data.metrics, data.label_names)
         notes = [text for text in (model_note, data.note, note) if text]
+        torch.manual_seed(args.seed)  # the classification head is new, and random
+        model, made_anew = load_model(model_name, data.label_names, tokenizer, notes)
         for line in notes:
             accelerator.print(f"note: {shown(line)}", flush=True)
-        torch.manual_seed(args.seed)  # the classification head is new, and random
-        model, made_anew = load_model(model_name, data.label_names)
     model.config.text_columns = list(data.text_columns)  # saved with the model: predict.py asks it for one text or two
     # A batch of one length is one shape of its products, and low-precision kernels are made anew for every shape.
     multiple = 8 if args.group_by_length and args.precision != "no" and limit % 8 == 0 else 1
@@ -90,6 +105,11 @@ def load(args: Any, accelerator: Any, note: str = "") -> Job:
     if device.type == "xla":
         collator = partial(collate_to_fixed_length, tokenizer, fixed_lengths(limit))
     train_store = stores.pop("train")
+    if args.class_weights is not None:
+        if data.label_names is None:
+            raise UsageError(f"--class-weights {args.class_weights}: the label is a number, not a class; leave it out")
+        weights = balanced(train_store.dense["label"], len(data.label_names))
+        model.register_forward_hook(WeighedLoss(weights), with_kwargs=True)
     return Job(model, model_name, made_anew, tokenizer, data, train_store, stores, collator, limit, multiple, notes)
 
 

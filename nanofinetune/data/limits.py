@@ -60,11 +60,12 @@ def check_counts(name: str, config: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def built_within(name: str, size: Callable[[], int]) -> Iterator[None]:
+def built_within(name: str, size: Callable[[], int], device: str = "meta") -> Iterator[None]:
     """A `with` block in which no model is built that has more numbers than its weights file has bytes, and `NEW` more.
 
     Args:
         size: the bytes of the file, asked for at the first parameter: by then it has been downloaded.
+        device: whose tensors count. transformers builds on meta; what it reads from the file takes their place.
 
     Raises:
         UsageError: from within the model's own constructor.
@@ -73,7 +74,7 @@ def built_within(name: str, size: Callable[[], int]) -> Iterator[None]:
 
     def count(_: torch.nn.Module, __: str, tensor: torch.Tensor | None) -> None:
         nonlocal numbers, most
-        if tensor is None or tensor.device.type != "meta":  # what is read from the file takes the place of these
+        if tensor is None or tensor.device.type != device:
             return
         most = size() + NEW if most < 0 else most
         numbers += tensor.numel()

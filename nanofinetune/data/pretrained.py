@@ -16,6 +16,7 @@ tests/data/test_pretrained.py.
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import socket
@@ -29,7 +30,10 @@ from urllib.parse import urlsplit
 
 import torch
 
+from nanofinetune.data.head import match_head, names_of
 from nanofinetune.data.limits import built_within, check_counts
+from nanofinetune.data.outline import Outline, outline_of
+from nanofinetune.data.padding import choose_side, give_padding_token, take_padding_token
 from nanofinetune.ground.errors import UsageError, first_line, shown
 from nanofinetune.ground.names import check_hub_name, oddity, place_of
 
@@ -37,9 +41,11 @@ DEFAULT_MODEL = "bert-base-uncased"
 LARGEST = 2**28  # bytes of a file that transformers reads whole: a large vocabulary has a tenth of it
 WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack", ".ckpt", ".gguf")  # the endings of their files' names
 
-# Model types whose positions start at pad_token_id + 1, as RoBERTa's do.
-_OFFSET_POSITIONS = ["roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "data2vec-text", "ibert", "luke"]
-_OFFSET_POSITIONS += ["markuplm", "roberta-prelayernorm", "xlm-roberta-xl"]
+NO_LIMIT = 2**20  # tokens of a row, where neither model nor tokenizer knows a limit
+
+# What a config may ask for and training does not read, and what is set in its place. The numbers stay the same.
+_LEFT_OUT = {"output_attentions": False, "output_hidden_states": False, "chunk_size_feed_forward": 0}
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def looks_like_path(name: str) -> bool:
@@ -78,11 +84,23 @@ def packaged_model() -> str | None:
 
 
 def is_cached(name: str) -> bool:
-    """Whether the Hub's model `name` is in the local cache (its config and weights)."""
+    """Whether the Hub's model `name` is in the local cache: its config, and its weights in any of their forms."""
+    return _cached(name, "config.json") is not None and weights_of(name) is not None
+
+
+def weights_of(name: str) -> Path | None:
+    """The file in a model folder, or in the Hub's cache, that transformers reads the weights from or finds them by."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return next((folder / file for file in _WEIGHTS if (folder / file).is_file()), None)
+    return next((found for file in _WEIGHTS if (found := _cached(name, file)) is not None), None)
+
+
+def _cached(name: str, file: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    files = ("config.json", "model.safetensors")
-    return all(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+    found = try_to_load_from_cache(name, file)
+    return Path(found) if isinstance(found, str) else None
 
 
 def weights_size(source: str) -> int:
@@ -126,11 +144,14 @@ def import_library() -> None:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model folder or Hub name. Raises UsageError where there is none."""
+    """The tokenizer of a model folder or Hub name, made to fit the model. Raises UsageError where there is none.
+
+    Without a padding token it gets its end-of-text token as one. It keeps to the inputs that the model has.
+    """
     from transformers import AutoTokenizer
 
     source = _source(name)
-    _config(name)  # refuses code of the model's own
+    config = _config(name)  # refuses code of the model's own
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -140,9 +161,11 @@ def load_tokenizer(name: str) -> Any:
     # underneath: without a vocabulary, transformers 5 makes one of special tokens alone, and every word is [UNK]
     if len(tokenizer) <= len(tokenizer.all_special_ids) + 2:  # some types add one or two more
         raise UsageError(f"model {name}: it has no tokenizer files; save the tokenizer beside the model")
+    give_padding_token(tokenizer)
     if tokenizer.pad_token_id is None:
         raise UsageError(
-            f"model {name}: its tokenizer has no padding token, which batches need; choose a BERT-like model"
+            f"model {name}: its tokenizer has neither a padding token, which batches need, nor an end-of-text token to"
+            " take its place; choose a BERT-like model"
         )
     why = "" if isinstance(tokenizer.model_max_length, (int, float)) else "its model_max_length is no number"
     try:
@@ -152,32 +175,56 @@ def load_tokenizer(name: str) -> Any:
         why = _why(error)
     if why:
         raise UsageError(f"model {name}: its tokenizer cannot be used ({why}); save a whole one beside the model")
+    outline = _outline_of(name, config, tokenizer)
+    names = [each for each in tokenizer.model_input_names if not outline.inputs or each in outline.inputs]
+    if outline.segments == 1 and "token_type_ids" in names:
+        names.remove("token_type_ids")  # both texts of a pair have the table's one row
+    if names != tokenizer.model_input_names:
+        tokenizer.model_input_names = names
+        tokenizer.init_kwargs["model_input_names"] = names  # what is saved with the tokenizer
     return tokenizer
 
 
-def load_model(name: str, label_names: list[str] | None) -> tuple[Any, list[str]]:
+def load_model(
+    name: str, label_names: list[str] | None, tokenizer: Any = None, notes: list[str] | None = None
+) -> tuple[Any, list[str]]:
     """A classifier on the pretrained encoder `name` -> (model in fp32, names of the parameters that are new).
 
-    `label_names` become the model's config (`id2label`); None asks for regression with one output.
+    `label_names` become the model's config (`id2label`); None asks for regression with one output. A head that was
+    trained for the same names in another order is put into theirs; one for other names is made anew. `tokenizer`: its
+    padding token becomes the config's. `notes` gets a line for whatever was changed.
 
     Raises:
         UsageError: no such model, a folder without weights, broken weights.
     """
+    notes = [] if notes is None else notes
     head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if label_names is not None:
         ids = {label: i for i, label in enumerate(label_names)}
         head = {"num_labels": len(ids), "label2id": ids, "id2label": dict(enumerate(label_names))}
         head["problem_type"] = "single_label_classification"
-    model, made_anew = _load(name, head)
+    own = _config(name)
+    asked = [key for key, value in _LEFT_OUT.items() if getattr(own, key, value) != value]
+    if asked:
+        notes.append(f"the model's config asks for {' and '.join(asked)}: left out, since training does not read it")
+    if (weights := weights_of(name)) is not None and weights.name.startswith("pytorch_model"):
+        notes.append(f"the weights are a pickle ({weights.name}): read as tensors alone, and saved as safetensors")
+    model, made_anew = _load(name, head, tokenizer)
     lost = [key for key in made_anew if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
     if lost:
         raise UsageError(f"model {name}: {len(lost)} encoder weights are missing from its checkpoint, first {lost[0]}")
+    if label_names is not None and not any("pooler" not in key for key in made_anew):
+        made_anew = made_anew + match_head(model, names_of(own), label_names, notes)
+    if tokenizer is not None:
+        outline = _outline_of(name, own, tokenizer)
+        take_padding_token(model, outline, tokenizer, notes)
+        choose_side(model, outline, tokenizer, notes)
     return model, made_anew
 
 
 def load_trained(name: str) -> Any:
     """A model that was fine-tuned before, in fp32 and in evaluation mode. Raises UsageError where it has no head."""
-    model, made_anew = _load(name, {})
+    model, made_anew = _load(name, {}, None)
     if made_anew:
         lacks = f"it lacks {', '.join(made_anew[:4])}"
         raise UsageError(f"model {name}: never fine-tuned for classification ({lacks}); fine-tune it with train.py")
@@ -186,21 +233,25 @@ def load_trained(name: str) -> Any:
     return model.eval()
 
 
-def length_limit(name: str, tokenizer: Any) -> int:
+def length_limit(name: str, tokenizer: Any, asked: int | None = None) -> int:
     """The longest sequence, in tokens, that both the tokenizer and the position table of the model `name` take.
 
+    `asked`: what --max-length says. It may be more than the tokenizer's limit, which is no table's.
+
     Raises:
-        UsageError: no config, a limit that leaves no room for text beside the special tokens, or a tokenizer that has
-            more tokens than the model.
+        UsageError: no config, a limit that leaves no room for text beside the special tokens, a tokenizer that has
+            more tokens than the model, or more `asked` than there are positions.
     """
     config = _config(name)
-    limits = [
-        tokenizer.model_max_length,
-        getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length,
-    ]
-    if config.model_type in _OFFSET_POSITIONS:
-        limits[1] -= config.pad_token_id + 1  # underneath: max_position_embeddings counts the unused rows too
-    limit, special = int(min(limits)), tokenizer.num_special_tokens_to_add(pair=True)
+    outline = _outline_of(name, config, tokenizer)
+    # Without a table the config says how long the rows were that the model was made for; XLNet's says -1.
+    trained = getattr(config, "max_position_embeddings", None)
+    held = outline.positions or (trained if isinstance(trained, int) and trained > 0 else NO_LIMIT)
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if asked is not None and (asked > held or asked <= special):
+        why = f"takes {held} tokens at most" if asked > held else f"puts {special} special tokens into a pair"
+        raise UsageError(f"--max-length {asked}: model {name} {why}; choose {special + 1} to {held}")
+    limit = int(min(held, tokenizer.model_max_length) if asked is None else asked)
     if limit <= special:
         raise UsageError(
             f"model {name}: it takes {limit} tokens at most, of which {special} are special: no room for text; "
@@ -215,17 +266,19 @@ def length_limit(name: str, tokenizer: Any) -> int:
     return limit
 
 
-def _load(name: str, head: dict[str, Any]) -> tuple[Any, list[str]]:
+def _load(name: str, head: dict[str, Any], tokenizer: Any) -> tuple[Any, list[str]]:
     """from_pretrained without its reports -> (model in fp32, names of the parameters that are new)."""
     from transformers import AutoModelForSequenceClassification
 
     source, config = _source(name), _config(name, **head)
+    if tokenizer is not None and getattr(config, "pad_token_id", 0) is None and _outline(name, config).needs_padding:
+        config.pad_token_id = tokenizer.pad_token_id
     try:
         with _quiet(), built_within(name, lambda: weights_size(source)):
             # underneath: transformers 5 keeps a checkpoint's dtype, so half precision would train in half precision
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 source, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
-                trust_remote_code=False,
+                trust_remote_code=False, weights_only=True,
             )  # fmt: skip
     except UsageError:
         raise  # from `built_within`
@@ -254,6 +307,11 @@ def _config(name: str, **head: Any) -> Any:
     attention = config._attn_implementation
     if "/" in str(attention):  # underneath: with the package `kernels` this downloads the code and runs it
         raise UsageError(f"model {name}: its config names code on the Hub ({attention}), which is never run here")
+    if head:
+        config.return_dict = True  # underneath: without it a model returns a tuple
+        for key, value in _LEFT_OUT.items():
+            if hasattr(config, key):
+                setattr(config, key, value)
     return config
 
 
@@ -268,6 +326,26 @@ def _check_class(name: str) -> None:
         raise ValueError(f"it is a {shown(str(asked), most=60)}, which transformers does not have")
 
 
+def _outline_of(name: str, config: Any, tokenizer: Any) -> Outline:
+    """The outline of the model; a config without a padding token that needs one gets the tokenizer's."""
+    outline = _outline(name, config)
+    if not outline.needs_padding:
+        return outline
+    padded = copy.deepcopy(config)
+    padded.pad_token_id = tokenizer.pad_token_id
+    return _outline(name, padded)
+
+
+def _outline(name: str, config: Any) -> Outline:
+    try:
+        with _quiet(), built_within(name, lambda: weights_size(_source(name)), device="cpu"):
+            return outline_of(config)
+    except UsageError:
+        raise  # from `built_within`
+    except Exception:  # it cannot be built: loading it will say why
+        return Outline(None, 0, frozenset(), None, needs_padding=False)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' reports and torch's warnings: what matters is returned or raised."""
@@ -276,6 +354,8 @@ def _quiet() -> Iterator[None]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # underneath: a model of the Hub's without safetensors makes a thread that asks a service there to convert it
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -300,7 +380,9 @@ def _source(name: str) -> str:
     path = place_of("model", name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UsageError(f"model {name}: the folder holds no config.json; name the folder of a saved model")
+            inside = sorted(path.glob("snapshots/*/config.json"))  # a model's folder in the Hub's cache
+            remedy = f"name {inside[-1].parent}" if inside else "name the folder of a saved model"
+            raise UsageError(f"model {name}: the folder holds no config.json; {remedy}")
         for file in path.iterdir():
             if file.suffix in (".json", ".txt", ".model") and file.is_file() and file.stat().st_size > LARGEST:
                 raise UsageError(

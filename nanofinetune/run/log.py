@@ -77,6 +77,8 @@ class Log:
         self.epoch, self.rows = 0, 0  # rows of this epoch that all ranks together have used
         self.losses = (0.0, 0.0)  # of this epoch: the sum over its rows, and how many rows that are
         self.evaluations: list[dict[str, Any]] = []
+        self.kept: Mapping[str, Any] = {}  # at the end of the run: the evaluation of the model that is saved
+        self.which = ""  # and a line that says which one that is
         self.pending: list[tuple[dict[str, Any], torch.Tensor]] = []  # (line, this rank's sum of losses and rows)
         self.window, self.batches = torch.zeros(2, device=accelerator.device), 0
         self.saved = -1  # the update that was saved last; -1: none

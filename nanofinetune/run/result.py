@@ -5,8 +5,8 @@
     checkpoints/    to go on from
     result.json     written last: where it is, the run is complete
 
->>> best([{"epoch": 1, "f1": 0.5}, {"epoch": 2, "f1": None}], "f1")["epoch"]
-1
+>>> in_a_line({"epoch": 2, "f1": 0.5, "confusion_matrix": [[3, 1], [1, 3]]})
+{'epoch': 2, 'f1': 0.5}
 
 Underneath: the course ends with `metric.compute()` on the screen; `transformers.Trainer.save_model` (transformers 5.23)
 writes a model folder.
@@ -19,7 +19,7 @@ tests/test_train.py.
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ from nanofinetune.data.job import Job
 from nanofinetune.ground.errors import Halt, first_line
 from nanofinetune.ground.process import peak_rss_mb, seconds_since_start
 from nanofinetune.ground.xla import state_on_host
+from nanofinetune.run.best import best
 
 
 def summary(accelerator: Any, job: Job, log: Any, padding: float) -> dict[str, Any]:
     """The result, as it is printed: what was trained on what, how long, and the scores. A collective."""
     device = accelerator.device
+    accelerator.print(f"model      saved: {log.which}", flush=True)
     return {
         "model": job.model_name,
         "data": job.data.name,
@@ -45,22 +47,25 @@ def summary(accelerator: Any, job: Job, log: Any, padding: float) -> dict[str, A
         "first_step_seconds": round(log.first_step_seconds, 3),
         "peak_rss_mb": round(accelerator.gather(torch.tensor(peak_rss_mb(), device=device)).max().item(), 1),
         "padding": round(padding, 4),
-        **{key: value for key, value in log.evaluations[-1].items() if key != "epoch"},
-        "best": best(log.evaluations, job.data.metrics[0]),
+        **{key: value for key, value in in_a_line(log.kept).items() if key != "epoch"},
+        "saved_epoch": log.kept["epoch"],
+        "best": in_a_line(best(log.evaluations, job.data.metrics[0])),
         "device": str(device),
         "precision": accelerator.mixed_precision,
         "notes": job.notes,
     }
 
 
-def best(evaluations: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The evaluation in which the metric is greatest; of a metric that is an error the negative would be needed."""
-    return max(evaluations, key=lambda found: -math.inf if found[metric] is None else found[metric])
+def in_a_line(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation without its tables, which only result.json has."""
+    return {name: value for name, value in evaluation.items() if not isinstance(value, list)}
 
 
 def save(output: Path, model: Any, tokenizer: Any, result: dict[str, Any], evaluations: list[Any], args: Any) -> None:
     """model/ (what transformers.pipeline loads) and result.json, the latter last: where it is, the run is complete."""
-    whole = result | {"evaluations": evaluations, "arguments": vars(args)}
+    tables = evaluations[result["saved_epoch"] - 1]
+    whole = result | {name: value for name, value in tables.items() if isinstance(value, list)}
+    whole |= {"evaluations": evaluations, "arguments": vars(args)}
     unfinished = output / ".result.json"
     try:
         model.save_pretrained(output / "model", state_dict=state_on_host(model))

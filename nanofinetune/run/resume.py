@@ -38,10 +38,13 @@ from nanofinetune.run.schema import whole
 
 # A resumed run is the same run, so these arguments must be what they were. (Batches may differ: see `batch_plan`.)
 IDENTITY = (
-    "model", "data", "text_columns", "label_column", "epochs", "max_steps", "group_by_length", "lr", "weight_decay",
-    "warmup_steps", "schedule", "clip_norm", "precision", "fast_dropout", "seed", "uneven",
+    "model", "data", "max_length", "text_columns", "label_column", "epochs", "max_steps", "group_by_length", "lr",
+    "weight_decay", "warmup_steps", "schedule", "clip_norm", "precision", "fast_dropout", "seed", "uneven",
+    "class_weights", "keep_best", "patience",
 )  # fmt: skip
-LATER = {"schedule": "linear"}  # arguments that older checkpoints lack, and what their runs did
+# Arguments that older checkpoints lack, and what their runs did.
+LATER: dict[str, Any] = {"schedule": "linear"}
+LATER |= dict.fromkeys(("max_length", "class_weights", "keep_best", "patience"))
 
 COUNTS = ("batch_size", "accumulate", "world", "fits")  # fits: the rows of a process's batch that fitted into memory
 

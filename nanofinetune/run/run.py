@@ -41,6 +41,7 @@ from nanofinetune.ground.xla import end_step, manual_seed, spread_rows
 from nanofinetune.ranks.collectives import agree
 from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.loader import skip_first_batches
+from nanofinetune.run.best import Best
 from nanofinetune.run.log import Log
 from nanofinetune.run.plan import Plan
 from nanofinetune.run.resume import check_place
@@ -77,7 +78,8 @@ class Run:
         self.settled = False  # the ranks have exchanged what happened in it, and what follows is the same on all
         self.signal = 0  # the number of the signal that some rank has received
         self.again = False  # some rank has run out of memory: its rows are read again
-        accelerator.register_for_checkpointing(self.log)
+        self.best = Best(self.args, accelerator.unwrap_model(model), keeps=accelerator.is_main_process)
+        accelerator.register_for_checkpointing(self.log, *([self.best] if self.best.wanted else []))
         folder = plan.start.folder
         if folder is not None:
             check_place(plan.start, plan.rows, plan.rows_per_update, plan.updates)
@@ -99,15 +101,20 @@ class Run:
         if failure[0] is not None:
             return self._stack.__exit__(*failure)
         with self._stack:
+            self.best.take()
             self.accelerator.wait_for_everyone()  # until the last checkpoint is written, signals are still only noted
         return None
 
     # ---- what the loop calls, from the outside to the inside ---------------------------------------------------------
 
     def epochs(self) -> Iterator[int]:
-        """The numbers of the epochs that are left. `end_epoch` moves on to the next."""
+        """The numbers of the epochs that are left, as long as patience lasts. `end_epoch` moves on to the next."""
         while self.log.epoch < self.plan.epochs:
+            if self.args.patience and agree([self.best.is_over(self.log.evaluations)], self.accelerator.world)[0]:
+                self.log.say(f"note: nothing better in {self.args.patience} epoch(s): stopped after {self.log.epoch}")
+                break
             yield self.log.epoch
+        self.log.kept, self.log.which = self.best.saved(self.log.evaluations)
 
     def batches(self, epoch: int) -> Iterator[Any]:
         """The batches that are left of this epoch. Where memory ran out, the rows follow in smaller batches."""
@@ -178,6 +185,7 @@ class Run:
     def end_epoch(self, scores: Mapping[str, Any]) -> None:
         """Log the epoch's mean loss with its scores, and count the epoch as done."""
         self.log.end_epoch({"epoch": self.log.epoch + 1, "loss": self.mean_loss, **scores})
+        self.best.end_epoch(self.log.evaluations)
 
     # ---- what happens underneath -------------------------------------------------------------------------------------
 

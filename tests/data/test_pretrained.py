@@ -278,6 +278,7 @@ class Unlimited:
     """A tokenizer that leaves the limit to the model."""
 
     model_max_length = int(1e30)
+    pad_token_id, eos_token_id, padding_side = 1, None, "right"
 
     def num_special_tokens_to_add(self, pair: bool) -> int:
         return 3
@@ -288,7 +289,12 @@ class Unlimited:
 
 def tiny_config(kind: str) -> Any:
     """A config of the kind with 40 rows in its position table."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     if kind == "distilbert":
         sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16}
     if kind in ("electra", "albert"):
@@ -297,12 +303,26 @@ def tiny_config(kind: str) -> Any:
         sizes |= {"entity_vocab_size": 4, "entity_emb_size": 16}
     if kind == "longformer":
         sizes["attention_window"] = 4
+    if kind in ("gpt2", "xlm"):
+        names = ("n_embd", "n_layer", "n_head") if kind == "gpt2" else ("emb_dim", "n_layers", "n_heads")
+        sizes = dict(zip(names, (16, 1, 2), strict=True))
+    if kind == "opt":
+        sizes |= {"ffn_dim": 16, "word_embed_proj_dim": 16}
+    if kind == "xmod":
+        sizes |= {"languages": ["en_XX"], "default_language": "en_XX"}
+    if kind == "esm":
+        sizes |= {"mask_token_id": 4, "position_embedding_type": "absolute"}
     return AutoConfig.for_model(kind, vocab_size=32, max_position_embeddings=40, pad_token_id=1, **sizes)
 
 
 @pytest.mark.parametrize(
-    "kind", ["bert", "distilbert", "electra", "albert", "deberta-v2", "roformer", *pretrained._OFFSET_POSITIONS]
-)
+    "kind",
+    [
+        "bert", "distilbert", "electra", "albert", "deberta", "deberta-v2", "roformer", "roberta", "xlm-roberta",
+        "camembert", "mpnet", "longformer", "data2vec-text", "ibert", "luke", "markuplm", "roberta-prelayernorm",
+        "xlm-roberta-xl", "xmod", "esm", "nystromformer", "yoso", "gpt2", "opt", "xlm", "big_bird",
+    ],
+)  # fmt: skip
 def test_length_limit_is_what_the_model_takes(kind, tmp_path):
     """One row of `limit` tokens goes through the model itself, and one of limit + 1 does not."""
     config = tiny_config(kind)
@@ -322,6 +342,136 @@ def test_the_smaller_limit_wins_and_room_for_text_is_left(classifier, tiny_token
     tiny_tokenizer.model_max_length = 3
     with pytest.raises(UsageError, match="takes 3 tokens at most, of which 3 are special: no room for text; choose"):
         length_limit(classifier, tiny_tokenizer)
+
+
+def test_max_length_may_exceed_the_tokenizers_limit_and_not_the_tables(classifier, tiny_tokenizer):
+    """The tokenizer's limit is a habit; the table's is the number of its rows: 64."""
+    tiny_tokenizer.model_max_length = 20
+    assert [length_limit(classifier, tiny_tokenizer, asked) for asked in (4, 20, 64)] == [4, 20, 64]
+    for asked, why in (
+        (65, "takes 64 tokens at most; choose 4 to 64"),
+        (3, "puts 3 special tokens into a pair; choose 4"),
+    ):
+        with pytest.raises(UsageError, match=f"--max-length {asked}: model .* {why}"):
+            length_limit(classifier, tiny_tokenizer, asked)
+
+
+def test_a_model_without_a_limit_has_none(tmp_path):
+    """XLNet's config says -1, which the library's own truncation would take for a length."""
+    config = AutoConfig.for_model("xlnet", vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=16, pad_token_id=1)
+    assert config.max_position_embeddings == -1
+    config.save_pretrained(tmp_path)
+    assert length_limit(str(tmp_path), Unlimited()) == pretrained.NO_LIMIT
+    assert length_limit(str(tmp_path), Unlimited(), 5000) == 5000
+
+
+def test_a_config_without_a_padding_token_takes_the_tokenizers(tmp_path):
+    """RoBERTa's positions begin behind it: the library's own model raises a TypeError."""
+    config = tiny_config("roberta")
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | {"pad_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    row = {"input_ids": torch.tensor([[5, 6]])}
+    with pytest.raises(TypeError):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)(**row)
+    tokenizer: Any = Unlimited()
+    assert length_limit(str(tmp_path), tokenizer) == 38
+    model, _ = load_model(str(tmp_path), ["a", "b"], tokenizer)
+    assert model.config.pad_token_id == 1 and model(**row).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "setting", ["return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"]
+)
+def test_a_config_that_asks_for_other_outputs_is_trained_and_saved_like_any_other(setting, classifier, tmp_path):
+    """transformers' own model returns a tuple, or cannot be saved; of chunks, only some lengths pass."""
+    value = {"return_dict": False, "chunk_size_feed_forward": 7}.get(setting, True)
+    raw = json.loads(Path(classifier, "config.json").read_text()) | {setting: value}
+    Path(classifier, "config.json").write_text(json.dumps(raw))
+    notes: list[str] = []
+    model, _ = load_model(classifier, ["no", "yes"], notes=notes)
+    batch = {"input_ids": torch.tensor([[2, 5, 3], [2, 6, 3]]), "labels": torch.tensor([0, 1])}
+    output = model.eval()(**batch)
+    assert torch.equal(output.loss, tiny_bert().eval()(**batch).loss)
+    assert getattr(output, "attentions", None) is None and getattr(output, "hidden_states", None) is None
+    assert any(setting in note for note in notes) == (setting != "return_dict")
+    model.save_pretrained(tmp_path / "again")
+
+
+# --- the forms of weights ---------------------------------------------------------------------------------------------
+
+
+def weights_as(form: str, folder: Path) -> None:
+    """The tiny classifier with its weights in one of the forms that the Hub has."""
+    model = tiny_bert()
+    if "sharded" in form:
+        model.save_pretrained(folder, max_shard_size="40KB")
+        assert len(list(folder.glob("*.safetensors"))) > 1
+    else:
+        model.save_pretrained(folder)
+    if form.endswith("bin"):
+        from safetensors.torch import load_file
+
+        for file in folder.glob("*.safetensors"):
+            torch.save(load_file(file), folder / f"{file.stem.replace('model', 'pytorch_model', 1)}.bin")
+            file.unlink()
+        for index in folder.glob("*.index.json"):
+            text = index.read_text().replace('"model-', '"pytorch_model-').replace(".safetensors", ".bin")
+            (folder / "pytorch_model.bin.index.json").write_text(text)
+            index.unlink()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "sharded safetensors", "bin", "sharded bin"])
+def test_every_form_of_weights_in_the_hubs_cache_is_loaded(form, tmp_path, monkeypatch):
+    """transformers loads each of them from there without a network; the same model comes from each."""
+    number = "0123456789abcdef0123456789abcdef01234567"
+    model_folder = tmp_path / "models--someone--tiny"
+    (model_folder / "refs").mkdir(parents=True)
+    (model_folder / "refs" / "main").write_text(number)
+    weights_as(form, model_folder / "snapshots" / number)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert pretrained.is_cached("someone/tiny") and not pretrained.is_cached("someone/other")
+    notes: list[str] = []
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    mine, made_anew = load_model(str(model_folder / "snapshots" / number), ["a", "b"], notes=notes)
+    assert made_anew == []
+    assert_same_weights(mine, tiny_bert())
+    assert any("are a pickle" in note for note in notes) == form.endswith("bin")
+    with pytest.raises(UsageError, match=f"holds no config.json; name .*snapshots/{number}"):
+        load_model(str(model_folder), ["a", "b"])
+
+
+def test_a_pickle_that_runs_code_is_refused(classifier, tmp_path):
+    """torch.load without `weights_only` runs it: the file that it then writes shows that it ran."""
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    Path(classifier, "model.safetensors").unlink()
+    torch.save({"bert": Evil()}, Path(classifier, "pytorch_model.bin"))
+    with pytest.raises(UsageError, match="the model could not be loaded"):
+        load_model(classifier, ["a", "b"])
+    assert not (tmp_path / "ran").exists()
+    torch.load(Path(classifier, "pytorch_model.bin"), weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_keeps_to_the_inputs_that_the_model_has(tiny_tokenizer_dir, tmp_path):
+    """DistilBERT takes no token types, and one row of RoBERTa's table holds none for a second text."""
+    for kind, tables in (("distilbert", {}), ("roberta", {"type_vocab_size": 1})):
+        folder = tmp_path / kind
+        shutil.copytree(tiny_tokenizer_dir, folder)
+        config = tiny_config(kind)
+        config.update(tables)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+        assert "token_type_ids" in AutoTokenizer.from_pretrained(tiny_tokenizer_dir)("the cat", "the dog")
+        tokenizer = load_tokenizer(str(folder))
+        row = tokenizer("the cat", "the dog", return_tensors="pt")
+        assert set(row) == {"input_ids", "attention_mask"}
+        assert load_model(str(folder), ["a", "b"], tokenizer)[0](**row).logits.isfinite().all()
+        tokenizer.save_pretrained(tmp_path / f"{kind}-saved")
+        assert set(AutoTokenizer.from_pretrained(tmp_path / f"{kind}-saved")("the cat")) == set(row)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(classifier, tiny_tokenizer):

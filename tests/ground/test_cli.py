@@ -23,8 +23,12 @@ from nanofinetune.ground.errors import UsageError
 COMMAND_LINE = {
     "--model": None,
     "--data": None,
+    "--max-length": None,
     "--text-columns": None,
     "--label-column": None,
+    "--class-weights": None,
+    "--keep-best": None,
+    "--patience": None,
     "--epochs": 3,
     "--max-steps": None,
     "--batch-size": 8,

@@ -49,7 +49,7 @@ def train(rows_per_step, loss_of=None, leave_out=lambda run: False, settle=None)
     def new_loader(size: int) -> Any:
         return DataLoader(data, batch_size=size)
 
-    args = SimpleNamespace(output=None, save_every=None, keep=2, on_nan="skip", seed=0)
+    args = SimpleNamespace(output=None, save_every=None, keep=2, on_nan="skip", seed=0, keep_best=None, patience=None)
     plan = Plan(args, ROWS, rows_per_step, 1, updates, Start(), {}, new_loader)
     model, optimizer, loader, scheduler = accelerator.prepare(
         linear, adamw, new_loader(rows_per_step), get_scheduler("linear", adamw, 0, updates)

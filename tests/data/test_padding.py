@@ -1,0 +1,64 @@
+"""The padding token and its side, against the answer of the same row without padding.
+
+python -m pytest tests/data/test_padding.py
+"""
+
+import pytest
+import torch
+from architectures import save_model, save_tokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from nanofinetune.data.pretrained import load_model, load_tokenizer
+
+
+def padded(tokenizer, text, more, side=None):
+    row = tokenizer([text])
+    width = len(row["input_ids"][0]) + more
+    return tokenizer.pad(row, padding="max_length", max_length=width, padding_side=side, return_tensors="pt")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_padding_token_comes_from_the_tokenizer(kind, tmp_path):
+    """Neither has one: the library's tokenizer refuses to pad, and its model to take a batch of two."""
+    save_model(kind, tmp_path, padding=None)
+    tokenizer, notes = load_tokenizer(str(tmp_path)), list[str]()
+    model, _ = load_model(str(tmp_path), ["a", "b"], tokenizer, notes)
+    assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert any("end-of-text token </s> is its padding token too" in note for note in notes)
+    model.eval()
+    with torch.inference_mode():
+        logits = model(**padded(tokenizer, "the cat", 3)).logits
+        torch.testing.assert_close(logits, model(**padded(tokenizer, "the cat", 0)).logits)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="padding token"):
+        theirs(["the cat", "the"], padding=True)
+    with pytest.raises(ValueError, match="batch sizes > 1"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)(input_ids=torch.tensor([[5, 6], [5, 7]]))
+
+
+@pytest.mark.parametrize(("kind", "wrong", "right"), [("xlnet", "right", "left"), ("gpt2", "left", "right")])
+def test_the_side_is_the_one_that_changes_nothing(kind, wrong, right, tmp_path):
+    """XLNet's head reads the last token, GPT-2 counts positions from the left: on the other side answers change."""
+    save_model(kind, tmp_path)
+    save_tokenizer(kind, tmp_path, padding_side=wrong)
+    tokenizer, notes = load_tokenizer(str(tmp_path)), list[str]()
+    assert tokenizer.padding_side == wrong
+    model, _ = load_model(str(tmp_path), ["a", "b"], tokenizer, notes)
+    assert tokenizer.padding_side == right and any(f"rows are padded on the {right}" in note for note in notes)
+    model.eval()
+    with torch.inference_mode():
+        alone = model(**padded(tokenizer, "the cat", 0)).logits
+        torch.testing.assert_close(model(**padded(tokenizer, "the cat", 3)).logits, alone)
+        assert (model(**padded(tokenizer, "the cat", 3, wrong)).logits - alone).abs().max() > 1e-3
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").padding_side == right
+
+
+def test_a_padding_token_that_the_config_knows_by_another_number_is_taken_over(tmp_path):
+    """GPT-2's head takes the last token that is not the config's padding: with another one it reads padding."""
+    save_model("gpt2", tmp_path, padding=4)
+    save_tokenizer("gpt2", tmp_path, pad_token="<pad>")
+    tokenizer, notes = load_tokenizer(str(tmp_path)), list[str]()
+    model, _ = load_model(str(tmp_path), ["a", "b"], tokenizer, notes)
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 1
+    assert "pad_token_id is 4 in the model's config and 1 in its tokenizer: 1 is taken" in notes
