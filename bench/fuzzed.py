@@ -505,14 +505,18 @@ def checkpoints(dice: random.Random, place: Path, base: Path, number: int) -> Ca
     """A run that was stopped, and its newest checkpoint damaged, or its two newest ones; or a state of save_state."""
     if number % 5 == 4:
         shutil.copytree(base / "state", place / "yard" / "state")
-        folder = place / "yard" / "state" / "checkpoint_1"
-        damage = dice.choice((of_one_file, of_two_files, with_a_stranger, with_other_manifest, with_other_values,
-                              with_other_format))  # fmt: skip
-        free = damage is with_other_values  # a value may be one that the object can have
-        said = damage(dice, folder)
-        return Case(
-            "load_state", [f"{YARD}/state/checkpoint_1"], said, "loads" if free else "loaded", {}, stdin_of(dice)
+        changes = (
+            of_one_file,
+            of_two_files,
+            with_a_stranger,
+            with_other_manifest,
+            with_other_values,
+            with_other_format,
         )
+        change = dice.choice(changes)
+        what = change(dice, place / "yard" / "state" / "checkpoint_1")
+        right = "loads" if change is with_other_values else "loaded"  # a value may be one that the object can have
+        return Case("load_state", [f"{YARD}/state/checkpoint_1"], what, right, {}, stdin_of(dice))
     given_job(dice, place, base)
     shutil.copytree(base / "run", place / "own" / "cwd" / "out")
     folders = sorted((place / "own" / "cwd" / CHECKPOINTS).iterdir(), reverse=True)
