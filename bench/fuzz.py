@@ -201,7 +201,8 @@ class Stage:
         for word in case.writes:
             with suppress(ValueError):
                 text = word.replace("~", str(self.home), 1) if word.startswith("~") else word
-                places.append(os.path.realpath(os.path.join(self.cwd, text)))
+                place = os.path.join(self.cwd, text)
+                places += [os.path.realpath(place), os.path.normpath(place)]  # /dev/stdin is another one's elsewhere
         return places
 
 
@@ -570,27 +571,36 @@ def run_cases(
     """Run them, so many at a time -> each as it ends. Its folder is there until the next one is asked for."""
     base, waiting = work / "base", list(reversed(list(cases)))
     running: dict[int, tuple[str, int, Stage, float]] = {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            kind, nth = waiting.pop()
-            stage = Stage(work / f"case-{kind}-{nth}")
-            stage.place.mkdir()
-            pid = fork(lambda: play(kind, nth, seed, stage, base, work / "shared"))  # noqa: B023 (called at once)
-            running[pid] = (kind, nth, stage, time.monotonic())
-        time.sleep(0.005)
-        for pid, (kind, nth, stage, began) in list(running.items()):
-            seconds = time.monotonic() - began
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            code: int | None = os.waitstatus_to_exitcode(status) if ended else None
-            if not ended and seconds < limit:
-                continue
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, signal.SIGKILL)  # its own session: itself, and what it has started
-            if not ended:
-                os.waitpid(pid, 0)
-            del running[pid]
-            yield kind, nth, ending(code, seconds, stage, base)
-            shutil.rmtree(stage.place, ignore_errors=True)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                kind, nth = waiting.pop()
+                stage = Stage(work / f"case-{kind}-{nth}")
+                stage.place.mkdir()
+                pid = fork(lambda: play(kind, nth, seed, stage, base, work / "shared"))  # noqa: B023 (called at once)
+                running[pid] = (kind, nth, stage, time.monotonic())
+            time.sleep(0.005)
+            for pid, (kind, nth, stage, began) in list(running.items()):
+                seconds = time.monotonic() - began
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if not ended and seconds < limit:
+                    continue
+                del running[pid]
+                end_session(pid)
+                if not ended:
+                    os.waitpid(pid, 0)
+                code = os.waitstatus_to_exitcode(status) if ended else None
+                yield kind, nth, ending(code, seconds, stage, base)
+                shutil.rmtree(stage.place, ignore_errors=True)
+    finally:  # interrupted
+        for pid in running:
+            end_session(pid)
+
+
+def end_session(pid: int) -> None:
+    """End a case's process, and what it has started: they are in a session of their own."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def ending(code: int | None, seconds: float, stage: Stage, base: Path) -> Ending:
