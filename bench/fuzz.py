@@ -153,7 +153,7 @@ def state_of(accelerator: Any) -> str:
     return hashlib.sha256(whole).hexdigest()[:16]
 
 
-BENCH = ("captured", "compare", "faults", "fuzz", "pieces", "quality", "throughput", "readme")
+BENCH = ("captured", "commands", "compare", "faults", "fuzz", "pieces", "quality", "throughput", "readme")
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "train.py": of_script("train.py"), "predict": of_package("predict"), "exercise": of_package("exercise"),
     "trace": of_package("trace.__main__"), "launch.sh": shell("bash", str(ROOT / "launch.sh")),

@@ -224,7 +224,7 @@ def of_config(dice: random.Random, place: Path, base: Path) -> Case:
 def of_bench(dice: random.Random, place: Path, base: Path) -> Case:
     """Command lines that these scripts cannot run: what they measure takes minutes."""
     script = dice.choice(
-        ("captured", "compare", "faults", "fuzz", "pieces", "quality", "throughput", "readme", "gpu.sh")
+        ("captured", "commands", "compare", "faults", "fuzz", "pieces", "quality", "throughput", "readme", "gpu.sh")
     )
     bogus = (
         [f"--bogus{dice.choice(HOSTILE)}"] if dice.random() < 0.6 else ["--json", "no/such/folder/x.json", "--bogus"]
