@@ -349,7 +349,7 @@ def trained(end: Ending) -> str:
     if args.data == f"{YARD}/data":
         rows = sum(1 for _ in (end.base / "data" / "train.jsonl").open())
         updates = args.max_steps or args.epochs * -(-rows // (args.batch_size * args.accumulate))
-        if found["steps"] != updates:
+        if found["steps"] > updates or (found["steps"] < updates and args.patience is None):
             return f"{found['steps']} updates, and {updates} were asked for"
     scores = [found[name] for name in ("accuracy", "f1") if name in found]
     if not all(score is None or 0 <= score <= 1 for score in scores):
@@ -447,6 +447,9 @@ def loads(end: Ending) -> str:
 
 
 def tokens(end: Ending) -> str:
+    """Those of the undamaged run, whose file this run has looked for too."""
+    if set(os.listdir(end.stage.place / "own" / "cache")) - set(os.listdir(end.base / "cache")):
+        return "another file than the damaged one was looked for"
     return "" if end.last() == end.facts()["tokens"] else "other tokens"
 
 
