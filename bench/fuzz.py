@@ -45,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fuzzed import JOB, KINDS, RUN, YARD, Case
+from readme import counts, machine_text
 
 from nanofinetune.ground.cli import Parser, number, run_main
 from nanofinetune.ground.errors import UsageError, first_line, shown
@@ -152,7 +153,7 @@ def state_of(accelerator: Any) -> str:
     return hashlib.sha256(whole).hexdigest()[:16]
 
 
-BENCH = ("captured", "compare", "faults", "fuzz", "pieces", "quality", "throughput", "readme")
+BENCH = ("captured", "commands", "compare", "faults", "fuzz", "pieces", "quality", "throughput", "readme")
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "train.py": of_script("train.py"), "predict": of_package("predict"), "exercise": of_package("exercise"),
     "trace": of_package("trace.__main__"), "launch.sh": shell("bash", str(ROOT / "launch.sh")),
@@ -200,7 +201,8 @@ class Stage:
         for word in case.writes:
             with suppress(ValueError):
                 text = word.replace("~", str(self.home), 1) if word.startswith("~") else word
-                places.append(os.path.realpath(os.path.join(self.cwd, text)))
+                place = os.path.join(self.cwd, text)
+                places += [os.path.realpath(place), os.path.normpath(place)]  # /dev/stdin is another one's elsewhere
         return places
 
 
@@ -248,7 +250,7 @@ def redirect(case: Case, stage: Stage) -> None:
     os.chdir(stage.cwd)
     if case.stdin is None:
         os.close(0)
-        sys.stdin = None  # type: ignore[assignment]
+        sys.stdin = None
     else:
         file = stage.place / "stdin"
         file.write_bytes(case.stdin.encode("latin-1"))
@@ -347,7 +349,7 @@ def trained(end: Ending) -> str:
     if args.data == f"{YARD}/data":
         rows = sum(1 for _ in (end.base / "data" / "train.jsonl").open())
         updates = args.max_steps or args.epochs * -(-rows // (args.batch_size * args.accumulate))
-        if found["steps"] != updates:
+        if found["steps"] > updates or (found["steps"] < updates and args.patience is None):
             return f"{found['steps']} updates, and {updates} were asked for"
     scores = [found[name] for name in ("accuracy", "f1") if name in found]
     if not all(score is None or 0 <= score <= 1 for score in scores):
@@ -416,7 +418,9 @@ def printed(end: Ending) -> str:
     words = [os.fsdecode(word) for word in done.stdout.split(b"\0")[:-1]]
     asked = end.case.facts["words"]
     begin = next((i for i, word in enumerate(words) if word.endswith("train.py")), len(words)) + 1
-    return "" if words[begin : begin + len(asked)] == asked else f"{words[begin:]} for {asked}"
+    rest = words[begin:]  # words of launch.sh's own that it does not know, what was asked, --device and --precision
+    found = any(rest[i : i + len(asked)] == asked for i in range(len(rest) - len(asked) + 1))
+    return "" if found else f"{rest} for {asked}"
 
 
 def configured(end: Ending) -> str:
@@ -443,6 +447,9 @@ def loads(end: Ending) -> str:
 
 
 def tokens(end: Ending) -> str:
+    """Those of the undamaged run, whose file this run has looked for too."""
+    if set(os.listdir(end.stage.place / "own" / "cache")) - set(os.listdir(end.base / "cache")):
+        return "another file than the damaged one was looked for"
     return "" if end.last() == end.facts()["tokens"] else "other tokens"
 
 
@@ -528,8 +535,9 @@ def one_line(end: Ending) -> tuple[str, str]:
     if not line.startswith((f"{name}: ", "train.py: " if name == "ours.py" else f"{name}: ")):
         return "not one line", f"it does not begin with {name}: {line[:200]}"
     given = [*end.case.words, *end.case.environment, *end.case.environment.values()]
+    given += [" ".join(word.splitlines()) for word in given]
     things = [thing for word in given for part in {word, word.partition("=")[0]} if (thing := shown(part)[:15])]
-    things += ["required", "empty", "answers", "stdin", "launch.env", "name the file"]
+    things += ["required", "empty", "answers", "stdin", "launch.env", "name the file", "unrecognized"]
     if not any(thing in line for thing in things) and not re.search(" --[a-z]", line):
         return "not one line", f"it names nothing that was given: {line[:200]}"
     return "one line", line
@@ -566,27 +574,36 @@ def run_cases(
     """Run them, so many at a time -> each as it ends. Its folder is there until the next one is asked for."""
     base, waiting = work / "base", list(reversed(list(cases)))
     running: dict[int, tuple[str, int, Stage, float]] = {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            kind, nth = waiting.pop()
-            stage = Stage(work / f"case-{kind}-{nth}")
-            stage.place.mkdir()
-            pid = fork(lambda: play(kind, nth, seed, stage, base, work / "shared"))  # noqa: B023 (called at once)
-            running[pid] = (kind, nth, stage, time.monotonic())
-        time.sleep(0.005)
-        for pid, (kind, nth, stage, began) in list(running.items()):
-            seconds = time.monotonic() - began
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            code: int | None = os.waitstatus_to_exitcode(status) if ended else None
-            if not ended and seconds < limit:
-                continue
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, signal.SIGKILL)  # its own session: itself, and what it has started
-            if not ended:
-                os.waitpid(pid, 0)
-            del running[pid]
-            yield kind, nth, ending(code, seconds, stage, base)
-            shutil.rmtree(stage.place, ignore_errors=True)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                kind, nth = waiting.pop()
+                stage = Stage(work / f"case-{kind}-{nth}")
+                stage.place.mkdir()
+                pid = fork(lambda: play(kind, nth, seed, stage, base, work / "shared"))  # noqa: B023 (called at once)
+                running[pid] = (kind, nth, stage, time.monotonic())
+            time.sleep(0.005)
+            for pid, (kind, nth, stage, began) in list(running.items()):
+                seconds = time.monotonic() - began
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if not ended and seconds < limit:
+                    continue
+                del running[pid]
+                end_session(pid)
+                if not ended:
+                    os.waitpid(pid, 0)
+                code = os.waitstatus_to_exitcode(status) if ended else None
+                yield kind, nth, ending(code, seconds, stage, base)
+                shutil.rmtree(stage.place, ignore_errors=True)
+    finally:  # interrupted
+        for pid in running:
+            end_session(pid)
+
+
+def end_session(pid: int) -> None:
+    """End a case's process, and what it has started: they are in a session of their own."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def ending(code: int | None, seconds: float, stage: Stage, base: Path) -> Ending:
@@ -679,14 +696,14 @@ def fuzz(
     cases: Iterable[tuple[str, int]], seed: int, jobs: int, limit: float, whole: bool = False
 ) -> tuple[dict[str, Counter[str]], list[str]]:
     """Run the cases -> ({kind: {how they ended: how many}}, a line for each fault). `whole`: print all they print."""
-    counts: dict[str, Counter[str]] = {}
+    ends: dict[str, Counter[str]] = {}
     faults: list[str] = []
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         work = Path(folder).resolve()
         prepare(work)
         for kind, nth, end in run_cases(cases, seed, work, jobs, limit):
             verdict, what = judge(end)
-            counts.setdefault(kind, Counter())[verdict] += 1
+            ends.setdefault(kind, Counter())[verdict] += 1
             command = " ".join([end.case.program, *(shown(word, most=60) or "''" for word in end.case.words)])
             line = f"{kind}:{nth}: {verdict}: {shown(what, most=300)} ({shown(end.case.what, most=120)}; {command})"
             if verdict in FAULTS:
@@ -695,19 +712,12 @@ def fuzz(
             if whole:
                 print(f"{line}\n{json.dumps(asdict(end.case))}\nexit {end.code} after {end.seconds:.1f} s")
                 print(f"--- stdout\n{end.out[-4000:]}\n--- stderr\n{end.err[-8000:]}", flush=True)
-    return counts, faults
+    return ends, faults
 
 
 def table_of(record: dict[str, Any]) -> str:
-    """The counts as a table in Markdown."""
-    lines = [
-        "| kind | cases | a right result | one line and exit 2 | " + " | ".join(FAULTS) + " |",
-        "|---|" + "---|" * 10,
-    ]
-    for kind, row in record["rows"].items():
-        cells = [sum(row.values()), row["right"], row["one line"], *(row[fault] for fault in FAULTS)]
-        lines.append(f"| {kind} | {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    """The counts as a table in Markdown, and the machine."""
+    return f"{counts(record['rows'])}\n\n{machine_text(record['machine'])}; {record['machine']['date']}."
 
 
 def main() -> None:
@@ -736,8 +746,8 @@ def main() -> None:
     gc.freeze()  # or each process copies what its collector looks at
     from pieces import machine
 
-    counts, faults = fuzz(cases, args.seed, args.jobs, args.limit, whole=args.only is not None)
-    rows = {kind: {name: counts[kind][name] for name in ("right", "one line", *FAULTS)} for kind in counts}
+    ends, faults = fuzz(cases, args.seed, args.jobs, args.limit, whole=args.only is not None)
+    rows = {kind: {name: ends[kind][name] for name in ("right", "one line", *FAULTS)} for kind in KINDS if kind in ends}
     record = {"what": "fuzz", "machine": machine(), "seed": args.seed, "rows": rows, "faults": faults}
     print(table_of(record))
     print(f"{len(cases)} cases in {time.monotonic() - began:.0f} s, {len(faults)} faults", file=sys.stderr)

@@ -74,7 +74,9 @@ HOSTILE = (
 # train.py's options -> values that are right; "" stands for none. tests/bench/test_fuzz.py compares it with --help.
 OPTIONS = {
     "--model": (f"{YARD}/model",), "--data": (f"{YARD}/data",), "--text-columns": ("sentence1",),
-    "--label-column": ("label",), "--epochs": ("1", "2"), "--max-steps": ("1", "3"), "--batch-size": ("1", "4", "5"),
+    "--label-column": ("label",), "--max-length": ("8", "64"), "--class-weights": ("balanced",), "--patience": ("1",),
+    "--keep-best": ("", "f1", "accuracy"), "--epochs": ("1", "2"), "--max-steps": ("1", "3"),
+    "--batch-size": ("1", "4", "5"),
     "--eval-batch-size": ("1", "32"), "--accumulate": ("1", "2"), "--group-by-length": ("",), "--fast-dropout": ("",),
     "--lr": ("1e-3", "1e30", "5e-324"), "--weight-decay": ("0", "0.1"), "--warmup-steps": ("0", "1", "0.5"),
     "--schedule": ("linear", "constant", "cosine", "polynomial", "inverse_sqrt"), "--clip-norm": ("1", "1e-30"),
@@ -97,7 +99,7 @@ def option(dice: random.Random, hostile: float) -> list[str]:
     """One option of train.py with a value, which is hostile that often."""
     name = dice.choice(list(OPTIONS))
     value = dice.choice(HOSTILE) if dice.random() < hostile else dice.choice(OPTIONS[name])
-    if value == "" and OPTIONS[name] == ("",):
+    if value == "" and "" in OPTIONS[name]:
         return [name]
     return [f"{name}={value}"] if dice.random() < 0.2 else [name, value]
 
@@ -224,7 +226,7 @@ def of_config(dice: random.Random, place: Path, base: Path) -> Case:
 def of_bench(dice: random.Random, place: Path, base: Path) -> Case:
     """Command lines that these scripts cannot run: what they measure takes minutes."""
     script = dice.choice(
-        ("captured", "compare", "faults", "fuzz", "pieces", "quality", "throughput", "readme", "gpu.sh")
+        ("captured", "commands", "compare", "faults", "fuzz", "pieces", "quality", "throughput", "readme", "gpu.sh")
     )
     bogus = (
         [f"--bogus{dice.choice(HOSTILE)}"] if dice.random() < 0.6 else ["--json", "no/such/folder/x.json", "--bogus"]
@@ -505,14 +507,18 @@ def checkpoints(dice: random.Random, place: Path, base: Path, number: int) -> Ca
     """A run that was stopped, and its newest checkpoint damaged, or its two newest ones; or a state of save_state."""
     if number % 5 == 4:
         shutil.copytree(base / "state", place / "yard" / "state")
-        folder = place / "yard" / "state" / "checkpoint_1"
-        damage = dice.choice((of_one_file, of_two_files, with_a_stranger, with_other_manifest, with_other_values,
-                              with_other_format))  # fmt: skip
-        free = damage is with_other_values  # a value may be one that the object can have
-        said = damage(dice, folder)
-        return Case(
-            "load_state", [f"{YARD}/state/checkpoint_1"], said, "loads" if free else "loaded", {}, stdin_of(dice)
+        changes = (
+            of_one_file,
+            of_two_files,
+            with_a_stranger,
+            with_other_manifest,
+            with_other_values,
+            with_other_format,
         )
+        change = dice.choice(changes)
+        what = change(dice, place / "yard" / "state" / "checkpoint_1")
+        right = "loads" if change is with_other_values else "loaded"  # a value may be one that the object can have
+        return Case("load_state", [f"{YARD}/state/checkpoint_1"], what, right, {}, stdin_of(dice))
     given_job(dice, place, base)
     shutil.copytree(base / "run", place / "own" / "cwd" / "out")
     folders = sorted((place / "own" / "cwd" / CHECKPOINTS).iterdir(), reverse=True)

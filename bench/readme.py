@@ -128,6 +128,23 @@ def faults(folder: Path) -> str:
     return "\n".join([machine_line(path, record["machine"], folder), "", *lines])
 
 
+def counts(rows: dict[str, dict[str, int]]) -> str:
+    """How the cases of `python bench/fuzz.py` ended, a line for each kind."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"| kind | cases | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for kind, row in rows.items():
+        lines.append(f"| {kind} | {' | '.join(str(count) for count in (sum(row.values()), *row.values()))} |")
+    return "\n".join(lines)
+
+
+def fuzz(folder: Path) -> str:
+    """The table of `python bench/fuzz.py --json`."""
+    path, record = newest("fuzz")
+    found = len(record["faults"])
+    end = f"Seed {record['seed']}; {found or 'no'} fault{'' if found == 1 else 's'}. "
+    return "\n".join([end + machine_line(path, record["machine"], folder), "", counts(record["rows"])])
+
+
 def row_of(record: dict[str, Any], piece: str, what: str) -> dict[str, Any]:
     """A measured row of the speed record."""
     return next(row for row in record["setups"][piece]["rows"] if row["what"].endswith(what))
@@ -217,7 +234,7 @@ def faults_short(folder: Path) -> str:
 
 TABLES = {
     "numbers": numbers, "commands": commands, "speed_short": speed_short, "faults_short": faults_short,
-    "pieces": pieces, "mrpc": mrpc, "speed": speed, "faults": faults,
+    "pieces": pieces, "mrpc": mrpc, "speed": speed, "faults": faults, "fuzz": fuzz,
 }  # fmt: skip
 
 

@@ -98,3 +98,10 @@ def test_gpu_sh_refuses_what_it_does_not_know(words: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("gpu.sh: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_gpu_sh_escapes_what_it_quotes() -> None:
+    command = ["sh", str(ROOT / "bench" / "gpu.sh"), "--bo\ngus\x1b[2J"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "gpu.sh: --bo?gus?[2J: it takes --print first, then --model and --data\n"
