@@ -46,7 +46,7 @@ def traced(job, tmp_path_factory):
 
 def test_losses_are_those_of_an_unwatched_run(job, traced, tmp_path):
     """Bit for bit: the file of losses is the same, and so are the weights."""
-    options = ["--max-steps", str(UPDATES), "--output", "run", "--device", "cpu", *job]
+    options = ["--max-steps", str(UPDATES), "--output", tmp_path / "run", "--device", "cpu", *job]
     done = run_torchrun([ROOT / "train.py", *options], 2)
     assert done.returncode == 0, done.stderr
     for name in ("metrics.jsonl", "model/model.safetensors"):
