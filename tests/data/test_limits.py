@@ -108,7 +108,7 @@ def test_a_model_of_many_parts_is_not_built(monkeypatch):
     torch.nn.Sequential(*(torch.nn.Identity() for _ in range(10)))
 
 
-SOME = st.one_of(
+SOME: Any = st.one_of(
     st.sampled_from([10**7, 10**10, 10**30, -1, 0, 1, "12", "", 0.5, math.nan, math.inf, None, True, [], {}])
 )
 KEYS = st.sampled_from(
