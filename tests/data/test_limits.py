@@ -69,6 +69,11 @@ def test_what_is_no_count_of_layers_is_refused(config, folder):
             load_trained(change(folder, **config))
 
 
+def test_the_number_of_one_layer_is_no_count():
+    """LLaVA's configs count from the end; -2 is the last layer but one."""
+    check_counts("m", {"vision_feature_layer": -2, "some_layer": "last", "num_hidden_layers": 12, "add_layer": True})
+
+
 def test_every_kind_of_model_is_built_within_its_file(tmp_path):
     """Architectures that need no more than a few sizes: saved, then read."""
     import transformers
