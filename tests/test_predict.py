@@ -5,6 +5,7 @@ python -m pytest tests/test_predict.py
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,43 @@ def test_texts_beyond_the_limit_are_cut_as_the_tokenizer_cuts_them(tmp_path, tin
     assert first[:2] == second[:2]
 
 
+def test_lines_are_held_by_their_size_and_one_without_an_end_is_read_no_further(monkeypatch):
+    monkeypatch.setattr(predict, "CHARACTERS", 1_000)
+    source = io.StringIO("a" * 400 + "\n" + "b\n" * 4000 + "c" * 2_000 + "\n" + "d\n")
+    blocks = list(read_lines(source, 1))
+    assert max(sum(len(text) + 1 for (text,) in block) for block in blocks) < 1_000 + 2_001
+    assert [len(text) for block in blocks for (text,) in block] == [400, *[1] * 4000, 2000, 1]
+    endless = io.StringIO("the cat\n" + "a" * 30_000_000)
+    with pytest.raises(UsageError, match=r"line 2 has more than 1,000,000 characters, the most that is read; cut it"):
+        list(read_lines(endless, 1))
+    assert endless.tell() < 1_000_100
+    longest = "a" * 1_000_000
+    assert list(read_lines(io.StringIO(longest + "\n" + longest), 1)) == [[(longest,)], [(longest,)]]
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_an_answer_that_is_no_number_is_refused_where_the_pipeline_gives_a_label(
+    labels, tmp_path, tiny_tokenizer_dir, capsys, monkeypatch
+):
+    """Weights as large as floats go: their products are infinite, and of two of them the softmax is NaN."""
+    from transformers import pipeline
+
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a"], labels)
+    model = predict.load_trained(folder)
+    model.classifier.weight.data.fill_(3e38)
+    model.bert.pooler.dense.bias.data.fill_(100)
+    model.save_pretrained(folder)
+    reference = pipeline("text-classification", model=folder, device="cpu", function_to_apply="softmax")
+    with np.errstate(invalid="ignore"):
+        (answer,) = reference("the cat")
+    assert answer["label"] and np.isnan(answer["score"])
+    monkeypatch.setattr(sys, "argv", ["predict", folder, str(tmp_path / "lines.txt")])
+    (tmp_path / "lines.txt").write_text("the cat\n")
+    assert run_main("predict", predict.main) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("it answers with NaN or infinity; name another model\n") and err.count("\n") == 1
+
+
 def test_no_lines_are_no_output(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
     folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a"])
     assert predicted([], folder, capsys, monkeypatch, tmp_path) == []
@@ -158,6 +196,32 @@ def test_stdin_is_utf8_in_the_c_locale(tmp_path, tiny_tokenizer_dir):
     )
     assert broken.returncode == 2
     assert broken.stderr == b"nanofinetune.predict: stdin: byte 0xe9 is not UTF-8; convert the file\n"
+
+
+HOMELESS = [{"HOME": "/proc/1/nobody"}, {"HOME": "/nonexistent"}, {"HOME": None}, {"HF_HOME": "/dev/null/x"}]
+HOMELESS += [{"TMPDIR": "/nonexistent"}, {"NANOFINETUNE_CACHE": "/dev/null/x"}, {"HF_DATASETS_CACHE": "/dev/null/x"}]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX's variables")
+@pytest.mark.parametrize("changes", HOMELESS, ids=str)
+def test_without_a_home_or_a_cache_that_can_be_written_all_works(changes, tmp_path, tiny_tokenizer_dir):
+    """A cache saves time, and nothing depends on it: a run, and a prediction with what it has trained."""
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"], labels=2)
+    (tmp_path / "x.csv").write_text("text,label\n" + "".join(f"the cat {i},{i % 2}\n" for i in range(20)))
+    (tmp_path / "lines.txt").write_text("the cat\n")
+    dropped = ("HF_HOME", "HF_DATASETS_CACHE", "NANOFINETUNE_CACHE", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped} | {"HF_HUB_OFFLINE": "1"}
+    environment = {name: value for name, value in (environment | changes).items() if value is not None}
+    train = [sys.executable, "train.py", "--model", folder, "--data", str(tmp_path / "x.csv"), "--max-steps", "1"]
+    for command in (
+        [*train, "--device", "cpu", "--output", str(tmp_path / "run")],
+        [sys.executable, "-m", "nanofinetune.predict", str(tmp_path / "run" / "model"), str(tmp_path / "lines.txt")],
+    ):
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
 
 def test_a_wrong_number_of_tabs_names_the_line(monkeypatch):

@@ -344,6 +344,8 @@ def _numbered(cells: Mapping[str, np.ndarray], classes: Sequence[Any], column: s
 
 def _cells(rows: Any, column: str) -> Any:
     """A column of a datasets.Dataset -> pyarrow.ChunkedArray."""
+    if rows._indices is None:  # underneath: a selection of one column copies the features of all, a thousand for each
+        return rows.data.column(column)
     return rows.select_columns([column]).with_format("arrow")[:][column]
 
 

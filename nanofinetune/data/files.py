@@ -26,7 +26,7 @@ import re
 import tempfile  # noqa: F401  (the example above)
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from nanofinetune.ground.errors import UsageError, first_line
 
 ENDINGS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 LONGEST = 1_000_000  # characters of a cell: a model reads a few thousand, and a tokenizer takes 100 bytes for each
+LONGEST_LINE = 16 * LONGEST
 MOST_COLUMNS = 5_000
 MOST_ROWS = 100_000_000  # of a parquet file: a kilobyte can claim any number of equal rows
 CELLS = 1_000_000  # that are Python objects at a time
@@ -140,7 +141,7 @@ def _strings(file: Path, **options: Any) -> dict[str, Any]:
     before = csv.field_size_limit(LONGEST)
     try:
         with file.open(encoding="utf-8-sig", newline="") as source:
-            reader = csv.reader(source, **options)
+            reader = csv.reader(_lines(file, source), **options)
             header = next((row for row in reader if row), [])
             names = _column_names(file, header)
             chunks: list[list[Any]] = [[] for _ in names]
@@ -278,7 +279,7 @@ def _objects(file: Path, source: Any) -> Iterator[dict[str, Any]]:
                 yield _an_object(file, f"row {number}", row)
         elif start:
             source.seek(0)
-            for number, line in enumerate(source, 1):
+            for number, line in enumerate(_lines(file, source), 1):
                 if line.strip():
                     yield _an_object(file, f"line {number}", json.loads(line))
     except RecursionError as error:
@@ -380,6 +381,18 @@ def _distinct(file: Path, names: list[str]) -> list[str]:
         twice = next(name for name in names if names.count(name) > 1)
         raise UsageError(f"--data {file}: two of its columns are named {twice}; rename one")
     return names
+
+
+def _lines(file: Path, source: Any) -> Iterator[str]:
+    """A file's lines. Raises UsageError for one that is too long, and has read no more of it."""
+    for number in count(1):
+        line = source.readline(LONGEST_LINE)
+        if len(line) == LONGEST_LINE:
+            text = f"line {number} has more than {LONGEST_LINE:,} characters: is it text?"
+            raise UsageError(f"--data {file}: it could not be read ({text}); correct the file")
+        if not line:
+            return
+        yield line
 
 
 @contextmanager

@@ -48,8 +48,9 @@ def check_counts(name: str, config: Mapping[str, Any]) -> None:
         most = MOST_LABELS if key == "num_labels" else MOST_LAYERS if key.endswith(("layer", "layers")) else None
         if most is None and not key.endswith(("heads", "_head")):
             continue
+        counts = key.startswith(("num_", "n_", "encoder_", "decoder_"))  # others number one layer: -2, "last"
         least = 1 if key in ("num_labels", "num_hidden_layers", "num_layers", "n_layers", "n_layer") else 0
-        if isinstance(value, str) or (isinstance(value, (int, float)) and value < least):
+        if counts and (isinstance(value, str) or (isinstance(value, (int, float)) and value < least)):
             raise UsageError(
                 f"model {name}: its config has {key} {value!r}, which is no count; correct its config.json"
             )

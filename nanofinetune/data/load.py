@@ -19,6 +19,7 @@ tests/data/test_load.py.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -161,7 +162,10 @@ def _load_hub(name: str, config: str | None = None) -> dict[str, Split]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__  # what went wrong under the library's wrappers
-        raise UsageError(f"--data {shown}: it could not be loaded ({first_line(cause)})") from error
+        remedy = ""
+        if isinstance(cause, OSError) and cause.filename and cause.errno in (errno.EACCES, errno.EROFS, errno.ENOENT):
+            remedy = "; if the cache cannot be written, set HF_HOME to a folder that can"
+        raise UsageError(f"--data {shown}: it could not be loaded ({first_line(cause)}){remedy}") from error
     task = GLUE[config] if config is not None else _task_of(name)
     asked = task.validation if task is not None else ()
     validation = [split for split in asked if split in loaded] or [s for s in ("validation",) if s in loaded]

@@ -50,6 +50,8 @@ def shown(text: str, most: int = 500) -> str:
     >>> shown("good\x1b[2J\tbad"), shown("a" * 600, most=9)
     ('good\\x1b[2J\\tbad', 'aaa...aaa')
     """
+    if len(text) > 2 * most:  # the middle of it is left out below, at once here: it may be a whole file
+        text = text[:most] + text[-most:]
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     half = (most - 3) // 2
     return safe if len(safe) <= most else f"{safe[:half]}...{safe[-half:]}"

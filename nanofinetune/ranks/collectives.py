@@ -237,17 +237,16 @@ def _goes_first(first: bool, name: str, world: World, timeout: timedelta) -> Ite
     try:
         if not first:
             hear_from_the_first()
-            world.calls.inside = name
-            yield
-            return
         world.calls.inside = name
         # underneath: Accelerate has no `try` here: the other ranks wait until rank 0's process ends, or time out.
         try:
             yield
         except BaseException as failure:
-            hear_from_the_first(failure)
+            if first:
+                hear_from_the_first(failure)
             raise
-        hear_from_the_first()
+        if first:
+            hear_from_the_first()
     finally:
         world.calls.inside = ""
         dist.destroy_process_group(patient)

@@ -69,6 +69,11 @@ def test_what_is_no_count_of_layers_is_refused(config, folder):
             load_trained(change(folder, **config))
 
 
+def test_the_number_of_one_layer_is_no_count():
+    """LLaVA's configs count from the end; -2 is the last layer but one."""
+    check_counts("m", {"vision_feature_layer": -2, "some_layer": "last", "num_hidden_layers": 12, "add_layer": True})
+
+
 def test_every_kind_of_model_is_built_within_its_file(tmp_path):
     """Architectures that need no more than a few sizes: saved, then read."""
     import transformers
@@ -108,7 +113,7 @@ def test_a_model_of_many_parts_is_not_built(monkeypatch):
     torch.nn.Sequential(*(torch.nn.Identity() for _ in range(10)))
 
 
-SOME = st.one_of(
+SOME: Any = st.one_of(
     st.sampled_from([10**7, 10**10, 10**30, -1, 0, 1, "12", "", 0.5, math.nan, math.inf, None, True, [], {}])
 )
 KEYS = st.sampled_from(

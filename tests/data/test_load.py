@@ -61,6 +61,23 @@ def of_the_hub(monkeypatch, splits):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: loaded)
 
 
+def test_a_cache_that_cannot_be_written_is_blamed(monkeypatch):
+    """Where the Hub is there and the home is not: the data set is in order."""
+    import datasets
+
+    def load_dataset(*_):
+        try:
+            raise PermissionError(13, "Permission denied", "/proc/1/nobody")
+        except OSError as error:
+            raise RuntimeError("the library's own words") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # what it was, at the end
+    monkeypatch.setattr(load_module, "hub_in_reach", lambda: True)
+    with pytest.raises(UsageError, match=r"--data imdb: .*'/proc/1/nobody'\); if the cache .* set HF_HOME to a folder"):
+        load_data("imdb")
+
+
 @pytest.mark.parametrize(
     ("name", "splits", "scored"),
     [

@@ -199,7 +199,7 @@ def test_checkpoints_without_permission_are_one_line(mode):
 
 def test_a_home_of_nobody_is_one_line(tmp_path):
     for arguments_of in (arguments("~nobody-of-that-name/run", None), arguments(tmp_path, "~nobody-of-that-name/run")):
-        with pytest.raises(UsageError, match=r"--(output|resume) ~nobody-of-that-name/run: Could not determine home"):
+        with pytest.raises(UsageError, match=r"--(output|resume) ~nobody-of-that-name/run: this user has no home"):
             find_start(arguments_of)
 
 
