@@ -158,8 +158,7 @@ def evaluate(
     for batch in loader:
         labels = batch.pop("labels")
         logits = model(**batch).logits.float()  # (B, classes), or (B, 1) to regress
-        several = labels.ndim == 2  # classes of which a row may have any number
-        predictions = logits if several else logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
+        predictions = logits if labels.ndim == 2 else logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
         metric.add_batch(predictions=predictions, references=labels)
         end_step(accelerator.device)
     if metric.reduction == "sum":
