@@ -399,7 +399,9 @@ def test_lines_are_written_into_a_new_file(tmp_path, tiny_tokenizer_dir, capsys,
 def test_a_model_that_answers_with_nan_is_an_error(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
     folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
     model = predict.load_trained(folder)
-    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    torch.nn.init.constant_(model.classifier.bias, 3e38)  # finite, and the largest sum is not
+    torch.nn.init.constant_(model.bert.pooler.dense.bias, 1e9)  # every pooled value is 1
+    torch.nn.init.constant_(model.classifier.weight, 3e38)
     model.save_pretrained(folder)
     (tmp_path / "a.txt").write_text("the cat\n")
     assert run(monkeypatch, folder, tmp_path / "a.txt") == 2
