@@ -6,9 +6,11 @@ python -m pytest tests/test_predict.py
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ import torch
 from conftest import ROOT, WORDS, tiny_bert
 
 from nanofinetune import predict
+from nanofinetune.cpu import lean
+from nanofinetune.data import rows as predict_rows
 from nanofinetune.ground.cli import run_main
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.predict import read_lines, split_line
@@ -195,7 +199,7 @@ def test_stdin_is_utf8_in_the_c_locale(tmp_path, tiny_tokenizer_dir):
         command, cwd=ROOT, env=environment, input=b"the caf\xe9\n", capture_output=True, timeout=120
     )
     assert broken.returncode == 2
-    assert broken.stderr == b"nanofinetune.predict: stdin: byte 0xe9 is not UTF-8; convert the file\n"
+    assert broken.stderr == b"nanofinetune.predict: stdin: byte 0xe9 is not UTF-8; name its encoding with --encoding\n"
 
 
 HOMELESS = [{"HOME": "/proc/1/nobody"}, {"HOME": "/nonexistent"}, {"HOME": None}, {"HF_HOME": "/dev/null/x"}]
@@ -236,3 +240,271 @@ def test_a_wrong_number_of_tabs_names_the_line(monkeypatch):
             list(read_lines(io.StringIO(content), texts))
     assert list(read_lines(io.StringIO("a\tb\nc\td\ne\t\n"), None)) == [[("a", "b"), ("c", "d")], [("e", "")]]
     assert split_line("", 1, 1) == ("",)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def run(monkeypatch, *argv: str | Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, argv)])
+    return run_main("predict", predict.main)
+
+
+def many_labels(folder: Path, tokenizer_dir: str) -> str:
+    """A model of which a text has any number of three classes."""
+    name = save_model(folder, tokenizer_dir, ["text"])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    return name
+
+
+TABLES = {
+    "csv": lambda file, rows: rows.to_csv(file, index=False),
+    "tsv": lambda file, rows: rows.to_csv(file, index=False, sep="\t"),
+    "jsonl": lambda file, rows: rows.to_json(file, orient="records", lines=True),
+    "parquet": lambda file, rows: rows.to_parquet(file),
+}
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_gets_the_pipelines_answers_as_columns(kind, pairs, tmp_path, tiny_tokenizer_dir, monkeypatch):
+    """The same rows in the same order, whatever the blocks, and every class where --all asks for them."""
+    import pandas
+    from transformers import pipeline
+
+    monkeypatch.setattr(predict_rows, "BLOCK", 7)
+    columns = ["a", "b"][: 1 + pairs]
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, columns)
+    before = pandas.DataFrame(lines(20, pairs), columns=columns).assign(n=range(20))
+    before.loc[before.a == "", "a"] = "the"  # an empty cell of a csv file is NaN to pandas
+    TABLES[kind](tmp_path / f"in.{kind}", before)
+    out = tmp_path / f"out.{kind}"
+    assert run(monkeypatch, folder, tmp_path / f"in.{kind}", "--output", out, "--all") == 0
+    readers = {"csv": pandas.read_csv, "parquet": pandas.read_parquet}
+    readers |= {
+        "tsv": lambda file: pandas.read_csv(file, sep="\t"),
+        "jsonl": lambda file: pandas.read_json(file, lines=True),
+    }
+    after = readers[kind](out)
+    assert list(after)[: len(columns) + 1] == [*columns, "n"]
+    pandas.testing.assert_frame_equal(after[list(before)], before, check_dtype=False)
+    texts = [{"text": row.a, "text_pair": row.b} if pairs else row.a for row in before.itertuples()]
+    expected = pipeline("text-classification", model=folder, device="cpu", top_k=None)(texts)
+    for row, scores in zip(after.to_dict("records"), expected, strict=True):
+        best = max(scores, key=lambda found: found["score"])
+        assert (row["label"], row["probability"]) == (best["label"], pytest.approx(best["score"], abs=TOLERANCE))
+        for found in scores:
+            assert row[f"probability_{found['label']}"] == pytest.approx(found["score"], abs=TOLERANCE)
+
+
+def test_a_table_on_stdout_has_the_form_of_the_input(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    (tmp_path / "a.csv").write_text('id;text;label\n01;"the; cat";x\n02;the dog;y\n')
+    assert run(monkeypatch, folder, tmp_path / "a.csv") == 0
+    shown = capsys.readouterr()
+    assert shown.err == "note: the table has a column label; the model's is predicted_label\n"
+    header, first, second = shown.out.splitlines()
+    assert header == "id;text;label;predicted_label;probability"
+    assert first.startswith('01;"the; cat";x;class ') and second.startswith("02;the dog;y;class ")
+
+
+def test_a_regression_model_writes_a_score(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"], labels=1)
+    (tmp_path / "a.jsonl").write_text('{"text": "the cat"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert run(monkeypatch, folder, tmp_path / "a.jsonl") == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (first, second) = predict.predict(
+        [("the cat",), ("\U0001f600",)], predict.load_trained(folder), predict.load_tokenizer(folder), 64, 8
+    )
+    assert [row["score"] for row in found] == pytest.approx([first[1], second[1]], abs=TOLERANCE)
+    assert [set(row) for row in found] == [{"text", "score"}] * 2
+    assert run(monkeypatch, folder, tmp_path / "a.jsonl", "--all") == 2
+    assert "--all: the model predicts a number, and has no classes" in capsys.readouterr().err
+
+
+def test_several_labels_are_those_above_their_thresholds(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    """Against the pipeline, which gives sigmoids for such a model."""
+    from transformers import pipeline
+
+    folder = many_labels(tmp_path / "model", tiny_tokenizer_dir)
+    texts = sentences(12, shortest=1)
+    expected = pipeline("text-classification", model=folder, device="cpu", top_k=None)(texts)
+    chances = [{found["label"]: found["score"] for found in scores} for scores in expected]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for options, limits in (
+        ([], {}),
+        (["--threshold", "0.9"], {"": 0.9}),
+        (["--threshold", "0.2", "class 1=0.95"], {"": 0.2, "class 1": 0.95}),
+    ):
+        assert run(monkeypatch, folder, tmp_path / "a.jsonl", *options) == 0
+        found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        named = [[name for name in sorted(row) if row[name] > limits.get(name, limits.get("", 0.5))] for row in chances]
+        assert [row["label"] for row in found] == named and 0 < sum(map(len, named)) < 36
+        for row, scores in zip(found, chances, strict=True):
+            assert row["probability"] == pytest.approx([scores[name] for name in row["label"]], abs=TOLERANCE)
+    (tmp_path / "a.csv").write_text("text\n" + "".join(f"{text}\n" for text in texts))
+    assert run(monkeypatch, folder, tmp_path / "a.csv") == 0
+    assert capsys.readouterr().out.splitlines()[0] == "text,label,probability"
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "content", "said"),
+    [
+        (
+            ["text"],
+            [],
+            "review,n\na,1\n",
+            r"the model was trained on the column text: the table has review, n; name the t",
+        ),
+        (
+            None,
+            [],
+            "review,n\na,1\n",
+            r"which columns are the texts\? Name one or two with --text-columns; the table has",
+        ),
+        (
+            ["text"],
+            ["--text-columns", "a", "b"],
+            "a,b\nx,y\n",
+            r"--text-columns a b: the model was trained on 1 \(text\)",
+        ),
+        (
+            ["text"],
+            [],
+            "text,label,predicted_label\na,b,c\n",
+            r"has the columns label and predicted_label already; ren",
+        ),
+        (["text"], ["--separator", ";;"], "text\na\n", r"--separator ;;: name one character"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(
+    columns, options, content, said, tmp_path, tiny_tokenizer_dir, capsys, monkeypatch
+):
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, columns)
+    (tmp_path / "a.csv").write_text(content)
+    assert run(monkeypatch, folder, tmp_path / "a.csv", *options, "--output", tmp_path / "b.csv") == 2
+    assert re.search(said, capsys.readouterr().err) and not (tmp_path / "b.csv").exists()
+
+
+def test_a_row_without_a_text_is_named_and_nothing_is_left(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    monkeypatch.setattr(predict_rows, "BLOCK", 2)
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    for value, said in (
+        ("null", "row 4 has no text in the column text"),
+        ("7", "row 4 has no text but 7 in the column"),
+    ):
+        (tmp_path / "a.jsonl").write_text('{"text": "the"}\n' * 3 + f'{{"text": {value}}}\n')
+        assert run(monkeypatch, folder, tmp_path / "a.jsonl", "--output", tmp_path / "b.jsonl") == 2
+        assert said in capsys.readouterr().err
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "model"]
+
+
+def test_the_columns_that_the_user_names_are_read(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    (tmp_path / "a.csv").write_text("other,review\nx,the cat\n")
+    assert run(monkeypatch, folder, tmp_path / "a.csv", "--text-columns", "review") == 0
+    mine = predict.predict([("the cat",)], predict.load_trained(folder), predict.load_tokenizer(folder), 64, 64)
+    assert capsys.readouterr().out.splitlines()[1].split(",")[2] == mine[0][0]
+
+
+# --- lines from anywhere ----------------------------------------------------------------------------------------------
+
+
+def test_a_lone_carriage_return_starts_no_line_and_a_mark_is_no_text(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    """As many answers as `wc -l` counts lines; the library's own tokenizer makes a token of U+FEFF."""
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfthe cat\nthe\rdog\nthe mat\r\n")
+    assert run(monkeypatch, folder, tmp_path / "a.txt") == 0
+    shown = capsys.readouterr().out.split("\n")[:-1]
+    assert [line.split("\t")[2] for line in shown] == ["the cat", "the\rdog", "the mat"]
+
+
+def test_a_pipe_is_read_by_name(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("the cat\nthe dog\n"))
+    writer.start()
+    assert run(monkeypatch, folder, tmp_path / "pipe") == 0
+    writer.join()
+    assert [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()] == ["the cat", "the dog"]
+    os.mkfifo(tmp_path / "pipe.csv")
+    assert run(monkeypatch, folder, tmp_path / "pipe.csv") == 2
+    assert "a table is read more than once, and this is no plain file" in capsys.readouterr().err
+
+
+def test_emoji_are_written_on_a_stdout_that_is_not_utf8(tmp_path, tiny_tokenizer_dir):
+    """/dev/stdin by name, too: Python's own print raises UnicodeEncodeError there."""
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, None)
+    environment = {"PYTHONIOENCODING": "latin-1", "PATH": "", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "nanofinetune.predict", folder, "/dev/stdin", "--all"], cwd=ROOT, env=environment,
+        input="the \U0001f600 cat\n".encode(), capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    fields = done.stdout.decode().rstrip("\n").split("\t")
+    assert fields[-1] == "the \U0001f600 cat"
+    assert [field.split("=")[0] for field in fields[2:-1]] == ["class 0", "class 1", "class 2"]
+    assert sum(float(field.split("=")[1]) for field in fields[2:-1]) == pytest.approx(1, abs=3 * PRINTED)
+
+
+def test_lines_are_written_into_a_new_file(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    (tmp_path / "a.txt").write_text("the cat\n")
+    assert run(monkeypatch, folder, tmp_path / "a.txt") == 0
+    shown = capsys.readouterr().out
+    assert run(monkeypatch, folder, tmp_path / "a.txt", "--output", tmp_path / "b.txt") == 0
+    assert (tmp_path / "b.txt").read_text() == shown and capsys.readouterr().out == ""
+    assert run(monkeypatch, folder, tmp_path / "a.txt", "--output", tmp_path / "b.txt") == 2
+    assert (tmp_path / "b.txt").read_text() == shown
+
+
+def test_a_model_that_answers_with_nan_is_an_error(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    model = predict.load_trained(folder)
+    torch.nn.init.constant_(model.classifier.bias, 3e38)  # finite, and the largest sum is not
+    torch.nn.init.constant_(model.bert.pooler.dense.bias, 1e9)  # every pooled value is 1
+    torch.nn.init.constant_(model.classifier.weight, 3e38)
+    model.save_pretrained(folder)
+    (tmp_path / "a.txt").write_text("the cat\n")
+    assert run(monkeypatch, folder, tmp_path / "a.txt") == 2
+    assert re.search(r"model \S+: it answers with NaN or infinity; name another model", capsys.readouterr().err)
+
+
+def test_a_line_of_more_characters_than_are_read_is_refused(monkeypatch):
+    monkeypatch.setattr(predict, "LONGEST", 5)
+    with pytest.raises(UsageError, match="line 2 has more than 5 characters, the most that is read; cut it"):
+        list(read_lines(io.StringIO("12345\n123456\n"), 1))
+
+
+def test_a_bar_is_shown_on_a_terminal_alone(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = {}
+    for out, err in ((io.StringIO, Terminal), (Terminal, Terminal), (io.StringIO, io.StringIO)):
+        monkeypatch.setattr(sys, "stdout", out())
+        monkeypatch.setattr(sys, "stderr", err())
+        shown[out, err] = [not predict._bar(output, 9).disable for output in (None, "a.csv")]
+    monkeypatch.undo()
+    assert list(shown.values()) == [[True, True], [False, True], [False, False]]
+
+
+def test_prediction_leaves_out_what_training_leaves_out(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    """The lean encoder, as train.py uses it on a CPU, with the whole one's answers."""
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    used = []
+
+    def use(model):
+        used.append(model)
+        lean.use_lean_encoder(model)
+
+    monkeypatch.setattr(predict, "use_lean_encoder", use)
+    texts = sentences(20, shortest=1)
+    shown = predicted(texts, folder, capsys, monkeypatch, tmp_path)
+    whole = predict.predict(
+        [(text,) for text in texts], predict.load_trained(folder), predict.load_tokenizer(folder), 64, 64
+    )
+    assert len(used) == 1 and [line[0] for line in shown] == [label for label, _ in whole]
+    np.testing.assert_allclose([float(line[1]) for line in shown], [p for _, p in whole], atol=PRINTED + TOLERANCE)

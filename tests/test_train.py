@@ -126,13 +126,56 @@ def test_the_plan_says_what_will_happen(run, tiny_model, pairs):
     code, out, _ = run("--model", tiny_model, "--data", pairs, "--accumulate", 2, "--warmup-steps", 0.25, "--dry-run")
     plan = {line.split()[0]: line for line in out}
     assert code == 0 and list(plan) == [
-        "model", "data", "device", "batch", "updates", "lr", "optimizer", "padding", "precision",
+        "model", "data", "row", "device", "batch", "updates", "lr", "optimizer", "padding", "precision",
     ]  # fmt: skip
     assert "61 train, 23 validation rows; sentence1 + sentence2 -> label (2 classes: 0, 1)" in plan["data"]
     assert "8 per process x 1 process(es) x 2 accumulated = 16 rows an update" in plan["batch"]
     assert plan["updates"].split()[1] == str(3 * 4)
     assert "0 first, 5e-05 peak" in plan["lr"] and "warm-up 3 updates" in plan["lr"]
     assert "AdamW (fused)" in plan["optimizer"]
+
+
+def test_the_plan_shows_two_rows_as_the_model_gets_them(run, tiny_model, tmp_path):
+    """With special tokens and what the tokenizer makes of the text, and one label each."""
+    content = [{"text": f"The CAT {'sat ' * (i % 3)}", "mood": ("sad", "glad")[i % 4 > 1]} for i in range(12)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    _, out, _ = run("--model", tiny_model, "--data", tmp_path, "--dry-run")
+    assert [line for line in out if line.startswith("row ")] == [
+        "row 1      [CLS] the cat [SEP] -> sad", "row 3      [CLS] the cat sat sat [SEP] -> glad",
+    ]  # fmt: skip
+    assert any("12 of 12 validation texts are in the training split too" in line for line in out)
+
+
+def test_several_labels_a_row_are_trained_and_scored(run, tiny_model, tmp_path):
+    """BCE through transformers' problem_type; the saved model answers for each class by itself."""
+    from transformers import pipeline
+
+    header, rows = (
+        "text,toxic,rude,n",
+        [f"the cat {'sat ' * (i % 7)}{i},{i % 2},{int(i % 3 == 0)},{i}" for i in range(60)],
+    )
+    (tmp_path / "a.csv").write_text("\n".join([header, *rows]) + "\n")
+    outcome = run(
+        "--model", tiny_model, "--data", tmp_path / "a.csv", "--label-column", "toxic", "rude", "--epochs", 1,
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    result = result_of(outcome)
+    assert {"micro_f1", "macro_f1", "exact_match"} <= set(result) and "accuracy" not in result
+    assert any("text -> labels (any number of 2 classes: toxic, rude)" in line for line in outcome[1])
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification" and config["id2label"] == {"0": "toxic", "1": "rude"}
+    classify = pipeline("text-classification", model=str(tmp_path / "out" / "model"), device="cpu", top_k=None)
+    assert {found["label"] for found in classify(["the cat"])[0]} == {"toxic", "rude"}
+
+
+def test_stars_can_be_a_number(run, tiny_model, tmp_path):
+    (tmp_path / "a.csv").write_text("text;stars\n" + "".join(f"the cat {i};{i % 5 + 1}\n" for i in range(40)))
+    shown = {}
+    for task in ("auto", "regression"):
+        _, out, _ = run("--model", tiny_model, "--data", tmp_path / "a.csv", "--dry-run", "--task", task)
+        shown[task] = next(line for line in out if line.startswith("data "))
+    assert "(5 classes: 1, 2, 3, 4, 5)" in shown["auto"] and "(a number)" in shown["regression"]
 
 
 def test_the_output_folder_loads_in_the_transformers_pipeline(run, tiny_model, pairs, tmp_path):

@@ -54,12 +54,13 @@ OUR_FILES = re.compile(r"[0-9a-f]{32}(\.tokens|\.\w+\.part|\.npz)")  # .npz: an 
 def load_tokens(
     name: str | None,
     text_columns: Sequence[str] | None,
-    label_column: str | None,
+    label_column: str | Sequence[str] | None,
     seed: int,
     tokenizer: Any,
     max_length: int,
+    **how: Any,
 ) -> tuple[Data, dict[str, TokenStore]]:
-    """`load_data` and `tokenize`, or what they gave for the same data and tokenizer before.
+    """`load_data` and `tokenize`, or what they gave for the same data and tokenizer before; `how` is for `load_data`.
 
     Results are kept in the folder that NANOFINETUNE_CACHE names (default ~/.cache/nanofinetune; "": nothing is kept). A
     file's name is a hash of all that the result depends on: the data's content, the tokenizer, the arguments, the code
@@ -67,12 +68,12 @@ def load_tokens(
 
     Raises what `load_data` raises.
     """
-    asked = [name, text_columns and list(text_columns), label_column]
+    asked = [name, text_columns and list(text_columns), label_column, how]
     content = _content(name, seed)
     file = _file(asked, content, tokenizer, max_length)
     if file is not None and (found := read_cache(file)) is not None:
         return found
-    data = load_data(name, text_columns, label_column, seed)
+    data = load_data(name, text_columns, label_column, seed, **how)
     if content is None and (content := _fingerprints(data)) is not None:
         file = _file(asked, content, tokenizer, max_length)
         if file is not None and (found := read_cache(file)) is not None:

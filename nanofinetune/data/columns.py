@@ -2,9 +2,9 @@
 
 >>> import datasets
 >>> rows = datasets.Dataset.from_dict({"id": [7, 8, 9], "review": ["fine", "cold soup", "no"], "stars": [5, 1, 1]})
->>> find_columns(rows, kinds_of(rows), None, None, None)
-(('review',), 'stars')
->>> labels = read_labels({"train": rows}, "stars", None)
+>>> find_columns(rows, kinds_of(rows), None)
+(('review',), ('stars',))
+>>> labels = read_labels({"train": rows}, ["stars"], None)
 >>> labels.names, labels.values["train"].tolist(), labels.note
 (['1', '5'], [1, 0, 0], 'the labels 1, 5 in stars are classes 0 to 1')
 
@@ -12,7 +12,7 @@ Underneath: `datasets.Dataset.remove_columns` and `datasets.Dataset.rename_colum
   - the course names its columns itself; here they come from the user, the task table, or the only reading there is;
   - an index, an id, a date or the label in words is no text, and an index no label;
   - labels are checked before any long work: transformers meets a gap or a NaN in them as an index error or a NaN loss;
-  - a refusal names columns, row and option.
+  - a refusal names columns, row and option; a reading that is not plain is said.
 
 Proof: test_columns_are_found_by_themselves, test_two_readings_are_refused in tests/data/test_columns.py.
 """
@@ -22,11 +22,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanofinetune.data.files import LONGEST, kind_of
+from nanofinetune.data.multilabel import classes_of_columns, classes_of_lists
 from nanofinetune.data.tasks import Task
 from nanofinetune.ground.errors import UsageError
 
@@ -47,7 +49,7 @@ class Labels(NamedTuple):
     """What the label column means."""
 
     names: list[str] | None  # of the classes, by number; None: numbers to regress on
-    values: dict[str, np.ndarray]  # split -> (rows,) int64 numbers of classes, or float32
+    values: dict[str, np.ndarray]  # split -> (rows,) int64 numbers of classes, or float32; (rows, classes) of 0.0, 1.0
     note: str  # how they were read, where that is not plain; else ""
 
 
@@ -64,10 +66,12 @@ def find_columns(
     rows: Any,
     kinds: Mapping[str, str],
     task: Task | None,
-    text_columns: Sequence[str] | None,
-    label_column: str | None,
-) -> tuple[tuple[str, ...], str]:
-    """-> (one or two text columns, label column): the user's, the task table's, or the only reading there is.
+    text_columns: Sequence[str] | None = None,
+    label_columns: Sequence[str] | None = None,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """-> (one or two text columns, the label's): the user's, the task table's, or the only reading there is.
+
+    Several label columns, which only the user can name, are one class each.
 
     Args:
         rows: the training split, a datasets.Dataset.
@@ -76,45 +80,59 @@ def find_columns(
     Raises:
         UsageError: there is no such column, or more than one reading; it names them, and the option to choose with.
     """
-    for flag, asked in (
-        ("--text-columns", text_columns or ()),
-        ("--label-column", [label_column] if label_column else ()),
-    ):
+    for flag, asked in (("--text-columns", text_columns or ()), ("--label-column", label_columns or ())):
         for column in asked:
             if column not in kinds:
                 raise UsageError(f"{flag} {column}: there is no such column; the data have {_listed(kinds)}")
+        if len(set(asked)) < len(asked):
+            raise UsageError(f"{flag} {' '.join(asked)}: one column twice; name it once, or another one")
     if text_columns and len(text_columns) > 2:
         raise UsageError(f"--text-columns {' '.join(text_columns)}: name one column or two")
-    if text_columns and len(set(text_columns)) < len(text_columns):
-        raise UsageError(f"--text-columns {' '.join(text_columns)}: one column twice; name it once, or another one")
     if task is not None:
-        return task.text_columns, task.label_column
+        return task.text_columns, (task.label_column,)
     for column in text_columns or ():
         if kinds[column] != "text":
             raise UsageError(f"--text-columns {column}: the column holds {kinds[column]}, not text")
-    label = label_column or _find_label(rows, {c: kind for c, kind in kinds.items() if c not in (text_columns or ())})
-    if label in (text_columns or ()):
-        raise UsageError(f"--label-column {label}: it is also named as a text column")
-    if kinds[label] not in ("classes", "numbers", "text"):
-        raise UsageError(f"--label-column {label}: it holds {kinds[label]}; labels are words, whole numbers or floats")
-    return tuple(text_columns or _find_texts(rows, kinds, label)), label
+    others = {column: kind for column, kind in kinds.items() if column not in (text_columns or ())}
+    labels = tuple(label_columns or [_find_label(rows, others)])
+    for label in labels:
+        if label in (text_columns or ()):
+            raise UsageError(f"--label-column {label}: it is also named as a text column")
+        if kinds[label] not in ("classes", "numbers", "text") and not _is_list_of_classes(rows, label):
+            remedy = "labels are words, whole numbers or floats, or lists of 0 and 1 or of words"
+            raise UsageError(f"--label-column {label}: it holds {kinds[label]}; {remedy}")
+    return tuple(text_columns or _find_texts(rows, kinds, labels)), labels
 
 
-def read_labels(splits: Mapping[str, Any], column: str, task: Task | None) -> Labels:
+def read_labels(splits: Mapping[str, Any], columns: Sequence[str], task: Task | None, kind: str = "auto") -> Labels:
     """The labels of all splits, checked, as numbers of classes or as floats.
 
     Whole numbers, booleans and words are classes, in their order; so are whole floats of at most 20 values (pandas
-    writes 0.0 and 1.0 for labels with a gap). Other floats are regressed on.
+    writes 0.0 and 1.0 for labels with a gap). Other floats are regressed on. Several columns of 0 and 1, or one of
+    lists, are classes of which a row may have any number. `kind` overrules: single, multi or regression.
 
     Raises:
         UsageError: a row without a label, one class only, or splits that do not agree.
     """
     import datasets
 
+    column = columns[0]
+    types = {kinds_of(split)[column] for split in splits.values()}
+    if len(columns) > 1 or "lists" in types:
+        what = "several columns" if len(columns) > 1 else "lists"
+        if kind in ("single", "regression"):
+            raise UsageError(f"--task {kind}: the label is in {what}, which are several classes; name one column")
+        return _several(splits, columns)
+    if kind == "multi":
+        found = f"{column} is one column of {types.pop()}"
+        raise UsageError(
+            f"--task multi: {found}; name several columns of 0 and 1, or one of lists, with --label-column"
+        )
+
     cells = {key: _label_cells(split, column, key) for key, split in splits.items()}
-    _check_classes(cells["train"], column)
+    _check_classes(cells, column, kind)
     feature = splits["train"].features[column]
-    if isinstance(feature, datasets.ClassLabel):
+    if isinstance(feature, datasets.ClassLabel) and kind != "regression":
         return Labels(list(feature.names), _numbered(cells, range(len(feature.names)), column), "")
     text = [key for key, values in cells.items() if values.dtype.kind == "O"]
     if text and len(text) < len(cells):
@@ -124,7 +142,28 @@ def read_labels(splits: Mapping[str, Any], column: str, task: Task | None) -> La
             f"--label-column {column}: the labels of the {text[0]} split are text ({some}) and those of the {other} "
             "split numbers; write both alike"
         )
-    return _words(cells, column, task) if text else _numbers(cells, column, task)
+    if text and kind == "regression":
+        shown = _listed(map(repr, sorted(set(cells["train"]))), 4)
+        raise UsageError(f"--task regression: the labels in {column} are text ({shown}); name a column of numbers")
+    return _words(cells, column, task) if text else _numbers(cells, column, task, kind)
+
+
+def drop_unlabelled(splits: Mapping[str, Any], columns: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """-> (the splits without the rows that have no label: an empty one, or -1 among whole numbers; what was left out).
+
+    Raises UsageError for a split of which nothing is left.
+    """
+    kept, counts = {}, []
+    for key, rows in splits.items():
+        missing = np.zeros(len(rows), bool)
+        for column in columns:
+            missing |= _is_missing(_cells(rows, column), also=-1)
+        kept[key] = rows.select(np.flatnonzero(~missing)) if missing.any() else rows
+        if missing.all():
+            raise UsageError(f"--label-column {' '.join(columns)}: no row of the {key} split has a label; name another")
+        if missing.any():
+            counts.append(f"{missing.sum():,} of {len(rows):,} {key} rows")
+    return kept, f"left out without a label (empty, or -1): {' and '.join(counts)}" if counts else ""
 
 
 def keep(rows: Any, kinds: Mapping[str, str], columns: Sequence[str], key: str) -> Any:
@@ -169,15 +208,16 @@ def _find_label(rows: Any, kinds: Mapping[str, str]) -> str:
     if len(named) == 1:
         return named[0]
     if named:
-        which = f"which column is the label, {_listed(named, last=' or ')}? Name it with --label-column"
+        several = ", or all of them" if all(map(partial(_is_yes_or_no, rows), named)) else ""
+        which = f"which column is the label, {_listed(named, last=' or ')}? Name it{several} with --label-column"
         raise UsageError(f"--data: {which}; the data have {_listed(kinds)}")
     raise UsageError(f"--data: which column is the label? Name it with --label-column; the data have {_listed(kinds)}")
 
 
-def _find_texts(rows: Any, kinds: Mapping[str, str], label: str) -> list[str]:
+def _find_texts(rows: Any, kinds: Mapping[str, str], labels: Sequence[str]) -> list[str]:
     """The one or two columns that can only be text."""
-    found = [c for c, kind in kinds.items() if kind == "text" and c != label and _can_be_text(rows, c)]
-    found = [c for c in found if not _is_copy(rows, c, label)]
+    found = [c for c, kind in kinds.items() if kind == "text" and c not in labels and _can_be_text(rows, c)]
+    found = [c for c in found if kinds[labels[0]] == "lists" or not _is_copy(rows, c, labels[0])]
     if not 1 <= len(found) <= 2:
         raise UsageError(
             f"--data has {len(found)} text columns beside the label ({_listed(found) or 'none'}): "
@@ -205,16 +245,37 @@ def _is_neither(column: str) -> bool:
 
 
 def _can_be_label(rows: Any, column: str, kind: str) -> bool:
-    if _is_neither(column) or kind not in ("classes", "numbers", "text"):
+    if _is_neither(column) or kind not in ("classes", "numbers", "text", "lists"):
         return False
     if kind == "classes":
         return True
+    if kind == "lists":
+        return _is_list_of_classes(rows, column, words=False)  # lists of words are tokens, as a rule
     cells = _cells(rows, column)
     if kind == "text":
         return _has_few_values(cells)
     values = cells.to_numpy()
     counts_rows = values.dtype.kind in "iu" and len(values) > 2 and len(np.unique(values)) == len(values)
     return cells.null_count == 0 and not counts_rows
+
+
+def _is_list_of_classes(rows: Any, column: str, words: bool = True) -> bool:
+    """Whether it holds flat lists of 0 and 1, of numbers of classes, or, where they may be, of words."""
+    import datasets
+    import pyarrow.compute as pc
+
+    if column not in rows.column_names or kind_of(rows.features.arrow_schema.field(column).type) != "lists":
+        return False
+    if isinstance(getattr(rows.features[column], "feature", None), datasets.ClassLabel):
+        return True
+    items = pc.list_flatten(_cells(rows, column).slice(0, 100))
+    return words if kind_of(items.type) == "text" else set(items.to_pylist()) <= {0, 1}
+
+
+def _is_yes_or_no(rows: Any, column: str) -> bool:
+    """Whether a column of numbers holds 0 and 1 alone, as one of several classes does."""
+    cells = _cells(rows, column)
+    return kind_of(cells.type) == "numbers" and set(cells.unique().to_pylist()) <= {0, 1}
 
 
 _NO_TEXT = (
@@ -258,15 +319,15 @@ def _is_copy(rows: Any, column: str, label: str) -> bool:
 def _label_cells(split: Any, column: str, key: str) -> np.ndarray:
     """(rows,) of int64, bool, float64 or, for words, object. Raises UsageError naming the first row without a label."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     where, kind, cells = f"--label-column {column}", kinds_of(split)[column], _cells(split, column)
-    missing: Any = pc.is_null(cells)
-    if kind == "text":
-        missing = pc.or_kleene(missing, pc.equal(cells, ""))  # a lost label in a csv file
-    if pc.any(missing).as_py():
-        row, count = pc.index(missing, True).as_py() + 1, f"{pc.sum(missing).as_py():,} in all"
-        raise UsageError(f"{where}: row {row} of the {key} split has no label ({count}); fill it in")
+    missing = _is_missing(cells, also=-1 if kind == "classes" else None)  # of names, none is -1's
+    if missing.any():
+        row, count = missing.argmax() + 1, f"{missing.sum():,} in all"
+        if missing.all() and kind == "classes":
+            raise UsageError(f"{where}: every label of the {key} split is -1, the mark of a test set without labels")
+        remedy = "fill it in, or leave such rows out with --drop-unlabelled"
+        raise UsageError(f"{where}: row {row} of the {key} split has no label ({count}); {remedy}")
     if kind == "text":
         for type_ in (pa.int64(), pa.float64()):  # "0" and "1"
             with suppress(pa.ArrowInvalid):
@@ -282,46 +343,87 @@ def _label_cells(split: Any, column: str, key: str) -> np.ndarray:
     return values.astype(np.float64) if values.dtype.kind == "f" else values
 
 
-def _check_classes(train: np.ndarray, column: str) -> None:
+def _is_missing(cells: Any, also: int | None) -> np.ndarray:
+    """(rows,) bool: which labels are null, an empty text, or the whole number `also`."""
+    import pyarrow.compute as pc
+
+    missing: Any = pc.is_null(cells)
+    kind = kind_of(cells.type)
+    if kind == "text":
+        missing = pc.or_(missing, pc.fill_null(pc.equal(cells, ""), False))  # a lost label in a csv file
+    if also is not None and kind == "text":
+        missing = pc.or_(missing, pc.fill_null(pc.equal(cells, str(also)), False))
+    if also is not None and kind == "numbers" and str(cells.type) != "bool":
+        whole = pc.all(pc.equal(pc.floor(cells), cells)).as_py()  # among fractions -1 is a number like any other
+        if whole:
+            missing = pc.or_(missing, pc.fill_null(pc.equal(cells, also), False))
+    return np.asarray(missing.to_numpy(), bool)
+
+
+def _check_classes(cells: Mapping[str, np.ndarray], column: str, kind: str) -> None:
+    for key, values in cells.items():
+        if len(values) and values.dtype.kind in "if" and (values == -1).all():
+            which = "label" if key == "train" else f"label of the {key} split"
+            raise UsageError(f"--label-column {column}: every {which} is -1, the mark of a test set without labels")
+    train = cells["train"]
     classes = np.unique(train)
-    if len(classes) == 1 and classes[0] == -1:
-        raise UsageError(f"--label-column {column}: every label is -1, the mark of a test set without labels")
     if len(classes) == 1:
         raise UsageError(f"--label-column {column}: there is only one class ({classes[0]}) in the training split")
-    if train.dtype.kind != "f" and (len(classes) > MOST_CLASSES or len(classes) > max(10, len(train) / 2)):
+    is_number = kind == "regression" or (kind == "auto" and train.dtype.kind == "f")
+    if not is_number and (len(classes) > MOST_CLASSES or len(classes) > max(10, len(train) / 2)):
         few = f"{len(classes):,} different labels in {len(train):,} rows are no classes"
-        raise UsageError(f"--label-column {column}: {few}; name another column, or write floats to predict a number")
+        remedy = "" if train.dtype.kind == "O" else ", or predict a number with --task regression"
+        raise UsageError(f"--label-column {column}: {few}; name another column{remedy}")
 
 
 def _words(cells: Mapping[str, np.ndarray], column: str, task: Task | None) -> Labels:
-    names = sorted(set(cells["train"]))
+    names = sorted(set(cells["train"]).union(*cells.values()))
+    notes = [_only_elsewhere(cells)]
     if task is not None and task.label_names is not None and set(names) <= set(task.label_names):
         names = list(task.label_names)
-    return Labels(names, _numbered(cells, names, column), "")
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(" ".join(name.casefold().split()), []).append(repr(name))
+    twins = [" and ".join(some) for some in alike.values() if some[1:]]
+    notes += [f"the labels {some} are classes of their own" for some in twins]
+    return Labels(names, _numbered(cells, names, column), "; ".join(filter(None, notes[:3])))
 
 
-def _numbers(cells: Mapping[str, np.ndarray], column: str, task: Task | None) -> Labels:
-    train, note = cells["train"], ""
+def _numbers(cells: Mapping[str, np.ndarray], column: str, task: Task | None, kind: str) -> Labels:
+    train, notes = cells["train"], []
     fractions = [key for key, values in cells.items() if values.dtype.kind == "f" and (values % 1 != 0).any()]
-    if train.dtype.kind == "f":
-        is_regression = task is not None and task.label_names is None
-        if fractions or is_regression or len(np.unique(train)) > 20:
-            note = "" if is_regression else f"the labels in {column} are floats: a number is predicted, not a class"
-            return Labels(None, {key: values.astype(np.float32) for key, values in cells.items()}, note)
-        note = f"the labels in {column} are whole floats, and taken as classes"
-    elif fractions:
+    is_regression = kind == "regression" or (kind == "auto" and task is not None and task.label_names is None)
+    if is_regression or (kind == "auto" and train.dtype.kind == "f" and (fractions or len(np.unique(train)) > 20)):
+        note = "" if is_regression else f"the labels in {column} are floats: a number is predicted, not a class"
+        return Labels(None, {key: values.astype(np.float32) for key, values in cells.items()}, note)
+    if train.dtype.kind == "f" and not fractions and kind == "auto":
+        notes.append(f"the labels in {column} are whole floats, and taken as classes")
+    elif fractions and kind == "auto":
         raise UsageError(
             f"--label-column {column}: the {fractions[0]} split holds floats and the training split whole numbers; "
             "write both as classes 0, 1, 2 ... or both as floats"
         )
-    classes = [int(value) for value in np.unique(train)]
+    classes: list[Any] = np.unique(np.concatenate(list(cells.values()))).tolist()
+    classes = [value if fractions else int(value) for value in classes]
     names = [str(bool(value)) if train.dtype.kind == "b" else str(value) for value in classes]
     if task is not None and task.label_names is not None and train.dtype.kind != "b":
         classes, names = list(range(len(task.label_names))), list(task.label_names)
     if classes != list(range(len(classes))):
-        numbered = f"the labels {_listed(names, 6)} in {column} are classes 0 to {len(names) - 1}"
-        note = f"{note}; {numbered}" if note else numbered
-    return Labels(names, _numbered(cells, classes, column), note)
+        notes.append(f"the labels {_listed(names, 6)} in {column} are classes 0 to {len(names) - 1}")
+        if classes[0] == -1 and (train >= -1).all():
+            notes.append("if -1 means that there is no label, leave such rows out with --drop-unlabelled")
+    if task is None:
+        notes.append(_only_elsewhere(cells))
+    return Labels(names, _numbered(cells, classes, column), "; ".join(filter(None, notes)))
+
+
+def _only_elsewhere(cells: Mapping[str, np.ndarray]) -> str:
+    """Which classes no training row has, in words."""
+    known, found = set(cells["train"].tolist()), []
+    for key, values in cells.items():
+        if new := sorted(set(values.tolist()) - known):
+            found.append(f"no training row has {_listed(map(str, new), 4)}, which the {key} split has")
+    return "; ".join(found)
 
 
 def _numbered(cells: Mapping[str, np.ndarray], classes: Sequence[Any], column: str) -> dict[str, np.ndarray]:
@@ -333,10 +435,34 @@ def _numbered(cells: Mapping[str, np.ndarray], classes: Sequence[Any], column: s
         if outside:
             raise UsageError(
                 f"--label-column {column}: the {key} split has the label {outside[0]}, which is not one of the "
-                f"{len(places)} classes of the training split"
+                f"{len(places)} classes that the data set names"
             )
         numbered[key] = np.array([places[value] for value in found.tolist()], np.int64)[inverse]
     return numbered
+
+
+def _several(splits: Mapping[str, Any], columns: Sequence[str]) -> Labels:
+    """Classes of which a row may have any number: see multilabel.py."""
+    import datasets
+
+    for key, split in splits.items():
+        for column in columns:
+            missing = _is_missing(_cells(split, column), also=None)
+            if missing.any():
+                where = f"row {missing.argmax() + 1} of the {key} split has no label ({missing.sum():,} in all)"
+                remedy = "fill it in, or leave such rows out with --drop-unlabelled"
+                raise UsageError(f"--label-column {column}: {where}; {remedy}")
+    if len(columns) > 1:
+        cells = {key: {column: _cells(split, column) for column in columns} for key, split in splits.items()}
+        names, values = classes_of_columns(cells)
+    else:
+        feature = getattr(splits["train"].features[columns[0]], "feature", None)
+        named = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        lists = {key: _cells(split, columns[0]) for key, split in splits.items()}
+        names, values = classes_of_lists(lists, columns[0], named)
+    empty = [name for name, count in zip(names, values["train"].sum(0), strict=True) if count == 0]
+    note = f"no training row has {_listed(empty, 4)}" if empty else ""
+    return Labels(names, values, note)
 
 
 # --- small things -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Read a local table: csv, tsv, json lines or parquet, strictly, and find out from its cells what each column holds.
+"""Read a local table strictly (csv, tsv, json, parquet, Excel), and find out from its cells what each column holds.
 
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     file = Path(folder, "reviews[1].csv")
@@ -10,8 +10,8 @@
 Underneath: `datasets.load_dataset` (datasets 5.2), called with "csv", "json" or "parquet" and data_files
   - takes a name as a pattern: data[1].csv reads data1.csv; here a name is a name;
   - knows a file by path and mtime, so new content under an old mtime stays unseen; here the file is read;
-  - pandas, its csv reader, takes "None" as missing and surplus fields as an index; here "None" is text, and surplus
-    fields are refused;
+  - pandas, its csv reader, takes "None" as missing, surplus fields as an index and ";" as text; here "None" is text,
+    surplus fields are refused, and separators told apart;
   - its quoting makes a lone quotation mark in a tsv swallow rows; here a tsv is quoted only if it must be.
 
 Proof: test_every_kind_of_file_gives_the_same_rows_as_datasets, test_a_random_table_is_read_back_or_refused in
@@ -20,19 +20,26 @@ tests/data/test_files.py.
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 import re
 import tempfile  # noqa: F401  (the example above)
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from nanofinetune.data.unpack import bare, check_archive, name_inside, opened
 from nanofinetune.ground.errors import UsageError, first_line
 
-ENDINGS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+ENDINGS = {
+    ".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet",
+    ".xlsx": "xlsx",
+}  # fmt: skip
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 LONGEST = 1_000_000  # characters of a cell: a model reads a few thousand, and a tokenizer takes 100 bytes for each
 LONGEST_LINE = 16 * LONGEST
 MOST_COLUMNS = 5_000
@@ -42,33 +49,88 @@ CELLS = 1_000_000  # that are Python objects at a time
 Table = tuple[Any, dict[str, str]]  # a pyarrow.Table of the columns that can be used, and every column's kind
 
 
+class Dialect(NamedTuple):
+    """How the user says that a text file is written; None: it is found out."""
+
+    separator: str | None = None
+    encoding: str | None = None
+
+
+FOUND_OUT = Dialect()
+
+
+def dialect(separator: str | None = None, encoding: str | None = None) -> Dialect:
+    """What --separator and --encoding say. Raises UsageError for what Python's csv and its codecs do not know."""
+    if separator is not None:
+        separator = {"tab": "\t", "\\t": "\t"}.get(separator, separator)
+        if len(separator) != 1 or separator in '"\r\n ':
+            raise UsageError(f"--separator {separator}: name one character, such as ; or |, or tab")
+    if encoding is not None:
+        try:
+            "".encode(encoding)  # underneath: `codecs.lookup` also knows base64 and the like, which are no texts
+            encoding = {"utf-8": "utf-8-sig"}.get(name := codecs.lookup(encoding).name, name)
+        except (LookupError, ValueError) as error:
+            text = "Python knows no such encoding; utf-8, utf-16, cp1252 and latin-1 are common"
+            raise UsageError(f"--encoding {encoding}: {text}") from error
+    return Dialect(separator, encoding)
+
+
 def format_of(file: Path) -> str | None:
-    """csv, tsv, json or parquet, by the ending of the file's name in capitals or not; None for any other."""
-    return ENDINGS.get(file.suffix.lower())
+    """csv, tsv, json, parquet or xlsx, by the ending of the name, in capitals or not, .gz and the like left away.
+
+    "zip" where only the archive itself can tell; None for any other.
+    """
+    name, packed = bare(file)
+    known = ENDINGS.get(Path(name).suffix.lower())
+    return "zip" if packed == ".zip" and known is None else known
 
 
-def read(files: Sequence[Path]) -> Table:
+def stem_of(file: Path) -> str:
+    """The name without the endings that say what it is: train.csv.gz -> train."""
+    name = bare(file)[0]
+    return Path(name).stem if Path(name).suffix.lower() in ENDINGS else name
+
+
+def format_inside(file: Path) -> str:
+    """The format of a file, or of the file in an archive. Raises ValueError where it is none that can be read."""
+    inside = Path(name_inside(file))
+    found = format_of(inside)
+    if found is None and format_of(file) in ("zip", None):
+        raise ValueError(f"{inside.name} in it has no ending that is known: {', '.join(ENDINGS)}")
+    return str(found or format_of(file))
+
+
+def read(files: Sequence[Path], how: Dialect = FOUND_OUT) -> Table:
     """Files of one format, with the same columns -> (pyarrow.Table, kind of each column in the files' order).
 
-    The table holds what can be used alone: columns of text and numbers. A number's empty cell is null, a text's is "".
+    The table holds what can be used alone: columns of text and numbers, and of flat lists of these. A number's empty
+    cell is null, a text's is "".
 
     Raises:
         UsageError: names the file, the line and what is wrong with it.
     """
     import pyarrow as pa
 
-    readers = {"csv": _read_csv, "tsv": _read_tsv, "json": _read_json, "parquet": _read_parquet}
+    readers = {
+        "csv": _read_csv, "tsv": _read_tsv, "json": _read_json, "parquet": _read_parquet, "xlsx": _read_xlsx,
+    }  # fmt: skip
     tables: list[Table] = []
     for file in files:
-        with _failing_in_one_line(file):
+        with failing_in_one_line(file):
             if file.stat().st_size == 0:
                 raise UsageError(f"--data {file}: the file is empty; write a header and rows into it")
-            tables.append(readers[str(format_of(file))](file))
+            kind = format_inside(file)
+            for flag, value, kinds in (
+                ("--separator", how.separator, ("csv", "tsv")), ("--encoding", how.encoding, ("csv", "tsv", "json")),
+            ):  # fmt: skip
+                if value is not None and kind not in kinds:
+                    raise UsageError(f"{flag} {value}: {file.name} is a {kind} file, which has none; leave it out")
+            tables.append(readers[kind](file, how))
         if tables[-1][0].num_rows == 0:
             raise UsageError(f"--data {file}: the file has a header and no rows; add rows")
         if tables[-1][1] != tables[0][1]:
             raise UsageError(f"--data {file}: its columns are not those of {files[0].name}; make them alike")
-    with _failing_in_one_line(files[0]):
+    with failing_in_one_line(files[0]):
         names = tables[0][0].column_names
         return pa.concat_tables([t.select(names) for t, _ in tables], promote_options="permissive"), tables[0][1]
 
@@ -96,25 +158,77 @@ def kind_of(type_: Any) -> str:
 # --- csv and tsv ------------------------------------------------------------------------------------------------------
 
 
-def _read_csv(file: Path) -> Table:
-    return _typed_table(_strings(file, strict=True))
+def _read_csv(file: Path, how: Dialect) -> Table:
+    return _typed_table(strings_of(file, "csv", how)[0])
 
 
-def _read_tsv(file: Path) -> Table:
-    """Without quotes, as GLUE's own files are, which hold lone quotation marks; with them only if they are needed."""
-    quoted = None
-    with file.open("rb") as source:
+def _read_tsv(file: Path, how: Dialect) -> Table:
+    return _typed_table(strings_of(file, "tsv", how)[0])
+
+
+def strings_of(file: Path, kind: str, how: Dialect) -> tuple[dict[str, Any], str]:
+    """All columns of a csv or tsv file as they are written, and what separates them.
+
+    A tsv is read without quotes, as GLUE's own files are, which hold lone quotation marks; with them only if they are
+    needed. In a csv quotes are quotes, and commas, semicolons, tabs and bars are told apart.
+    """
+    if kind == "csv":
+        separator = how.separator or _find_separator(file, how)
+        return _strings(file, how, delimiter=separator, strict=True), separator
+    separator, quoted = how.separator or "\t", None
+    with opened(file) as source:
         has_quotes = any(b'"' in block for block in iter(lambda: source.read(2**20), b""))
     if has_quotes:
         with suppress(UsageError):
-            quoted = _strings(file, delimiter="\t", strict=True)
+            quoted = _strings(file, how, delimiter=separator, strict=True)
     try:
-        plain = _strings(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        plain = _strings(file, how, delimiter=separator, quoting=csv.QUOTE_NONE)
     except UsageError:
         if quoted is None:
             raise
-        return _typed_table(quoted)
-    return _typed_table(plain if quoted is None or not _is_quoted(plain, quoted) else quoted)
+        return quoted, separator
+    return (plain if quoted is None or not _is_quoted(plain, quoted) else quoted), separator
+
+
+def _find_separator(file: Path, how: Dialect) -> str:
+    """The one of SEPARATORS that the header has; where it has several, the one that the rows have as often as it."""
+    widths: dict[str, list[int]] = {}
+    for mark in SEPARATORS:
+        with _long_cells(), suppress(csv.Error), _lines(file, how) as (lines, named):
+            if named:
+                return named
+            rows = filter(None, csv.reader(lines, delimiter=mark, strict=True))
+            if (fields := len(next(rows, []))) > 1:
+                widths[mark] = [fields, 0]  # until its rows have been read
+                widths[mark] = [fields, *map(len, islice(rows, 1000))]
+    if len(widths) < 2:
+        return next(iter(widths), ",")
+    alike = [mark for mark, found in widths.items() if len(set(found)) == 1]
+    alike = alike or [mark for mark, found in widths.items() if found[0] in found[1:]]
+    if len(alike) == 1:
+        return alike[0]
+    which = " or ".join(SEPARATORS[mark] for mark in alike or widths)
+    raise UsageError(f"--data {file}: are its columns separated by {which}? Name one with --separator")
+
+
+@contextmanager
+def text_of(file: Path, how: Dialect, newline: str = "") -> Iterator[Any]:
+    """The file as text: in UTF-8, in what its first bytes say, or in the encoding that the user named."""
+    with opened(file) as source:
+        marks = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+        found = how.encoding or marks.get(source.peek(2)[:2], "utf-8-sig")
+        with io.TextIOWrapper(source, encoding=found, newline=newline) as text:
+            yield text
+
+
+@contextmanager
+def _lines(file: Path, how: Dialect) -> Iterator[tuple[Iterator[str], str]]:
+    """The lines of a csv or tsv file, and the separator that a first line `sep=;` of Excel's names, else ""."""
+    with text_of(file, how) as source:
+        lines = _bounded(file, source)
+        first = next(lines, "")
+        named = re.fullmatch(r"sep=(.)\s*", first)
+        yield (lines, named[1]) if named else (chain([first], lines), "")
 
 
 def _is_quoted(plain: Mapping[str, Any], quoted: Mapping[str, Any]) -> bool:
@@ -134,18 +248,26 @@ def _typed_table(columns: dict[str, Any]) -> Table:
     return table, kinds | {name: "nothing" for name, column in columns.items() if column.unique().to_pylist() == [""]}
 
 
-def _strings(file: Path, **options: Any) -> dict[str, Any]:
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    before = csv.field_size_limit(LONGEST)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _strings(file: Path, how: Dialect, **options: Any) -> dict[str, Any]:
     """The columns of a csv or tsv file as strings, with Python's csv and its options."""
     import pyarrow as pa
 
-    before = csv.field_size_limit(LONGEST)
     try:
-        with file.open(encoding="utf-8-sig", newline="") as source:
-            reader = csv.reader(_lines(file, source), **options)
+        with _long_cells(), _lines(file, how) as (lines, named):
+            reader = csv.reader(lines, **options)
             header = next((row for row in reader if row), [])
             names = _column_names(file, header)
             chunks: list[list[Any]] = [[] for _ in names]
-            for block in _blocks(file, reader, header):
+            for block in _blocks(file, reader, header, above=bool(named)):
                 for cells, parts in zip(zip(*block, strict=True), chunks, strict=True):
                     parts.append(pa.array(cells, pa.string()))
     except csv.Error as error:
@@ -155,17 +277,18 @@ def _strings(file: Path, **options: Any) -> dict[str, Any]:
         elif "end of data" in str(error) or "expected after" in str(error):
             text += ": unbalanced quotes?"
         raise UsageError(f"--data {file}: it could not be read ({text}); correct the file") from error
-    finally:
-        csv.field_size_limit(before)
     columns = {name: pa.chunked_array(parts, pa.string()) for name, parts in zip(names, chunks, strict=True)}
     for name, column in columns.items():
         _check_for_header(file, name, column)
     return columns
 
 
-def _blocks(file: Path, reader: Any, header: list[str]) -> Iterator[list[list[str]]]:
-    """The rows below the header, some at a time, without blank lines, each with as many fields as the header."""
-    line = reader.line_num
+def _blocks(file: Path, reader: Any, header: list[str], above: int) -> Iterator[list[list[str]]]:
+    """The rows below the header, some at a time, without blank lines, each with as many fields as the header.
+
+    `above`: lines of the file that the reader has not seen.
+    """
+    line = reader.line_num + above
     while block := list(islice(reader, max(1, CELLS // len(header)))):
         if set(map(len, block)) != {len(header)} or header in block:
             for row in block:
@@ -176,10 +299,13 @@ def _blocks(file: Path, reader: Any, header: list[str]) -> Iterator[list[list[st
                     text = f"line {line} has {len(row)} fields and the header {len(header)}"
                     remedy = "fill it in"
                     if len(row) > len(header):
-                        remedy = "a text with a comma in it needs quotes around it"
+                        mark = SEPARATORS.get(reader.dialect.delimiter, "separators").removesuffix("s")
+                        remedy = f"a text with a {mark} in it needs quotes around it"
+                        if not any(row[len(header) :]):
+                            remedy = f"remove the {mark} at its end, or name one more column in the header"
                     raise UsageError(f"--data {file}: it could not be read ({text}); {remedy}")
             block = [row for row in block if row]
-        line = reader.line_num
+        line = reader.line_num + above
         if block:
             yield block
 
@@ -239,12 +365,12 @@ def _typed(column: Any) -> Any:
 # --- json -------------------------------------------------------------------------------------------------------------
 
 
-def _read_json(file: Path) -> Table:
-    """Objects, one a line or all in one list."""
+def _read_json(file: Path, how: Dialect) -> Table:
+    """Objects, one a line, all in one list, or in a list under a key."""
     columns: dict[str, list[Any]] = {}  # name -> an array, or the kind of what cannot be used, for each block
     lengths: list[int] = []
-    with file.open(encoding="utf-8-sig", newline="\n") as source:
-        rows = _objects(file, source)
+    with text_of(file, how, newline="\n") as source:
+        rows = objects_of(file, source)
         first = next(rows, None)
         size = max(1, min(10_000, CELLS // max(1, len(first or ()))))
         block = [] if first is None else [first, *islice(rows, size - 1)]
@@ -267,27 +393,50 @@ def _read_json(file: Path) -> Table:
     return table, {name: column if isinstance(column, str) else kinds[name] for name, column in found.items()}
 
 
-def _objects(file: Path, source: Any) -> Iterator[dict[str, Any]]:
-    start = source.read(1)
-    while start.isspace():
-        start = source.read(1)
+def objects_of(file: Path, source: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a json file that is open as text. Raises UsageError naming the line of what is none."""
+    number, filled = 1, ((n, line) for n, line in enumerate(_bounded(file, source), 1) if line.strip())
     try:
-        number = 1
-        if start == "[":
-            source.seek(0)
-            for number, row in enumerate(json.load(source), 1):
-                yield _an_object(file, f"row {number}", row)
-        elif start:
-            source.seek(0)
-            for number, line in enumerate(_lines(file, source), 1):
-                if line.strip():
-                    yield _an_object(file, f"line {number}", json.loads(line))
+        first = next(filled, None)
+        if first is None:
+            return
+        number = first[0]
+        if not _is_a_row(first[1]):
+            yield from _rows_in(file, json.loads("".join([first[1], *source])))
+            return
+        second = next(filled, None)
+        if second is None and any(map(_is_table, json.loads(first[1]).values())):
+            yield from _rows_in(file, json.loads(first[1]))
+            return
+        for number, line in chain([first], [second] if second else (), filled):
+            yield _an_object(file, f"line {number}", json.loads(line))
     except RecursionError as error:
         text = f"line {number} has lists in lists in lists, too deep to read"
         raise UsageError(f"--data {file}: it could not be read ({text}); flatten them") from error
     except json.JSONDecodeError as error:
         text = f"line {number + error.lineno - 1}, column {error.colno}: {error.msg}"
         raise UsageError(f"--data {file}: it could not be read ({text}); correct the file") from error
+
+
+def _is_a_row(line: str) -> bool:
+    """Whether the first line is an object of its own: not a list, and not the beginning of an indented object."""
+    return line.lstrip()[0] == "{" and line.rstrip()[-1] == "}"
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _rows_in(file: Path, whole: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a list, or of the one list of rows under a key."""
+    if isinstance(whole, dict):
+        tables = [key for key, value in whole.items() if _is_table(value)]
+        if len(tables) != 1:
+            found = f"rows under {' and '.join(tables)}" if tables else "no list of rows under any key"
+            raise UsageError(f'--data {file}: it holds {found}; write {{"data": [{{"text": ..., "label": ...}}, ...]}}')
+        whole = whole[tables[0]]
+    for number, row in enumerate(whole, 1):
+        yield _an_object(file, f"row {number}", row)
 
 
 def _an_object(file: Path, where: str, row: Any) -> dict[str, Any]:
@@ -317,7 +466,12 @@ def _json_cells(file: Path, name: str, values: list[Any], before: int) -> Any:
         return pa.array([None if value is None else float(value) for value in values], pa.float64())
     if not types:
         return pa.nulls(len(values))
-    return "lists" if types == {list} else "objects" if types == {dict} else "mixed types"
+    if types == {list}:
+        with suppress(pa.ArrowException, UnicodeEncodeError, OverflowError):
+            if {type(item) for value in values for item in value or ()} <= {str, int, float, bool}:
+                return pa.array(values)
+        return "lists"
+    return "objects" if types == {dict} else "mixed types"
 
 
 def _joined(parts: list[Any], lengths: list[int]) -> Any:
@@ -329,10 +483,12 @@ def _joined(parts: list[Any], lengths: list[int]) -> Any:
     types = {array.type for array in arrays if not isinstance(array, str)} - {pa.null()}
     if types == {pa.int64(), pa.float64()}:
         types = {pa.float64()}
-    if odd:
-        return odd.pop() if len(odd) == 1 and not types else "mixed types"
-    if len(types) > 1:
-        return "mixed types"
+    kinds = odd | {kind_of(type_) for type_ in types}
+    if kinds == {"lists"}:
+        types -= {pa.list_(pa.null())}  # empty ones
+        types = {pa.list_(pa.float64())} if types == {pa.list_(pa.int64()), pa.list_(pa.float64())} else types
+    if odd or len(types) > 1:
+        return odd.pop() if len(kinds) == 1 and odd else "lists" if kinds == {"lists"} else "mixed types"
     type_ = types.pop() if types else pa.null()
     return pa.chunked_array([array.cast(type_) for array in arrays], type_)
 
@@ -344,16 +500,16 @@ def _is_broken(text: str) -> bool:
 # --- parquet ----------------------------------------------------------------------------------------------------------
 
 
-def _read_parquet(file: Path) -> Table:
+def _read_parquet(file: Path, how: Dialect) -> Table:
     import pyarrow as pa
     from pyarrow import parquet, types
 
-    with parquet.ParquetFile(file) as source:
+    with opened(file) as raw, parquet.ParquetFile(pa.BufferReader(raw.read()) if bare(file)[1] else raw) as source:
         schema, rows = source.schema_arrow, source.metadata.num_rows
         if rows > MOST_ROWS:
             raise UsageError(f"--data {file}: it has {rows:,} rows, more than {MOST_ROWS:,}, the most that is read")
         kinds = dict(zip(_distinct(file, schema.names), map(kind_of, schema.types), strict=True))
-        table = source.read([name for name, kind in kinds.items() if kind in ("text", "numbers")])
+        table = source.read([name for name in schema.names if _can_be_used(schema.field(name).type)])
     for i, field in enumerate(table.schema):
         plain = field.type.value_type if types.is_dictionary(field.type) else field.type  # pandas' categories
         plain = pa.float64() if types.is_decimal(plain) or types.is_float16(plain) else plain
@@ -364,6 +520,56 @@ def _read_parquet(file: Path) -> Table:
     return table, kinds | {name: "an index" for name in index if isinstance(name, str) and name in kinds}
 
 
+# --- Excel ------------------------------------------------------------------------------------------------------------
+
+
+def _read_xlsx(file: Path, how: Dialect) -> Table:
+    header, rows = sheet_of(file)
+    columns = [list(cells) for cells in zip(*rows, strict=True)] or [[] for _ in header]
+    found = {name: _sheet_cells(file, name, cells) for name, cells in zip(header, columns, strict=True)}
+    table, kinds = _table({name: column for name, column in found.items() if not isinstance(column, str)})
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if kind_of(column.type) == "text":
+            _check_for_header(file, name, column)
+    return table, {name: column if isinstance(column, str) else kinds[name] for name, column in found.items()}
+
+
+def sheet_of(file: Path) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """The names and the rows of the one sheet of a workbook that has any; a formula is its last value."""
+    try:
+        import openpyxl
+    except ImportError as error:
+        remedy = "install it (pip install 'nanofinetune[excel]'), or save the sheet as csv"
+        raise UsageError(f"--data {file}: reading Excel files needs openpyxl; {remedy}") from error
+
+    with opened(file) as raw:
+        content = io.BytesIO(raw.read())
+    check_archive(content, content.getbuffer().nbytes)
+    book = openpyxl.load_workbook(content, read_only=True, data_only=True)
+    sheets = {}
+    for sheet in book.worksheets:
+        rows = [tuple(row) for row in sheet.iter_rows(values_only=True) if any(cell is not None for cell in row)]
+        if rows:
+            sheets[sheet.title] = rows
+    if len(sheets) != 1:
+        shown = ", ".join(sheets) or "none"
+        raise UsageError(f"--data {file}: one sheet with rows is read, and it has {len(sheets)} ({shown}); leave one")
+    (header, *rows), width = next(iter(sheets.values())), 0
+    width = max(max((i + 1 for i, cell in enumerate(row) if cell is not None), default=0) for row in [header, *rows])
+    names = _column_names(file, ["" if cell is None else str(cell) for cell in header[:width]])
+    return names, [(*row[:width], *[None] * (width - len(row))) for row in rows]
+
+
+def _sheet_cells(file: Path, name: str, cells: list[Any]) -> Any:
+    """The cells of a column, as those of json; beside a text a number is a text, and so is an empty cell."""
+    types = set(map(type, cells)) - {type(None)}
+    if str in types and types <= {str, int, float, bool}:
+        cells = ["" if cell is None else str(cell) for cell in cells]
+    if types and not types & {str, int, float, bool}:
+        return "dates"
+    return _json_cells(file, name, cells, 0)
+
+
 # --- what all have in common ------------------------------------------------------------------------------------------
 
 
@@ -371,7 +577,13 @@ def _table(columns: Mapping[str, Any]) -> Table:
     import pyarrow as pa
 
     kinds = {name: kind_of(column.type) for name, column in columns.items()}
-    return pa.table({name: columns[name] for name, kind in kinds.items() if kind in ("text", "numbers")}), kinds
+    return pa.table({name: column for name, column in columns.items() if _can_be_used(column.type)}), kinds
+
+
+def _can_be_used(type_: Any) -> bool:
+    """Whether a column of a pyarrow type can be a text or a label: text, numbers, and flat lists of these."""
+    kind = kind_of(type_)
+    return kind in ("text", "numbers") or (kind == "lists" and kind_of(type_.value_type) in ("text", "numbers"))
 
 
 def _distinct(file: Path, names: list[str]) -> list[str]:
@@ -383,11 +595,13 @@ def _distinct(file: Path, names: list[str]) -> list[str]:
     return names
 
 
-def _lines(file: Path, source: Any) -> Iterator[str]:
-    """A file's lines. Raises UsageError for one that is too long, and has read no more of it."""
+def _bounded(file: Path, source: Any) -> Iterator[str]:
+    """A file's lines. Raises UsageError for one that is too long, and has read no more of it; a json array is whole."""
     for number in count(1):
         line = source.readline(LONGEST_LINE)
-        if len(line) == LONGEST_LINE:
+        if len(line) == LONGEST_LINE and number == 1 and line.startswith("["):
+            line += source.readline()
+        elif len(line) == LONGEST_LINE:
             text = f"line {number} has more than {LONGEST_LINE:,} characters: is it text?"
             raise UsageError(f"--data {file}: it could not be read ({text}); correct the file")
         if not line:
@@ -396,14 +610,18 @@ def _lines(file: Path, source: Any) -> Iterator[str]:
 
 
 @contextmanager
-def _failing_in_one_line(file: Path) -> Iterator[None]:
-    """Whatever a library raises becomes one line that names the file."""
+def failing_in_one_line(file: Path, flag: str = "--data") -> Iterator[None]:
+    """Whatever a library raises becomes one line that names the file, and what it was given as."""
     try:
         yield
-    except UsageError:
-        raise
+    except UsageError as error:
+        if flag == "--data":
+            raise
+        raise UsageError(str(error).replace("--data", flag, 1)) from error
     except UnicodeDecodeError as error:
-        cause = f"byte 0x{error.object[error.start]:02x} is not UTF-8: convert the file, for example with iconv"
-        raise UsageError(f"--data {file}: it could not be read ({cause})") from error
+        known = error.encoding.upper() if error.encoding.startswith("utf") else error.encoding
+        cause = f"byte 0x{error.object[error.start]:02x} is not {known.replace('UTF8', 'UTF-8')}"
+        remedy = "name its encoding with --encoding, such as cp1252 or utf-16"
+        raise UsageError(f"{flag} {file}: it could not be read ({cause}); {remedy}") from error
     except Exception as error:
-        raise UsageError(f"--data {file}: it could not be read ({first_line(error)}); correct the file") from error
+        raise UsageError(f"{flag} {file}: it could not be read ({first_line(error)}); correct the file") from error

@@ -21,18 +21,21 @@ from itertools import chain
 from types import SimpleNamespace  # noqa: F401 (the example above)
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from nanofinetune.data.balance import WeighedLoss, balanced
 from nanofinetune.data.cache import load_tokens
 from nanofinetune.data.load import Data
+from nanofinetune.data.multilabel import MultiLabelMetric
 from nanofinetune.data.pretrained import import_library, length_limit, load_model, load_tokenizer, resolve_default
 from nanofinetune.ground.cli import MOST, number
 from nanofinetune.ground.errors import UsageError, shown
 from nanofinetune.ground.xla import fixed_lengths
 from nanofinetune.ranks.shard import steps
 from nanofinetune.run.best import best_arguments, check_metric
+from nanofinetune.run.scores import Scores
 from nanofinetune.step.collate import DataCollatorWithPadding
 from nanofinetune.step.order import LengthGroupedBatchSampler, SeedableRandomSampler
 
@@ -51,6 +54,28 @@ class Job(NamedTuple):
     limit: int  # tokens of a row
     multiple: int
     notes: list[str]
+
+    def metric(self) -> Any:
+        """What collects an evaluation's scores."""
+        names = self.data.label_names
+        return MultiLabelMetric(len(names or ())) if self.data.multi else Scores(self.data.metrics, names)
+
+    def examples(self) -> dict[str, str]:
+        """Two training rows as the model gets them, with other labels: {"row 1": "[CLS] fine [SEP] -> good", ...}."""
+        labels = self.train.dense["label"]
+        other = np.flatnonzero((labels != labels[0]).reshape(len(labels), -1).any(axis=1))[:1].tolist()
+        found = {}
+        for row in [0, *other]:
+            text = self.tokenizer.decode(self.train[row]["input_ids"])
+            found[f"row {row + 1}"] = f"{shown(text, most=160)} -> {self._said(labels[row])}"
+        return found
+
+    def _said(self, label: Any) -> str:
+        names = self.data.label_names
+        if names is None:
+            return f"{label:g}"
+        has = np.flatnonzero(label).tolist() if self.data.multi else [label]
+        return ", ".join(names[k] for k in has) or "none"
 
     def found(self, optimizer: torch.optim.Optimizer) -> dict[str, str]:
         """What the names stand for: a run goes on only with the same."""
@@ -73,12 +98,29 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
         help="longer rows are cut, a pair's longer text first (default: what model and tokenizer take)",
     )  # fmt: skip
     add("--text-columns", metavar="COLUMN", nargs="+", help="one or two columns of text (default: found)")
-    add("--label-column", metavar="COLUMN", help="the column of classes or numbers (default: found)")
+    add(
+        "--label-column", metavar="COLUMN", nargs="+", action=_OneOrMore,
+        help="the column of classes or numbers; several: a class each, of 0 and 1 (default: found)",
+    )  # fmt: skip
+    add(
+        "--task", choices=("auto", "single", "multi", "regression"), default="auto",
+        help="one class a text, any number of them, or a number (default auto: by the labels)",
+    )  # fmt: skip
+    add("--drop-unlabelled", action="store_true", help="leave out rows whose label is empty or -1")
+    add("--separator", metavar="MARK", help="of a csv or tsv file: one character, or tab (default: found)")
+    add("--encoding", metavar="NAME", help="of a text file, such as cp1252 (default: utf-8, or by its first bytes)")
     add(
         "--class-weights", choices=("balanced",),
         help="balanced: each class counts as much in the loss as any other, however rare (default: each row does)",
     )  # fmt: skip
     best_arguments(parser)
+
+
+class _OneOrMore(argparse.Action):
+    """One value as it is, several as a list: what one was called before there could be several stays so."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
 def load(args: Any, accelerator: Any, note: str = "") -> Job:
@@ -91,13 +133,18 @@ def load(args: Any, accelerator: Any, note: str = "") -> Job:
         limit = length_limit(model_name, tokenizer, args.max_length)
         if args.max_length is not None:
             tokenizer.model_max_length = limit  # saved with the model: predict.py cuts where the training did
-        data, stores = load_tokens(args.data, args.text_columns, args.label_column, args.seed, tokenizer, limit)
-        check_metric(args, data.metrics, data.label_names)
+        data, stores = load_tokens(
+            args.data, args.text_columns, args.label_column, args.seed, tokenizer, limit, task=args.task,
+            drop_unlabelled=args.drop_unlabelled, separator=args.separator, encoding=args.encoding,
+        )  # fmt: skip
+        check_metric(args, data.metrics, None if data.multi else data.label_names)
         notes = [text for text in (model_note, data.note, note) if text]
         torch.manual_seed(args.seed)  # the classification head is new, and random
         model, made_anew = load_model(model_name, data.label_names, tokenizer, notes)
         for line in notes:
             accelerator.print(f"note: {shown(line)}", flush=True)
+    if data.multi:
+        model.config.problem_type = "multi_label_classification"
     model.config.text_columns = list(data.text_columns)  # saved with the model: predict.py asks it for one text or two
     # A batch of one length is one shape of its products, and low-precision kernels are made anew for every shape.
     multiple = 8 if args.group_by_length and args.precision != "no" and limit % 8 == 0 else 1
@@ -106,8 +153,9 @@ def load(args: Any, accelerator: Any, note: str = "") -> Job:
         collator = partial(collate_to_fixed_length, tokenizer, fixed_lengths(limit))
     train_store = stores.pop("train")
     if args.class_weights is not None:
-        if data.label_names is None:
-            raise UsageError(f"--class-weights {args.class_weights}: the label is a number, not a class; leave it out")
+        if data.label_names is None or data.multi:
+            what = "a row may have several classes" if data.multi else "the label is a number, not a class"
+            raise UsageError(f"--class-weights {args.class_weights}: {what}; leave it out")
         weights = balanced(train_store.dense["label"], len(data.label_names))
         model.register_forward_hook(WeighedLoss(weights), with_kwargs=True)
     return Job(model, model_name, made_anew, tokenizer, data, train_store, stores, collator, limit, multiple, notes)

@@ -10,6 +10,7 @@ Underneath: `datasets.load_dataset` (datasets 5.2) still gets and caches what is
   - we add what the course does by hand: choose splits, columns and label names;
   - a local file is read by files.py, and nothing of it is cached here;
   - a single file is split: a tenth is held out for validation, by `datasets.Dataset.train_test_split`;
+  - what gives the answer away is said (leaks.py);
   - the default data set, where the Hub is out of reach, becomes stdlib-pairs, and a note says so; data that the user
     named are never replaced.
 
@@ -30,18 +31,28 @@ from typing import Any
 
 import numpy as np
 
+from nanofinetune.data import columns as rules
 from nanofinetune.data.columns import check_texts, find_columns, keep, kinds_of, read_labels
-from nanofinetune.data.files import format_of, read
+from nanofinetune.data.files import Dialect, dialect, format_of, read, stem_of
+from nanofinetune.data.leaks import leaks
+from nanofinetune.data.multilabel import METRICS
 from nanofinetune.data.pretrained import hub_in_reach, looks_like_path
 from nanofinetune.data.tasks import GLUE, Task, default_metrics
 from nanofinetune.ground.errors import UsageError, first_line
 from nanofinetune.ground.names import check_hub_name, oddity, place_of
 
 DEFAULT_DATA = "glue/mrpc"
+LABELS = "labels"  # the column that several are put into
 HELD_OUT = 0.1  # the share of a single file's rows that become its validation split
 
-_VALIDATION_NAMES = ("validation", "dev", "valid", "val", "validation_matched", "dev_matched")
-_EXTRA_NAMES = ("validation_mismatched", "dev_mismatched")
+# How people spell a split's name.
+_SPELLINGS = {
+    "train": ("train", "training", "trn"),
+    "validation": ("validation", "valid", "val", "dev", "development", "eval", "evaluation"),
+    "validation_matched": ("validation_matched", "dev_matched"),
+    "validation_mismatched": ("validation_mismatched", "dev_mismatched"),
+    "test": ("test", "testing", "tst"),
+}
 
 Split = tuple[Any, dict[str, str]]  # a datasets.Dataset, and the kind of every column that the file or data set has
 
@@ -53,57 +64,90 @@ class Data:
     name: str
     splits: Mapping[str, Any]  # "train", then validation splits: each a datasets.Dataset, or a range if from the cache
     text_columns: tuple[str, ...]  # one or two
-    label_column: str
+    label_column: str  # of several columns with a class each: LABELS
     label_names: list[str] | None  # None: the label is a number to regress on
     metrics: tuple[str, ...]
     note: str = ""  # one line to show before training: a fallback, a held-out split, how labels were read
+    multi: bool = False  # a row may have any number of the classes: labels are (rows, classes) of 0.0 and 1.0
 
 
 def load_data(
-    name: str | None, text_columns: Sequence[str] | None = None, label_column: str | None = None, seed: int = 42
+    name: str | None,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | Sequence[str] | None = None,
+    seed: int = 42,
+    *,
+    task: str = "auto",
+    drop_unlabelled: bool = False,
+    separator: str | None = None,
+    encoding: str | None = None,
 ) -> Data:
     """Load `glue/TASK`, `stdlib-pairs`, a local file or folder, or a Hub name; None: the default or its fallback.
 
     Args:
         name: see above. A name that the user gave is never replaced by another.
         text_columns: one or two columns of text; found where not given.
-        label_column: found where not given.
+        label_column: found where not given; several are a class each, of 0 and 1.
         seed: chooses the held-out rows of a single file.
+        task: what labels are, whatever they look like: single, multi, regression; auto looks at them.
+        drop_unlabelled: leave rows without a label out, which are refused otherwise.
+        separator: of the columns of a csv or tsv file; encoding: of a text file. Found out where not given.
 
     Raises:
         UsageError: nothing there, not readable, no validation split, columns or labels that cannot be used.
     """
-    name, loaded, note = _load(name)
-    task = _task_of(name)
+    label_columns = [label_column] if isinstance(label_column, str) else label_column
+    name, loaded, fallback = _load(name, dialect(separator, encoding))
+    known = _task_of(name)
     train, kinds = loaded["train"]
-    if task is not None and not {*task.text_columns, task.label_column} <= set(train.column_names):
-        task = None  # the user's own folder, which happens to have a task's name
-    if task is not None and (text_columns or label_column):
-        task = None
-    texts, label = find_columns(train, kinds, task, text_columns, label_column)
-    splits = {key: keep(rows, kinds, (*texts, label), key) for key, (rows, kinds) in loaded.items()}
-    labels = read_labels(splits, label, task)
+    if known is not None and not {*known.text_columns, known.label_column} <= set(train.column_names):
+        known = None  # the user's own folder, which happens to have a task's name
+    if known is not None and (text_columns or label_columns):
+        known = None
+    texts, columns = find_columns(train, kinds, known, text_columns, label_columns)
+    splits = {key: keep(rows, kinds, (*texts, *columns), key) for key, (rows, kinds) in loaded.items()}
+    splits, left_out = rules.drop_unlabelled(splits, columns) if drop_unlabelled else (splits, "")
+    labels = read_labels(splits, columns, known, task)
+    multi = labels.values["train"].ndim == 2
+    label = columns[0] if len(columns) == 1 else LABELS
     for key, rows in splits.items():
         check_texts(rows, texts, key)
-        splits[key] = _with_labels(rows, label, labels.values[key])
-    notes = [note, labels.note]
+        splits[key] = _with_labels(rows, texts, label, labels.values[key])
+    held_out = ""
     if len(splits) == 1:  # not before now: an error above names a row of the file
-        splits, note = _hold_out(splits["train"], name, seed)
-        notes = [note, labels.note]
-    if task is not None and (task.label_names is None) != (labels.names is None):
-        task = None  # classes under the name of a regression task, or the reverse
-    metrics = task.metrics if task is not None else default_metrics(labels.names)
-    return Data(name, splits, texts, label, labels.names, metrics, "; ".join(filter(None, notes)))
+        splits, held_out = _hold_out(splits["train"], name, seed)
+    if known is not None and (known.label_names is None) != (labels.names is None):
+        known = None  # classes under the name of a regression task, or the reverse
+    metrics = known.metrics if known is not None else METRICS if multi else default_metrics(labels.names)
+    answers = leaks(splits, texts, label_values(splits["train"], label), labels.names)
+    notes = [fallback, left_out, labels.note, held_out, *answers]
+    return Data(name, splits, texts, label, labels.names, metrics, "; ".join(filter(None, notes)), multi)
+
+
+def label_values(rows: Any, column: str) -> np.ndarray:
+    """The labels of a split: (rows,) int64 or float32, or (rows, classes) float32."""
+    import pyarrow as pa
+
+    cells = rows.select_columns([column]).with_format("arrow")[:][column]
+    if not pa.types.is_fixed_size_list(cells.type):
+        values: np.ndarray = cells.to_numpy()
+        return values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+    flat = np.concatenate([np.empty(0, np.float32), *(chunk.flatten().to_numpy() for chunk in cells.chunks)])
+    return flat.astype(np.float32).reshape(-1, cells.type.list_size)
 
 
 def _task_of(name: str) -> Task | None:
     """The task whose name is the last part of a path or of a Hub name: ".../glue/cola" is scored as CoLA."""
-    return GLUE.get(name.rstrip("/").rsplit("/", 1)[-1]) if "/" in name else None
+    return GLUE.get(name.rstrip("/").rsplit("/", 1)[-1]) if "/" in name or Path(name).is_dir() else None
 
 
-def _load(name: str | None) -> tuple[str, dict[str, Split], str]:
+def _load(name: str | None, how: Dialect) -> tuple[str, dict[str, Split], str]:
     """-> (the name that is really used, its splits, a note on a fallback)."""
     note = ""
+    if name is None or not _is_local(name):
+        for flag, value in (("--separator", how.separator), ("--encoding", how.encoding)):
+            if value is not None:
+                raise UsageError(f"{flag} {value}: only for a csv or tsv file or a folder of them; leave it out")
     if name is None:
         try:
             return DEFAULT_DATA, _load_glue(DEFAULT_DATA.removeprefix("glue/")), ""
@@ -117,27 +161,36 @@ def _load(name: str | None) -> tuple[str, dict[str, Split], str]:
     place = place_of("--data", name)
     if name.startswith("glue/") and not place.exists():
         return name, _load_glue(name.removeprefix("glue/")), ""
-    if place.exists() or looks_like_path(name) or format_of(place) is not None:
-        return name, _load_path(place), ""
+    if _is_local(name):
+        return name, _load_path(place, how), ""
     check_hub_name("--data", name)
     return name, _load_hub(name), ""
 
 
-def _with_labels(rows: Any, column: str, values: np.ndarray) -> Any:
-    """The rows with these labels; the very same rows where they have them already."""
+def _with_labels(rows: Any, texts: Sequence[str], column: str, values: np.ndarray) -> Any:
+    """The texts with these labels; the very same rows where they have them already."""
     import datasets
     import pyarrow as pa
 
-    old = rows.select_columns([column]).with_format("numpy")[:][column]
-    if old.dtype.kind == values.dtype.kind and (values.dtype.kind == "f" or np.array_equal(old, values)):
-        return rows
-    table = rows.with_format("arrow")[:].replace_schema_metadata(None)
-    table = table.set_column(table.column_names.index(column), column, pa.array(values))
+    if values.ndim == 1:
+        old = rows.select_columns([column]).with_format("numpy")[:][column]
+        if old.dtype.kind == values.dtype.kind and (values.dtype.kind == "f" or np.array_equal(old, values)):
+            return rows
+        cells = pa.array(values)
+    else:
+        cells = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    table = rows.select_columns(list(texts)).with_format("arrow")[:].replace_schema_metadata(None)
+    table = table.append_column(column, cells)
     made_of = f"{rows._fingerprint} {column} {values.dtype}".encode() + values.tobytes()
     return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=hashlib.sha256(made_of).hexdigest()[:16])
 
 
 # --- each kind of name ------------------------------------------------------------------------------------------------
+
+
+def _is_local(name: str) -> bool:
+    place = place_of("--data", name)
+    return place.exists() or looks_like_path(name) or format_of(place) is not None
 
 
 def _load_glue(task: str) -> dict[str, Split]:
@@ -189,40 +242,42 @@ def _load_stdlib_pairs() -> dict[str, Split]:
     return {key: (rows, kinds_of(rows)) for key, rows in named.items()}
 
 
-def _load_path(path: Path) -> dict[str, Split]:
+def _load_path(path: Path, how: Dialect) -> dict[str, Split]:
     """A local file -> one split, `train`; a folder with train.* and validation.* -> its splits."""
     if path.is_file():
         if format_of(path) is None:
-            kinds = "a .csv, .tsv, .jsonl, .json or .parquet file"
+            kinds = "a .csv, .tsv, .jsonl, .json, .parquet or .xlsx file, or one of these in .gz, .bz2, .xz or .zip"
             raise UsageError(f"--data {path}: it is not {kinds}; rename or convert it")
-        return {"train": _read([path])}
+        return {"train": _read([path], how)}
     if not path.exists():
         raise UsageError(f"--data {path}: there is no such file or folder")
     if odd := oddity(path):
         raise UsageError(f"--data {path}: it is {odd}, and data are read more than once; write them into a file")
     files = sorted(file for file in path.iterdir() if format_of(file) is not None)
-    train = [file for file in files if _split_of(file) == "train"]
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        found.setdefault(_split_of(file), []).append(file)
+    train = found.get("train")
     if not train:
         shown = ", ".join(file.name for file in sorted(path.iterdir())[:6]) or "nothing"
         raise UsageError(
-            f"--data {path}: the folder needs train.csv, .tsv, .jsonl, .json or .parquet; it holds {shown}"
+            f"--data {path}: the folder needs train.csv, .tsv, .jsonl, .json, .parquet or .xlsx; it holds {shown}"
         )
-    validation = [file for file in files if _split_of(file) in _VALIDATION_NAMES]
-    if not validation:
+    names = [name for name in ("validation", "validation_matched") if name in found]
+    if not names:
+        test = f" ({found['test'][0].name} is for the end, and not read)" if "test" in found else ""
+        ending = train[0].name.removeprefix(stem_of(train[0]))
         raise UsageError(
-            f"--data {path}: no validation split; put validation{train[0].suffix} beside {train[0].name}, "
+            f"--data {path}: no validation split{test}; put validation{ending} beside {train[0].name}, "
             f"or name {train[0].name} itself to hold a tenth of it out"
         )
-    if len({_split_of(file) for file in validation}) > 1:
-        shown = " and ".join(file.name for file in validation)
+    if len(names) > 1:
+        shown = " and ".join(file.name for name in names for file in found[name])
         raise UsageError(f"--data {path}: {shown} are two validation splits; leave one of them in the folder")
-    splits = {"train": train, _split_of(validation[0]).replace("dev", "validation"): validation}
-    extra = [file for file in files if _split_of(file) in _EXTRA_NAMES]
-    if extra:
-        splits["validation_mismatched"] = extra
+    splits = {name: found[name] for name in ("train", *names, "validation_mismatched") if name in found}
     for parts in splits.values():
         _check_parts(path, parts)
-    return {key: _read(parts) for key, parts in splits.items()}
+    return {key: _read(parts, how) for key, parts in splits.items()}
 
 
 def _hold_out(whole: Any, name: str, seed: int) -> tuple[dict[str, Any], str]:
@@ -235,13 +290,19 @@ def _hold_out(whole: Any, name: str, seed: int) -> tuple[dict[str, Any], str]:
 
 
 def _split_of(file: Path) -> str:
-    """train.csv, train-00000-of-00001.parquet -> train."""
-    return file.stem.lower().split("-")[0].split(".")[0]
+    """train.csv, train-00000-of-00001.parquet, reviews_train.csv.gz -> train; "" for a name that says none, or two."""
+    name = re.sub(r"-\d+-of-\d+$", "", stem_of(file).lower())
+    words = [word for word in re.split(r"[-_. ]+", name) if word]
+    for split, spelt in _SPELLINGS.items():
+        if "_".join(words) in spelt:
+            return split
+    ends = {split for split, spelt in _SPELLINGS.items() for word in words[:1] + words[-1:] if word in spelt}
+    return ends.pop() if len(ends) == 1 else ""
 
 
 def _check_parts(folder: Path, files: list[Path]) -> None:
     """Several files are one split only if their names say so: ...-00000-of-00002 and ...-00001-of-00002."""
-    parts = [re.search(r"-(\d+)-of-(\d+)$", file.stem) for file in files]
+    parts = [re.search(r"-(\d+)-of-(\d+)$", stem_of(file)) for file in files]
     numbers = [(int(part[1]), int(part[2])) for part in parts if part is not None]
     if len(files) > 1 and (len(numbers) < len(files) or len({file.suffix for file in files}) > 1):
         shown = " and ".join(file.name for file in files)
@@ -251,7 +312,7 @@ def _check_parts(folder: Path, files: list[Path]) -> None:
         raise UsageError(f"--data {folder}: {shown} are not all parts of the split; put the others beside them")
 
 
-def _read(files: list[Path]) -> Split:
+def _read(files: list[Path], how: Dialect) -> Split:
     """The files of one split, by files.py -> (datasets.Dataset, kinds of the columns)."""
     import datasets
 
@@ -259,7 +320,7 @@ def _read(files: list[Path]) -> Split:
     for file in files:
         if not file.is_file():
             raise UsageError(f"--data {file}: it is {oddity(file) or 'a folder'}; put a plain file there")
-    table, kinds = read(files)
+    table, kinds = read(files, how)
     # underneath: without a fingerprint of its own, datasets would hash the whole table to make one
     rows = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=os.urandom(8).hex())
     return rows, kinds | {name: kind for name, kind in kinds_of(rows).items() if kind == "classes"}

@@ -228,8 +228,6 @@ def load_trained(name: str) -> Any:
     if made_anew:
         lacks = f"it lacks {', '.join(made_anew[:4])}"
         raise UsageError(f"model {name}: never fine-tuned for classification ({lacks}); fine-tune it with train.py")
-    if model.config.problem_type == "multi_label_classification":
-        raise UsageError(f"model {name}: its problem_type is multi_label_classification; name one with a label a text")
     return model.eval()
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from nanofinetune.data.load import Data
+from nanofinetune.data.load import Data, label_values
 from nanofinetune.step.collate import FlatRows
 
 BLOCK = 1000  # rows, and
@@ -40,7 +40,8 @@ class TokenStore(Dataset[dict[str, Any]]):
 
     Args:
         ragged: model input name -> (flat (tokens,), offsets (rows + 1,)): row i is flat[offsets[i]:offsets[i + 1]].
-        labels: (rows,) int64 class ids or float32 targets; None for text without labels.
+        labels: (rows,) int64 class ids or float32 targets, (rows, classes) float32 of 0.0 and 1.0; None for text
+            without labels.
     """
 
     def __init__(self, ragged: Mapping[str, tuple[np.ndarray, np.ndarray]], labels: np.ndarray | None = None) -> None:
@@ -75,9 +76,7 @@ def tokenize(data: Data, tokenizer: Any, max_length: int) -> dict[str, TokenStor
     for key, split in data.splits.items():
         blocks = (split[begin : begin + BLOCK] for begin in range(0, len(split), BLOCK))
         texts = ([block[column] for column in data.text_columns] for block in blocks)
-        labels = split.select_columns([data.label_column]).with_format("arrow")[:][data.label_column].to_numpy()
-        dtype = np.float32 if labels.dtype.kind == "f" else np.int64
-        stores[key] = TokenStore(_ragged(texts, tokenizer, max_length), labels.astype(dtype))
+        stores[key] = TokenStore(_ragged(texts, tokenizer, max_length), label_values(split, data.label_column))
     return stores
 
 

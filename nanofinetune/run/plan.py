@@ -69,6 +69,7 @@ def print_plan(args: Any, accelerator: Any, job: Job, scheduler: Any, padding: f
     splits = ", ".join(f"{len(split):,} {name}" for name, split in data.splits.items())
     names = data.label_names
     label = "a number" if names is None else f"{len(names)} classes: {', '.join(names[:6])}"
+    label = f"any number of {label}" if data.multi else label
     form = f" ({optimizer.form(optimizer.param_groups[0])})" if isinstance(optimizer, AdamW) else ""
     decayed = sum(p.numel() for p in optimizer.param_groups[0]["params"])
     at_limit = int((train_store.lengths == limit).sum())
@@ -77,6 +78,7 @@ def print_plan(args: Any, accelerator: Any, job: Job, scheduler: Any, padding: f
     lines = {
         "model": f"{job.model_name}, {model.num_parameters():,} parameters, new: {', '.join(job.made_anew) or 'none'}",
         "data": f"{data.name}, {splits} rows; {' + '.join(data.text_columns)} -> {data.label_column} ({label})",
+        **job.examples(),
         "device": f"{accelerator.device}, {processes} process(es) of {torch.get_num_threads()} thread(s)",
         "batch": f"{rows_per_step // processes} per process x {processes} process(es) x {accumulate} accumulated = "
         f"{rows_per_step * accumulate} rows an update",

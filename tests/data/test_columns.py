@@ -5,6 +5,7 @@ The reference is the table itself; there is no library that chooses columns.
     python -m pytest tests/data/test_columns.py
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from tables import write
 
-from nanofinetune.data.columns import find_columns, kinds_of, read_labels
+from nanofinetune.data.columns import drop_unlabelled, find_columns, kinds_of, read_labels
 from nanofinetune.data.load import load_data
 from nanofinetune.data.tasks import GLUE
 from nanofinetune.data.tokens import tokenize
@@ -70,7 +71,8 @@ def table(names: dict[str, str]) -> datasets.Dataset:
 
 def found(names: dict[str, str]) -> tuple[tuple[str, ...], str]:
     rows = table(names)
-    return find_columns(rows, kinds_of(rows), None, None, None)
+    texts, (label,) = find_columns(rows, kinds_of(rows), None)
+    return texts, label
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_columns_are_looked_at_once_however_many_there_are(monkeypatch):
             return features(self)
 
         monkeypatch.setattr(datasets.Dataset, "features", property(count))
-        find_columns(rows, kinds_of(rows), None, None, None)
+        find_columns(rows, kinds_of(rows), None)
         monkeypatch.undo()
         looks.append(counted[0])
     assert looks[0] == looks[1]
@@ -180,10 +182,10 @@ def test_columns_are_looked_at_once_however_many_there_are(monkeypatch):
 # --- what the labels mean ---------------------------------------------------------------------------------------------
 
 
-def labels_of(*splits: list, task=None):
+def labels_of(*splits: list, task=None, kind="auto"):
     """What `read_labels` makes of the label columns of train and validation."""
     tables = [datasets.Dataset.from_dict({"label": values}) for values in splits]
-    return read_labels(dict(zip(("train", "validation"), tables, strict=False)), "label", task)
+    return read_labels(dict(zip(("train", "validation"), tables, strict=False)), ["label"], task, kind)
 
 
 @pytest.mark.parametrize(
@@ -220,8 +222,7 @@ def test_labels_of_every_kind(values, names, numbers, note):
 @pytest.mark.parametrize(
     ("train", "validation", "said"),
     [
-        (["a", "b"], ["a", "c"], r"the validation split has the label c, which is not one of the 2 classes"),
-        ([0, 1], [0, 2], r"the validation split has the label 2, which is not one of the 2 classes"),
+        ([0, 1], [-1, -1], r"every label of the validation split is -1, the mark of a test set without labels"),
         ([0, 1], ["a", "b"], r"the labels of the validation split are text \('a', 'b'\) and those of the train split"),
         ([0, 1], [0.5, 1.0], r"the validation split holds floats and the training split whole numbers"),
         ([1, 1], [1, 1], r"there is only one class \(1\)"),
@@ -239,6 +240,90 @@ def test_labels_of_every_kind(values, names, numbers, note):
 def test_labels_that_cannot_be_are_refused(train, validation, said):
     with pytest.raises(UsageError, match=said):
         labels_of(train, validation)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "names", "numbers", "note"),
+    [
+        (["a", "b"], ["a", "c"], ["a", "b", "c"], [0, 2], "no training row has c, which the validation split has"),
+        ([0, 1], [0, 2], ["0", "1", "2"], [0, 2], "no training row has 2, which the validation split has"),
+        ([1, 5], [3, 1], ["1", "3", "5"], [1, 0], "no training row has 3, which the validation split has"),
+        (["Good", "bad"], ["good "], ["Good", "bad", "good "], [2], "the labels 'Good' and 'good ' are classes of"),
+        ([-1, 0, 1], [0], ["-1", "0", "1"], [1], "if -1 means that there is no label, .* --drop-unlabelled"),
+    ],
+    ids=str,
+)
+def test_what_may_be_a_mistake_is_said(train, validation, names, numbers, note):
+    labels = labels_of(train, validation)
+    assert labels.names == names and labels.values["validation"].tolist() == numbers
+    assert re.search(note, labels.note)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "names", "numbers"),
+    [
+        ([1, 5, 3], "regression", None, [1.0, 5.0, 3.0]),
+        ([0.0, 1.0], "regression", None, [0.0, 1.0]),
+        (["1", "2"], "regression", None, [1.0, 2.0]),
+        (list(range(40)), "regression", None, [float(i) for i in range(40)]),
+        ([0.5, 1.0, 0.5], "single", ["0.5", "1.0"], [0, 1, 0]),
+        ([0.0, 1.0], "single", ["0", "1"], [0, 1]),
+        ([1, 0], "auto", ["0", "1"], [1, 0]),
+    ],
+    ids=str,
+)
+def test_the_user_says_what_labels_are(values, kind, names, numbers):
+    labels = labels_of(values, values, kind=kind)
+    assert labels.names == names and labels.values["train"].tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "said"),
+    [
+        (
+            ["a", "b"],
+            "regression",
+            r"--task regression: the labels in label are text \('a', 'b'\); name a column of num",
+        ),
+        ([0, 1], "multi", r"--task multi: label is one column of numbers; name several columns of 0 and 1, or one of"),
+        ([[0, 1], [1, 0]], "single", r"--task single: the label is in lists, which are several classes; name one"),
+        ([[0, 1], [1, 0]], "regression", r"--task regression: the label is in lists"),
+    ],
+    ids=str,
+)
+def test_a_task_that_labels_cannot_be_is_refused(values, kind, said):
+    with pytest.raises(UsageError, match=said):
+        labels_of(values, values, kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("values", "left"),
+    [
+        (["a", "", None, "b"], ["a", "b"]),
+        ([1, -1, None, 2], [1, 2]),
+        ([1.0, -1.0, 2.0], [1.0, 2.0]),
+        ([0.5, -1.0, None], [0.5, -1.0]),
+        (["1", "-1", "2"], ["1", "2"]),
+        ([True, None], [True]),
+        ([[0, 1], None], [[0, 1]]),
+    ],
+    ids=str,
+)
+def test_rows_without_a_label_are_left_out_and_counted(values, left):
+    rows = datasets.Dataset.from_dict({"label": values})
+    kept, note = drop_unlabelled({"train": rows}, ["label"])
+    assert kept["train"]["label"][:] == left
+    assert note == f"left out without a label (empty, or -1): {len(values) - len(left)} of {len(values)} train rows"
+    assert drop_unlabelled(kept, ["label"])[1] == ""
+
+
+def test_a_file_with_lost_labels_is_trained_on_without_these_rows(tmp_path):
+    content = [{"text": f"the cat {i}", "label": None if i in (3, 5) else i % 2} for i in range(42)]
+    write(tmp_path, "csv", "a", content)
+    with pytest.raises(UsageError, match=r"row 4 .* no label \(2 in all\); .* with --drop-unlabelled"):
+        load_data(str(tmp_path / "a.csv"))
+    data = load_data(str(tmp_path / "a.csv"), drop_unlabelled=True)
+    assert sum(map(len, data.splits.values())) == 40 and "2 of 42 train rows" in data.note
 
 
 def test_whole_floats_of_the_validation_split_are_the_whole_numbers_of_the_training_split():

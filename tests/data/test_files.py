@@ -3,12 +3,16 @@
 python -m pytest tests/data/test_files.py
 """
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ import pytest
 from tables import rows, write
 
 from nanofinetune.data import files as files_module
-from nanofinetune.data.files import read
+from nanofinetune.data.files import dialect, read
 from nanofinetune.data.load import load_data
 from nanofinetune.ground.errors import UsageError
 
@@ -124,7 +128,7 @@ def test_new_content_under_an_old_time_is_read(kind, tmp_path):
 REVIEWS = [f"the cat {i},{i % 2}" for i in range(12)]
 REFUSED = {
     "text,label\na, b,0\nc,1\n": r"line 2 has 3 fields and the header 2\); a text with a comma in it needs quotes",
-    "text,label\na,0,\nb,1,\n": r"line 2 has 3 fields and the header 2",
+    "text,label\na,0,\nb,1,\n": r"line 2 has 3 fields and the header 2\); remove the comma at its end, or name",
     'text,label\n"a\nb",0\n\nc,1,2\n': r"line 5 has 3 fields",
     "text,label\na,0\nb\n": r"line 3 has 1 fields and the header 2\); fill it in",
     "text,label\na,0\ntext,label\nb,1\n": r"line 3 is the header again; remove it",
@@ -200,6 +204,152 @@ def test_the_type_of_a_column_is_that_of_all_its_cells(cells, values, tmp_path):
     assert list(map(type, found)) == [type(value) if value != "nan" or "inf" in cells else float for value in values]
 
 
+# --- how a text file is written ---------------------------------------------------------------------------------------
+
+
+def content_of(file: Path, **how: Any) -> list[dict]:
+    return read([file], dialect(**how))[0].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("text;stars\ngood, cheap;5\nbad;1\n", [("good, cheap", 5), ("bad", 1)]),
+        ("text|stars\ngood; cheap, nice|5\nbad|1\n", [("good; cheap, nice", 5), ("bad", 1)]),
+        ("text\tstars\ngood, cheap\t5\nbad\t1\n", [("good, cheap", 5), ("bad", 1)]),
+        ('text;"stars, 1 to 5"\n"good; cheap";5\nbad;1\n', [("good; cheap", 5), ("bad", 1)]),
+        ("text;stars, 1 to 5\ngood;5\nbad, cold;1\n", [("good", 5), ("bad, cold", 1)]),
+        ("sep=;\ntext;stars\ngood, cheap;5\nbad;1\n", [("good, cheap", 5), ("bad", 1)]),
+        ("sep=|\r\ntext|stars\r\ngood; cheap|5\r\nbad|1\r\n", [("good; cheap", 5), ("bad", 1)]),
+        ("text,stars\ngood; cheap,5\nbad;,1\n", [("good; cheap", 5), ("bad;", 1)]),
+    ],
+    ids=str,
+)
+def test_what_separates_the_columns_is_found(content, expected, tmp_path):
+    """pandas, and `datasets` with it, takes a comma, whatever the file holds."""
+    (tmp_path / "a.csv").write_bytes(content.encode())
+    assert [tuple(row.values()) for row in content_of(tmp_path / "a.csv")] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a,b;c,d\n1,2;3,4\n", r"are its columns separated by commas or semicolons\? Name one with --separator"),
+        ("a,b;c\n1\n", r"are its columns separated by commas or semicolons\?"),
+        ("text;stars\ngood;5\nbad; cold;1\n", r"line 3 has 3 fields and the header 2\); a text with a semicolon in"),
+        ("sep=;\ntext;stars\ngood;5\n\nbad;1;2\n", r"line 5 has 3 fields"),
+        ("text;stars\ngood,5\nbad,1\n", r"line 2 has 1 fields and the header 2\); fill it in"),
+    ],
+)
+def test_a_separator_of_two_readings_is_refused(content, said, tmp_path):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(UsageError, match=said):
+        read([tmp_path / "a.csv"])
+
+
+def test_the_user_names_separator_and_encoding(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b;c,d\n1,2;3,4\n")
+    assert content_of(tmp_path / "a.csv", separator=";") == [{"a,b": "1,2", "c,d": "3,4"}]
+    (tmp_path / "b.tsv").write_text("a~b\n1~2\n")
+    assert content_of(tmp_path / "b.tsv", separator="~") == [{"a": 1, "b": 2}]
+    (tmp_path / "c.csv").write_bytes("a\tb\ncaf\u00e9\t2\n".encode("cp1252"))
+    assert content_of(tmp_path / "c.csv", separator="tab", encoding="cp1252") == [{"a": "caf\u00e9", "b": 2}]
+    with pytest.raises(UsageError, match=r"byte 0xe9 is not UTF-8\); name its encoding with --encoding"):
+        content_of(tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_a_byte_order_mark_says_the_encoding(kind, encoding, tmp_path):
+    """Excel's "Unicode text" is UTF-16 with a mark."""
+    write(tmp_path, kind, "a", rows(12))
+    before = content_of(tmp_path / f"a.{kind}")
+    text = (tmp_path / f"a.{kind}").read_text()
+    (tmp_path / f"a.{kind}").write_bytes((("\ufeff" if encoding.endswith("le") else "") + text).encode(encoding))
+    assert content_of(tmp_path / f"a.{kind}") == before
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"separator": ";;"}, r"--separator ;;: name one character, such as ; or \|, or tab"),
+        ({"separator": ""}, r"--separator : name one character"),
+        ({"separator": '"'}, r"name one character"),
+        ({"encoding": "nosuch"}, r"--encoding nosuch: Python knows no such encoding; utf-8, utf-16, cp1252"),
+        ({"encoding": "base64"}, r"--encoding base64: Python knows no such encoding"),
+    ],
+)
+def test_a_dialect_that_is_none_is_refused(how, said):
+    with pytest.raises(UsageError, match=said):
+        dialect(**how)
+
+
+def test_what_a_format_has_not_cannot_be_named(tmp_path):
+    for kind in ("jsonl", "parquet"):
+        write(tmp_path, kind, "a", rows(12))
+        with pytest.raises(UsageError, match=r"--separator ;: a.\w+ is a \w+ file, which has none; leave it out"):
+            load_data(str(tmp_path / f"a.{kind}"), separator=";")
+    with pytest.raises(UsageError, match=r"--encoding cp1252: a.parquet is a parquet file, which has none"):
+        load_data(str(tmp_path / "a.parquet"), encoding="cp1252")
+    with pytest.raises(UsageError, match=r"--encoding cp1252: only for a csv or tsv file or a folder of them"):
+        load_data("stdlib-pairs", encoding="cp1252")
+
+
+# --- Excel ------------------------------------------------------------------------------------------------------------
+
+
+def sheet(file: Path, *sheets: list[list]) -> None:
+    openpyxl = pytest.importorskip("openpyxl", reason="the extra excel")
+    book = openpyxl.Workbook()
+    for i, content in enumerate(sheets):
+        page = book.active if i == 0 else book.create_sheet(f"Sheet{i + 1}")
+        for row in content:
+            page.append(row)
+    book.save(file)
+
+
+def test_a_sheet_is_read_as_it_is_shown(tmp_path):
+    import datetime
+
+    day = datetime.datetime(2020, 1, 1)
+    sheet(
+        tmp_path / "a.xlsx",
+        [["text", "stars", "score", "when", "note"], ["good", 5, 0.5, day, None], [], ["10", 1, 2, day, None]],
+        [],
+    )
+    table, kinds = read([tmp_path / "a.xlsx"])
+    assert table.to_pylist() == [
+        {"text": "good", "stars": 5, "score": 0.5}, {"text": "10", "stars": 1, "score": 2.0},
+    ]  # fmt: skip
+    assert kinds == {"text": "text", "stars": "numbers", "score": "numbers", "when": "dates", "note": "nothing"}
+
+
+@pytest.mark.parametrize(
+    ("sheets", "said"),
+    [
+        (
+            [[["text", "n"], ["a", 1]], [["text", "n"], ["b", 2]]],
+            r"one sheet with rows is read, and it has 2 \(Sheet, Sh",
+        ),
+        ([[]], r"one sheet with rows is read, and it has 0 \(none\)"),
+        ([[["good", 5], ["bad", 1]]], r"is the first line a header\? It holds the number 5"),
+    ],
+)
+def test_a_workbook_of_several_readings_is_refused(sheets, said, tmp_path):
+    sheet(tmp_path / "a.xlsx", *sheets)
+    with pytest.raises(UsageError, match=said):
+        read([tmp_path / "a.xlsx"])
+
+
+def test_excel_needs_the_extra(tmp_path, monkeypatch):
+    """Where openpyxl is not installed, one line says how to get it."""
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    said = r"--data \S+a.xlsx: reading Excel files needs openpyxl; install it \(pip install 'nanofinetune\[excel\]'\)"
+    with pytest.raises(UsageError, match=said):
+        read([tmp_path / "a.xlsx"])
+
+
 # --- json and parquet -------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +378,60 @@ def test_broken_json_is_one_line(lines, said, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(UsageError, match=said):
         read([tmp_path / "a.jsonl"])
+
+
+CONTENT = [{"text": "a", "n": 1}, {"text": "b", "n": 2}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(CONTENT),
+        json.dumps(CONTENT, indent=2),
+        json.dumps({"data": CONTENT}),
+        json.dumps({"version": "1", "rows": CONTENT, "tags": ["x"]}, indent=2),
+        "\n\n" + json.dumps({"data": CONTENT}) + "\n\n",
+        "".join(json.dumps(row) + "\n" for row in CONTENT),
+        "\n".join(json.dumps(row) + "\n" for row in CONTENT),
+    ],
+    ids=lambda text: text[:20],
+)
+@pytest.mark.parametrize("ending", ["json", "jsonl", "ndjson"])
+def test_rows_of_json_are_found_where_they_are(text, ending, tmp_path):
+    (tmp_path / f"a.{ending}").write_text(text)
+    assert content_of(tmp_path / f"a.{ending}") == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"a": CONTENT, "b": CONTENT}, r"it holds rows under a and b; write \{\"data\": \["),
+        ({"text": {"0": "a"}, "n": {"0": 1}}, r"it holds no list of rows under any key"),
+        ({"data": [{"text": "a"}, 1]}, r"it holds no list of rows under any key"),
+        ([CONTENT[0], 1], r"row 2 is no object with the columns' names"),
+    ],
+    ids=str,
+)
+def test_json_of_other_shapes_is_refused(value, said, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(value, indent=2))
+    with pytest.raises(UsageError, match=said):
+        read([tmp_path / "a.json"])
+
+
+def test_a_row_with_rows_in_it_is_a_row(tmp_path):
+    """SQuAD's answers, a list of objects in each line, are a column that is not used."""
+    lines = [{"text": text, "n": i % 2, "answers": [{"start": 1}]} for i, text in enumerate("abc")]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    table, kinds = read([tmp_path / "a.jsonl"])
+    assert table.column("text").to_pylist() == ["a", "b", "c"] and kinds["answers"] == "lists"
+
+
+def test_flat_lists_can_be_used_and_others_cannot(tmp_path):
+    lines = [{"tags": ["x"], "deep": [["x"]], "mixed": [1, "a"], "some": [1]}, {"tags": [], "some": [0.5]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    table, kinds = read([tmp_path / "a.jsonl"])
+    assert table.to_pylist() == [{"tags": ["x"], "some": [1.0]}, {"tags": [], "some": [0.5]}]
+    assert set(kinds.values()) == {"lists"}
 
 
 @pytest.mark.parametrize("block", [1, 2, 1_000_000])
@@ -274,6 +478,19 @@ def test_a_parquet_file_of_too_many_rows_is_refused(tmp_path, monkeypatch):
 
 # --- any table, any dialect -------------------------------------------------------------------------------------------
 
+
+def packed_as(file: Path, ending: str) -> Path:
+    """The file, in one of the forms that a download has."""
+    made = file.with_name(f"{file.name}.{ending}")
+    if ending == "zip":
+        with zipfile.ZipFile(made, "w") as archive:
+            archive.write(file, file.name)
+    else:
+        pack: Any = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[ending]
+        made.write_bytes(pack(file.read_bytes()))
+    return made
+
+
 TEXTS = st.lists(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12).map("w".__add__), min_size=12, max_size=15
 )
@@ -284,18 +501,19 @@ TEXTS = st.lists(
     texts=TEXTS,
     kind=st.sampled_from(["csv", "tsv", "jsonl", "json", "parquet"]),
     quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC, csv.QUOTE_NONE]),
-    delimiter=st.sampled_from(",,,;|\t"),
+    delimiter=st.sampled_from(",;|\t"),
     end=st.sampled_from(["\n", "\r\n", "\r"]),
-    mark=st.booleans(),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+    packed=st.sampled_from(["", "", "gz", "bz2", "xz", "zip"]),
     ascii_only=st.booleans(),
 )
-def test_a_random_table_is_read_back_or_refused(texts, kind, quoting, delimiter, end, mark, ascii_only):
+def test_a_random_table_is_read_back_or_refused(texts, kind, quoting, delimiter, end, encoding, packed, ascii_only):
     """Written by Python's csv and json and by pyarrow, with any text and in any dialect: the same rows, or one line."""
     content = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, f"train.{kind}")
         if kind in ("csv", "tsv"):
-            with file.open("w", encoding="utf-8-sig" if mark else "utf-8", newline="") as target:
+            with file.open("w", encoding=encoding, newline="") as target:
                 form = {"delimiter": "\t" if kind == "tsv" else delimiter, "quoting": quoting, "lineterminator": end}
                 writer = csv.DictWriter(target, ["text", "label"], **form)
                 writer.writeheader()
@@ -308,10 +526,12 @@ def test_a_random_table_is_read_back_or_refused(texts, kind, quoting, delimiter,
         else:
             lines = [json.dumps(row, ensure_ascii=ascii_only) for row in content]
             body = "\n".join(lines) if kind == "jsonl" else f"[{','.join(lines)}]"
-            file.write_text(body, encoding="utf-8-sig" if mark else "utf-8")
+            file.write_text(body, encoding=encoding)
+        if packed:
+            file = packed_as(file, packed)
         # a carriage return in a text is quoted only where everything is: then its row is two
-        usual = kind not in ("csv", "tsv") or (delimiter == "," and not any("\r" in text for text in texts))
-        usual |= quoting == csv.QUOTE_ALL and delimiter == ","
+        usual = kind not in ("csv", "tsv") or not any("\r" in text for text in texts)
+        usual |= quoting in (csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC)
         try:
             found = load_data(str(file))
         except UsageError as refusal:

@@ -61,6 +61,9 @@ def test_a_head_without_names_is_kept_by_number_and_said(tmp_path):
     model, made_anew = load_model(str(tmp_path), ["no", "yes"], notes=notes)
     assert made_anew == [] and torch.equal(model.classifier.weight, trained.classifier.weight)
     assert any("its classes have no names: they are taken for no, yes, by number" in note for note in notes)
+    notes.clear()
+    load_model(str(tmp_path), ["0", "1"], notes=notes)  # numbers are all that they have, and all that the data have
+    assert notes == []
 
 
 def test_names_that_differ_only_in_capitals_are_no_names_to_go_by():

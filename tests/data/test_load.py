@@ -25,15 +25,53 @@ def test_a_single_file_holds_a_tenth_out_by_the_seed(tmp_path):
     assert load_data(name, seed=1).splits["validation"].to_list() != data.splits["validation"].to_list()
 
 
-def test_mnli_files_give_both_validation_splits(tmp_path):
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [
+        ("train.csv", "validation.csv"), ("TRAIN.csv", "Dev.csv"), ("training.csv", "val.csv"),
+        ("train.csv", "valid.csv"),
+        ("reviews_train.csv", "reviews_dev.csv"), ("train-reviews.csv", "eval-reviews.csv"),
+        ("sst.train.csv", "sst.development.csv"), ("train_data.csv", "validation_data.csv"),
+    ],
+)  # fmt: skip
+def test_splits_are_found_by_their_usual_names_and_nothing_else_is_read(train, validation, tmp_path):
+    write(tmp_path, "csv", "x", rows(12))
+    (tmp_path / "x.csv").rename(tmp_path / train)
+    write(tmp_path, "csv", "y", rows(8, seed=1))
+    (tmp_path / "y.csv").rename(tmp_path / validation)
+    for other in ("test.csv", "labels.csv", "train_and_test.jsonl", "notes.txt", "trainer.csv", "devices.tsv"):
+        (tmp_path / other).write_text("nothing that could be read")
+    data = load_data(str(tmp_path))
+    assert {key: len(split) for key, split in data.splits.items()} == {"train": 12, "validation": 8}
+
+
+def test_a_test_split_is_not_taken_for_validation(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path, "csv", split, rows(12))
+    with pytest.raises(
+        UsageError, match=r"no validation split \(test.csv is for the end, and not read\); put validation"
+    ):
+        load_data(str(tmp_path))
+
+
+def test_two_files_of_one_split_are_refused(tmp_path):
+    for name in ("train", "reviews_train", "validation"):
+        write(tmp_path, "csv", name, rows(12))
+    with pytest.raises(UsageError, match=r"reviews_train.csv and train.csv are one split twice"):
+        load_data(str(tmp_path))
+
+
+def test_mnli_files_give_both_validation_splits(tmp_path, monkeypatch):
     content = [{"premise": f"the cat {i}", "hypothesis": "it sat", "label": i % 3} for i in range(12)]
     folder = tmp_path / "mnli"
     folder.mkdir()
     for split in ("train", "validation_matched", "validation_mismatched"):
         write(folder, "jsonl", split, content)
-    data = load_data(str(folder))
-    assert list(data.splits) == ["train", *GLUE["mnli"].validation]
-    assert data.label_names == list(GLUE["mnli"].label_names or ())
+    monkeypatch.chdir(tmp_path)
+    for name in (str(folder), "./mnli", "mnli", "mnli/"):
+        data = load_data(name)
+        assert list(data.splits) == ["train", *GLUE["mnli"].validation]
+        assert data.label_names == list(GLUE["mnli"].label_names or ())
 
 
 @pytest.mark.parametrize(("name", "train", "validation"), [("mrpc", 3668, 408), ("sst2", 67349, 872)])

@@ -26,6 +26,10 @@ COMMAND_LINE = {
     "--max-length": None,
     "--text-columns": None,
     "--label-column": None,
+    "--task": "auto",
+    "--drop-unlabelled": False,
+    "--separator": None,
+    "--encoding": None,
     "--class-weights": None,
     "--keep-best": None,
     "--patience": None,
@@ -80,6 +84,7 @@ def test_the_choices_are_frozen(train):
     schedules = ("linear", "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "polynomial")
     several = {
         "--precision": ("no", "bf16", "fp16"), "--uneven": ("mask", "wrap"), "--on-nan": ("stop", "skip"),
+        "--task": ("auto", "single", "multi", "regression"),
         "--schedule": (*schedules, "inverse_sqrt"),
     }  # fmt: skip
     for option, choices in several.items():
