@@ -50,7 +50,6 @@ from nanofinetune.run.result import save, summary
 from nanofinetune.run.resume import batch_plan, common_start, run_of
 from nanofinetune.run.run import Run
 from nanofinetune.run.same import check_same, loaded, told
-from nanofinetune.run.scores import Scores
 from nanofinetune.run.trial import trial
 from nanofinetune.run.watch import preflight
 from nanofinetune.settings import DataLoaderConfiguration
@@ -137,7 +136,7 @@ def evaluate_all(args: Any, accelerator: Accelerator, model: Any, job: Job) -> d
     """MNLI has two validation splits: the first's scores have plain names."""
     scores: dict[str, Any] = {}
     for name, store in job.validation.items():
-        metric = Scores(job.data.metrics, job.data.label_names)
+        metric = job.metric()
         score = evaluate(accelerator, model, store, job.collator, args.eval_batch_size, metric) | metric.details
         prefix = "" if name == next(iter(job.validation)) else f"{name}_"
         scores |= {prefix + key: value for key, value in score.items()}

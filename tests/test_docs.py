@@ -164,7 +164,7 @@ def options():
 
     known = {"-m", "-n", "--nproc_per_node", "--help", "--check"}  # python, pytest, ruff format
     known |= set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", torchrun.get_args_parser().format_help()))
-    ours = ("predict", "trace/__main__", "exercise", "ground/cli")
+    ours = ("predict", "trace/__main__", "exercise", "ground/cli", "data/job", "run/best")
     for file in ("train.py", "launch.sh", *(f"nanofinetune/{name}.py" for name in ours)):
         known |= set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / file).read_text()))
     return known

@@ -26,13 +26,22 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from nanofinetune.data.balance import WeighedLoss, balanced
 from nanofinetune.data.cache import load_tokens
+from nanofinetune.data.head import fit_head
 from nanofinetune.data.load import Data
-from nanofinetune.data.pretrained import import_library, length_limit, load_model, load_tokenizer, resolve_default
+from nanofinetune.data.pretrained import (
+    class_names,
+    import_library,
+    length_limit,
+    load_model,
+    load_tokenizer,
+    resolve_default,
+)
 from nanofinetune.ground.cli import MOST, number
 from nanofinetune.ground.errors import UsageError, shown
 from nanofinetune.ground.xla import fixed_lengths
 from nanofinetune.ranks.shard import steps
 from nanofinetune.run.best import best_arguments, check_metric
+from nanofinetune.run.scores import Scores
 from nanofinetune.step.collate import DataCollatorWithPadding
 from nanofinetune.step.order import LengthGroupedBatchSampler, SeedableRandomSampler
 
@@ -51,6 +60,10 @@ class Job(NamedTuple):
     limit: int  # tokens of a row
     multiple: int
     notes: list[str]
+
+    def metric(self) -> Scores:
+        """A new metric of the task's scores, with the methods of `Metric`."""
+        return Scores(self.data.metrics, self.data.label_names)
 
     def found(self, optimizer: torch.optim.Optimizer) -> dict[str, str]:
         """What the names stand for: a run goes on only with the same."""
@@ -93,11 +106,13 @@ def load(args: Any, accelerator: Any, note: str = "") -> Job:
             tokenizer.model_max_length = limit  # saved with the model: predict.py cuts where the training did
         data, stores = load_tokens(args.data, args.text_columns, args.label_column, args.seed, tokenizer, limit)
         check_metric(args, data.metrics, data.label_names)
-        notes = [text for text in (model_note, data.note, note) if text]
+        changes: list[str] = []
         torch.manual_seed(args.seed)  # the classification head is new, and random
-        model, made_anew = load_model(model_name, data.label_names, tokenizer, notes)
-        for line in notes:
-            accelerator.print(f"note: {shown(line)}", flush=True)
+        model, made_anew = load_model(model_name, data.label_names, tokenizer, changes)
+        made_anew, head_note = fit_head(model, made_anew, class_names(model_name), data.label_names)
+    notes = [text for text in (model_note, data.note, *changes, head_note, note) if text]
+    for line in notes:
+        accelerator.print(f"note: {shown(line)}", flush=True)
     model.config.text_columns = list(data.text_columns)  # saved with the model: predict.py asks it for one text or two
     # A batch of one length is one shape of its products, and low-precision kernels are made anew for every shape.
     multiple = 8 if args.group_by_length and args.precision != "no" and limit % 8 == 0 else 1

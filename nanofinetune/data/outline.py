@@ -46,7 +46,8 @@ def outline_of(config: Any) -> Outline:
 
     Raises whatever the library raises for a config that it cannot build.
     """
-    return _outline(type(config), config.to_json_string(use_diff=False), getattr(config, "pad_token_id", None))
+    kind: Any = type(config)
+    return _outline(kind, config.to_json_string(use_diff=False), getattr(config, "pad_token_id", None))
 
 
 @lru_cache(maxsize=4)

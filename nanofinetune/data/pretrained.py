@@ -30,7 +30,6 @@ from urllib.parse import urlsplit
 
 import torch
 
-from nanofinetune.data.head import match_head, names_of
 from nanofinetune.data.limits import built_within, check_counts
 from nanofinetune.data.outline import Outline, outline_of
 from nanofinetune.data.padding import choose_side, give_padding_token, take_padding_token
@@ -190,8 +189,7 @@ def load_model(
 ) -> tuple[Any, list[str]]:
     """A classifier on the pretrained encoder `name` -> (model in fp32, names of the parameters that are new).
 
-    `label_names` become the model's config (`id2label`); None asks for regression with one output. A head that was
-    trained for the same names in another order is put into theirs; one for other names is made anew. `tokenizer`: its
+    `label_names` become the model's config (`id2label`); None asks for regression with one output. `tokenizer`: its
     padding token becomes the config's. `notes` gets a line for whatever was changed.
 
     Raises:
@@ -213,13 +211,17 @@ def load_model(
     lost = [key for key in made_anew if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
     if lost:
         raise UsageError(f"model {name}: {len(lost)} encoder weights are missing from its checkpoint, first {lost[0]}")
-    if label_names is not None and not any("pooler" not in key for key in made_anew):
-        made_anew = made_anew + match_head(model, names_of(own), label_names, notes)
     if tokenizer is not None:
         outline = _outline_of(name, own, tokenizer)
         take_padding_token(model, outline, tokenizer, notes)
         choose_side(model, outline, tokenizer, notes)
     return model, made_anew
+
+
+def class_names(name: str) -> list[str]:
+    """The names that the classes of the model `name` have in its config, in order."""
+    names: dict[int, str] = _config(name).id2label
+    return [str(names[k]) for k in sorted(names)]
 
 
 def load_trained(name: str) -> Any:
