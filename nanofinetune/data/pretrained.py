@@ -226,7 +226,12 @@ def class_names(name: str) -> list[str]:
 
 def load_trained(name: str) -> Any:
     """A model that was fine-tuned before, in fp32 and in evaluation mode. Raises UsageError where it has no head."""
-    model, made_anew = _load(name, {}, None)
+    # A head may look for the last token that is not padding: without one in the config, it is the tokenizer's.
+    padded = getattr(_config(name), "pad_token_id", 0) is not None
+    tokenizer = None if padded else load_tokenizer(name)
+    model, made_anew = _load(name, {}, tokenizer)
+    if tokenizer is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     if made_anew:
         lacks = f"it lacks {', '.join(made_anew[:4])}"
         raise UsageError(f"model {name}: never fine-tuned for classification ({lacks}); fine-tune it with train.py")
@@ -275,6 +280,10 @@ def _load(name: str, head: dict[str, Any], tokenizer: Any) -> tuple[Any, list[st
     source, config = _source(name), _config(name, **head)
     if tokenizer is not None and getattr(config, "pad_token_id", 0) is None and _outline(name, config).needs_padding:
         config.pad_token_id = tokenizer.pad_token_id
+    config.return_dict = True  # underneath: without it a model returns a tuple
+    for key, value in _LEFT_OUT.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
     try:
         with _quiet(), built_within(name, lambda: weights_size(source)):
             # underneath: transformers 5 keeps a checkpoint's dtype, so half precision would train in half precision
@@ -309,11 +318,6 @@ def _config(name: str, **head: Any) -> Any:
     attention = config._attn_implementation
     if "/" in str(attention):  # underneath: with the package `kernels` this downloads the code and runs it
         raise UsageError(f"model {name}: its config names code on the Hub ({attention}), which is never run here")
-    if head:
-        config.return_dict = True  # underneath: without it a model returns a tuple
-        for key, value in _LEFT_OUT.items():
-            if hasattr(config, key):
-                setattr(config, key, value)
     return config
 
 
