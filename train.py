@@ -136,8 +136,7 @@ def evaluate_all(args: Any, accelerator: Accelerator, model: Any, job: Job) -> d
     """MNLI has two validation splits: the first's scores have plain names."""
     scores: dict[str, Any] = {}
     for name, store in job.validation.items():
-        metric = job.metric()
-        score = evaluate(accelerator, model, store, job.collator, args.eval_batch_size, metric) | metric.details
+        score = evaluate(accelerator, model, store, job.collator, args.eval_batch_size, job.metric())
         prefix = "" if name == next(iter(job.validation)) else f"{name}_"
         scores |= {prefix + key: value for key, value in score.items()}
     return scores
@@ -172,7 +171,7 @@ def evaluate(
         warnings.simplefilter("ignore", UndefinedMetricWarning)  # it goes into the result instead
         scores: dict[str, Any] = metric.compute()
     scores = {name: None if math.isnan(value) else value for name, value in scores.items()}  # JSON has no NaN
-    return scores | ({"undefined": metric.undefined} if metric.undefined else {})
+    return scores | ({"undefined": metric.undefined} if metric.undefined else {}) | getattr(metric, "details", {})
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

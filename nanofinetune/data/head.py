@@ -1,79 +1,75 @@
-"""A head that was trained before, for the classes of this data: by their names, not by their numbers.
+"""Fit the head of a model that was fine-tuned before to the names of the data's classes.
 
->>> model = SimpleNamespace(base_model_prefix="bert", config=SimpleNamespace(num_labels=2))
->>> model.named_modules = lambda: [("classifier", torch.nn.Linear(1, 2, bias=False))]
->>> with torch.no_grad():
-...     _ = last_layer(model)[1].weight.copy_(torch.tensor([[1.0], [2.0]]))
->>> rows_of(["yes", "no"], ["no", "yes"])  # row 1 of the head is the class that the data count as 0
-[1, 0]
+>>> order_of(["no", "YES", "maybe"], ["maybe", "no", "yes"]), order_of(["LABEL_0", "LABEL_1"], ["bad", "good"])
+([2, 0, 1], None)
 
-Underneath: `transformers.PreTrainedModel.from_pretrained` (transformers 5.23)
-  - with `num_labels` and `id2label` keeps a head of the right size and writes the new names over its own: a head for
-    (no, yes) trained on (yes, no) begins with every answer wrong.
-  - Here rows are put into the data's order. For other names the last layer is made anew; without names it stays, and a
-    note says so.
+Underneath: `transformers.AutoModelForSequenceClassification` (transformers 5.23): `from_pretrained`
+  - takes any head of the right size, and writes the new names over the old ones: row k of the head is then another
+    class than it has learned;
+  - here rows are put in order by name; where the names are others the head is made anew, and both are said;
+  - a head without names of its own (LABEL_0 ...) is kept, and that is said too.
 
-Proof: test_a_head_for_the_same_names_is_put_into_their_order, test_a_head_for_other_names_is_made_anew in
+Proof: test_a_head_is_put_in_the_order_of_the_datas_names, test_a_head_of_other_names_is_made_anew in
 tests/data/test_head.py.
 """
 
 from __future__ import annotations
 
-from types import SimpleNamespace  # noqa: F401 (the example above)
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 
-def names_of(config: Any) -> list[str] | None:
-    """The names of the classes of a config; None where nobody has named them (LABEL_0, LABEL_1, ...)."""
-    names = [str(config.id2label[i]) for i in sorted(config.id2label)]
-    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
+def order_of(old: Sequence[str], new: Sequence[str]) -> list[int] | None:
+    """Where each new class stands among the old ones, capitals or not; None where the names are not the same ones."""
+    places = {name.casefold(): i for i, name in enumerate(old)}
+    order = [places.get(name.casefold(), -1) for name in new]
+    return order if sorted(order) == list(range(len(old))) else None
 
 
-def rows_of(own: list[str], wanted: list[str]) -> list[int] | None:
-    """Which row of the head is which class of the data, whatever its capitals; None where the names are others."""
-    place = {name.casefold(): i for i, name in enumerate(own)}
-    folded = [name.casefold() for name in wanted]
-    same = len(place) == len(own) and len(set(folded)) == len(folded) and set(folded) == set(place)
-    return [place[name] for name in folded] if same else None
+def fit_head(model: Any, made_anew: list[str], old: Sequence[str], new: Sequence[str] | None) -> tuple[list[str], str]:
+    """Put the rows of a loaded head in the new order, or make them anew -> (all parameters made anew, a note).
 
-
-def last_layer(model: Any) -> tuple[str, torch.nn.Linear] | None:
-    """The layer behind the encoder that has an output for each class, with its name."""
-    linear = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels
-    ]
-    return next((found for found in reversed(linear) if not found[0].startswith(model.base_model_prefix + ".")), None)
-
-
-def match_head(model: Any, own: list[str] | None, wanted: list[str], notes: list[str]) -> list[str]:
-    """Make a trained head, of as many classes as the data have, one for `wanted` -> the parameters that are new.
-
-    `own`: the names that it was trained for. `notes` gets a line where it is changed, or kept by number.
+    Args:
+        model: in whose head the names were replaced.
+        made_anew: names of its parameters that were not loaded. If the head's are among them there is nothing to do.
+        old: the names that its classes had, in order.
+        new: those of the data; None for a regression.
     """
-    layer = last_layer(model)
-    if own == wanted or layer is None or (own is None and wanted == [str(i) for i in range(len(wanted))]):
-        return []  # the same names; or neither has any, and both count from 0
-    name, linear = layer
-    if own is None:
-        ours = ", ".join(wanted[:6])
-        notes.append(f"the model's head is kept, and its classes have no names: they are taken for {ours}, by number")
-        return []
-    rows = rows_of(own, wanted)
-    if rows is None:
-        for parameter in linear.parameters():
-            parameter._is_hf_initialized = False  # underneath: what was loaded has this mark, and is passed over
-        model._init_weights(linear)  # as transformers makes a new one
-        notes.append(f"the model's head is for other classes ({', '.join(own[:6])}): its last layer is made anew")
-        return sorted(f"{name}.{parameter}" for parameter, _ in linear.named_parameters())
-    if rows != list(range(len(rows))):
+    layer, name = _last_layer(model, len(old))
+    if layer is None or new is None or len(old) != len(new) or f"{name}.weight" in made_anew:
+        return made_anew, ""
+    order = order_of(old, new)
+    if order == list(range(len(old))):
+        return made_anew, ""
+    if order is not None:
         with torch.no_grad():
-            for parameter in linear.parameters():
-                parameter.copy_(parameter[rows].clone())
-        notes.append(
-            f"the model's head has the data's classes in another order ({', '.join(own[:6])}): put into theirs"
-        )
-    return []
+            for parameter in layer.parameters():  # weight (classes, width), bias (classes,)
+                parameter.copy_(parameter[order].clone())
+        return made_anew, f"the model's classes {_listed(old)} are put in the data's order: {_listed(new)}"
+    if all(re.fullmatch(r"LABEL_\d+", text) for text in old):
+        if list(new) == [str(k) for k in range(len(new))]:
+            return made_anew, ""  # neither has names, and both count from 0
+        return made_anew, f"the model's classes had no names, and are taken for {_listed(new)} in this order"
+    anew = [f"{name}.{part}" for part, _ in layer.named_parameters()]
+    for parameter in layer.parameters():
+        vars(parameter)["_is_hf_initialized"] = False  # underneath: what was loaded has this mark, and is passed over
+    model._init_weights(layer)  # as transformers makes a new one
+    note = f"the model's head is made anew: its classes were {_listed(old)}, and the data's are {_listed(new)}"
+    return sorted({*made_anew, *anew}), note
+
+
+def _last_layer(model: Any, classes: int) -> tuple[nn.Linear | None, str]:
+    """The last linear layer outside of the encoder, if it has one output a class, and its name."""
+    found: tuple[nn.Linear | None, str] = (None, "")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith(f"{model.base_model_prefix}."):
+            found = module, name
+    return found if found[0] is not None and found[0].out_features == classes else (None, "")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")

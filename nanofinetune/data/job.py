@@ -27,9 +27,17 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from nanofinetune.data.balance import WeighedLoss, balanced
 from nanofinetune.data.cache import load_tokens
+from nanofinetune.data.head import fit_head
 from nanofinetune.data.load import Data
 from nanofinetune.data.multilabel import MultiLabelMetric
-from nanofinetune.data.pretrained import import_library, length_limit, load_model, load_tokenizer, resolve_default
+from nanofinetune.data.pretrained import (
+    class_names,
+    import_library,
+    length_limit,
+    load_model,
+    load_tokenizer,
+    resolve_default,
+)
 from nanofinetune.ground.cli import MOST, number
 from nanofinetune.ground.errors import UsageError, shown
 from nanofinetune.ground.xla import fixed_lengths
@@ -138,13 +146,15 @@ def load(args: Any, accelerator: Any, note: str = "") -> Job:
             drop_unlabelled=args.drop_unlabelled, separator=args.separator, encoding=args.encoding,
         )  # fmt: skip
         check_metric(args, data.metrics, None if data.multi else data.label_names)
-        notes = [text for text in (model_note, data.note, note) if text]
+        changes: list[str] = []
         torch.manual_seed(args.seed)  # the classification head is new, and random
-        model, made_anew = load_model(model_name, data.label_names, tokenizer, notes)
-        for line in notes:
-            accelerator.print(f"note: {shown(line)}", flush=True)
+        model, made_anew = load_model(model_name, data.label_names, tokenizer, changes)
+        made_anew, head_note = fit_head(model, made_anew, class_names(model_name), data.label_names)
     if data.multi:
         model.config.problem_type = "multi_label_classification"
+    notes = [text for text in (model_note, data.note, *changes, head_note, note) if text]
+    for line in notes:
+        accelerator.print(f"note: {shown(line)}", flush=True)
     model.config.text_columns = list(data.text_columns)  # saved with the model: predict.py asks it for one text or two
     # A batch of one length is one shape of its products, and low-precision kernels are made anew for every shape.
     multiple = 8 if args.group_by_length and args.precision != "no" and limit % 8 == 0 else 1

@@ -36,7 +36,7 @@ class Outline(NamedTuple):
 
     positions: int | None  # that its table holds, in tokens of a row; None: it has no table
     first: int  # the index of the first token's position; 0 without a table
-    inputs: frozenset[str]  # the names that its `forward` takes
+    inputs: frozenset[str]  # the names that its `forward` takes; none where it does not say
     segments: int | None  # rows of the table of token types, as the config says
     needs_padding: bool  # without `pad_token_id` in the config it cannot look up anything
 
@@ -46,7 +46,8 @@ def outline_of(config: Any) -> Outline:
 
     Raises whatever the library raises for a config that it cannot build.
     """
-    return _outline(type(config), config.to_json_string(use_diff=False), getattr(config, "pad_token_id", None))
+    kind: Any = type(config)
+    return _outline(kind, config.to_json_string(use_diff=False), getattr(config, "pad_token_id", None))
 
 
 @lru_cache(maxsize=4)
@@ -70,6 +71,7 @@ def _outline(kind: Any, text: str, padding: int | None) -> Outline:
                 found.append((rows - first, first))
     positions, first = min(found, default=(None, 0))
     inputs, segments = frozenset(inspect.signature(model.forward).parameters), getattr(config, "type_vocab_size", None)
+    inputs = inputs if "input_ids" in inputs else frozenset()  # a forward that takes whatever it is given
     return Outline(positions, first, inputs, segments, padding is None and isinstance(failure, TypeError))
 
 

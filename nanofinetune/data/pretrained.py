@@ -30,7 +30,6 @@ from urllib.parse import urlsplit
 
 import torch
 
-from nanofinetune.data.head import match_head, names_of
 from nanofinetune.data.limits import built_within, check_counts
 from nanofinetune.data.outline import Outline, outline_of
 from nanofinetune.data.padding import choose_side, give_padding_token, take_padding_token
@@ -190,8 +189,7 @@ def load_model(
 ) -> tuple[Any, list[str]]:
     """A classifier on the pretrained encoder `name` -> (model in fp32, names of the parameters that are new).
 
-    `label_names` become the model's config (`id2label`); None asks for regression with one output. A head that was
-    trained for the same names in another order is put into theirs; one for other names is made anew. `tokenizer`: its
+    `label_names` become the model's config (`id2label`); None asks for regression with one output. `tokenizer`: its
     padding token becomes the config's. `notes` gets a line for whatever was changed.
 
     Raises:
@@ -213,8 +211,6 @@ def load_model(
     lost = [key for key in made_anew if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
     if lost:
         raise UsageError(f"model {name}: {len(lost)} encoder weights are missing from its checkpoint, first {lost[0]}")
-    if label_names is not None and not any("pooler" not in key for key in made_anew):
-        made_anew = made_anew + match_head(model, names_of(own), label_names, notes)
     if tokenizer is not None:
         outline = _outline_of(name, own, tokenizer)
         take_padding_token(model, outline, tokenizer, notes)
@@ -222,9 +218,20 @@ def load_model(
     return model, made_anew
 
 
+def class_names(name: str) -> list[str]:
+    """The names that the classes of the model `name` have in its config, in order."""
+    names: dict[int, str] = _config(name).id2label
+    return [str(names[k]) for k in sorted(names)]
+
+
 def load_trained(name: str) -> Any:
     """A model that was fine-tuned before, in fp32 and in evaluation mode. Raises UsageError where it has no head."""
-    model, made_anew = _load(name, {}, None)
+    # A head may look for the last token that is not padding: without one in the config, it is the tokenizer's.
+    padded = getattr(_config(name), "pad_token_id", 0) is not None
+    tokenizer = None if padded else load_tokenizer(name)
+    model, made_anew = _load(name, {}, tokenizer)
+    if tokenizer is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     if made_anew:
         lacks = f"it lacks {', '.join(made_anew[:4])}"
         raise UsageError(f"model {name}: never fine-tuned for classification ({lacks}); fine-tune it with train.py")
@@ -271,6 +278,10 @@ def _load(name: str, head: dict[str, Any], tokenizer: Any) -> tuple[Any, list[st
     source, config = _source(name), _config(name, **head)
     if tokenizer is not None and getattr(config, "pad_token_id", 0) is None and _outline(name, config).needs_padding:
         config.pad_token_id = tokenizer.pad_token_id
+    config.return_dict = True  # underneath: without it a model returns a tuple
+    for key, value in _LEFT_OUT.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
     try:
         with _quiet(), built_within(name, lambda: weights_size(source)):
             # underneath: transformers 5 keeps a checkpoint's dtype, so half precision would train in half precision
@@ -305,11 +316,6 @@ def _config(name: str, **head: Any) -> Any:
     attention = config._attn_implementation
     if "/" in str(attention):  # underneath: with the package `kernels` this downloads the code and runs it
         raise UsageError(f"model {name}: its config names code on the Hub ({attention}), which is never run here")
-    if head:
-        config.return_dict = True  # underneath: without it a model returns a tuple
-        for key, value in _LEFT_OUT.items():
-            if hasattr(config, key):
-                setattr(config, key, value)
     return config
 
 

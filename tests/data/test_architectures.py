@@ -64,11 +64,9 @@ def plain_losses(
     head = {"num_labels": len(names)} if names else {"num_labels": 1, "problem_type": "regression"}
     model = AutoModelForSequenceClassification.from_pretrained(model_folder, **head).train()
     model.config.pad_token_id = tokenizer.pad_token_id
-    limit = model.config.max_position_embeddings if hasattr(model.config, "max_position_embeddings") else -1
-    cut = {"truncation": True, "max_length": 40} if limit and limit > 0 else {}
-    encoded = [
-        tokenizer(row["text"], *([row["other"]] if "other" in row else []), **cut) for row in rows
-    ]  # all tables hold 40 tokens, wherever they begin
+    limited = (getattr(model.config, "max_position_embeddings", None) or -1) > 0  # to 40 tokens, wherever they begin
+    cut = {"truncation": True, "max_length": 40} if limited else {}
+    encoded = [tokenizer(row["text"], *([row["other"]] if "other" in row else []), **cut) for row in rows]
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.0, fused=True)
     scheduler = get_scheduler("linear", optimizer, 0, UPDATES)
     losses = []

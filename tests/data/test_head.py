@@ -1,70 +1,85 @@
-"""A trained head on data whose classes have another order or other names, against transformers' from_pretrained.
+"""The head of a model that was fine-tuned before, against what transformers makes of it under other names.
 
 python -m pytest tests/data/test_head.py
 """
 
-import itertools
-
 import pytest
 import torch
 from conftest import tiny_bert
-from transformers import AutoModelForSequenceClassification
 
-from nanofinetune.data.head import rows_of
-from nanofinetune.data.pretrained import load_model
+from nanofinetune.data.head import fit_head, order_of
+from nanofinetune.data.pretrained import class_names, load_model
 
-ROW = {"input_ids": torch.tensor([[2, 5, 6, 3]])}
-
-
-def save_named(folder, names):
-    model = tiny_bert(num_labels=len(names)).eval()
-    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-    model.save_pretrained(folder)
-    return model
+OLD = ["contradiction", "entailment", "neutral"]
 
 
-def by_name(model):
-    return {model.config.id2label[i].lower(): value for i, value in enumerate(model.eval()(**ROW).logits[0].tolist())}
+@pytest.fixture
+def trained(tmp_path):
+    model = tiny_bert(3)
+    model.config.id2label = dict(enumerate(OLD))
+    torch.nn.init.normal_(model.classifier.bias)
+    model.save_pretrained(tmp_path / "trained")
+    return str(tmp_path / "trained")
 
 
-@pytest.mark.parametrize("wanted", [*itertools.permutations(["Entailment", "neutral", "contradiction"])], ids="-".join)
-def test_a_head_for_the_same_names_is_put_into_their_order(wanted, tmp_path):
-    """Each class keeps its logit. The library writes the new names over the old rows."""
-    trained = save_named(tmp_path, ["contradiction", "neutral", "entailment"])
-    notes: list[str] = []
-    model, made_anew = load_model(str(tmp_path), list(wanted), notes=notes)
-    assert made_anew == [] and list(model.config.id2label.values()) == list(wanted)
-    assert by_name(model) == pytest.approx(by_name(trained), rel=1e-4)
-    other = [name.lower() for name in wanted] != ["contradiction", "neutral", "entailment"]
-    assert any("in another order" in note for note in notes) == other
-    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, id2label=dict(enumerate(wanted)))
-    assert (by_name(theirs) == pytest.approx(by_name(trained), rel=1e-4)) != other
+def fitted(folder, names):
+    torch.manual_seed(1)
+    model, made_anew = load_model(folder, names)
+    return model, *fit_head(model, made_anew, class_names(folder), names)
 
 
-@pytest.mark.parametrize("wanted", [["cold", "hot"], ["0", "1"]], ids="-".join)
-def test_a_head_for_other_names_is_made_anew(wanted, tmp_path):
-    trained = save_named(tmp_path, ["negative", "positive"])
-    notes: list[str] = []
-    model, made_anew = load_model(str(tmp_path), wanted, notes=notes)
+def logits(model):
+    return model.eval()(input_ids=torch.tensor([[2, 7, 8, 3]])).logits[0]
+
+
+def test_a_head_is_put_in_the_order_of_the_datas_names(trained):
+    """The library keeps the head's rows and writes the new names over them: entailment answers for contradiction."""
+    from transformers import AutoModelForSequenceClassification
+
+    before = dict(zip(OLD, logits(tiny_of(trained)).tolist(), strict=True))
+    new = ["Entailment", "neutral", "contradiction"]
+    model, made_anew, note = fitted(trained, new)
+    assert made_anew == [] and "are put in the data's order: Entailment, neutral, contradiction" in note
+    assert dict(zip(map(str.lower, new), logits(model).tolist(), strict=True)) == pytest.approx(before, abs=1e-6)
+    theirs = AutoModelForSequenceClassification.from_pretrained(trained, num_labels=3, id2label=dict(enumerate(new)))
+    assert theirs.config.id2label[0] == "Entailment"
+    assert logits(theirs)[0].item() == pytest.approx(before["contradiction"], abs=1e-6)
+
+
+def tiny_of(folder):
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_the_same_names_in_the_same_order_stay(trained):
+    model, made_anew, note = fitted(trained, OLD)
+    assert (made_anew, note) == ([], "") and torch.equal(model.classifier.weight, tiny_of(trained).classifier.weight)
+
+
+def test_a_head_of_other_names_is_made_anew(trained):
+    model, made_anew, note = fitted(trained, ["bad", "fine", "good"])
     assert made_anew == ["classifier.bias", "classifier.weight"]
-    assert any("for other classes (negative, positive)" in note for note in notes)
-    assert not torch.equal(model.classifier.weight, trained.classifier.weight) and not model.classifier.bias.any()
-    assert torch.equal(model.bert.pooler.dense.weight, trained.bert.pooler.dense.weight)
-    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, id2label=dict(enumerate(wanted)))
-    assert torch.equal(theirs.classifier.weight, trained.classifier.weight)
+    assert note.endswith("its classes were contradiction, entailment, neutral, and the data's are bad, fine, good")
+    assert not torch.equal(model.classifier.weight, tiny_of(trained).classifier.weight)
+    assert model.classifier.bias.abs().max() == 0  # as transformers makes a new one
 
 
-def test_a_head_without_names_is_kept_by_number_and_said(tmp_path):
-    trained = tiny_bert()
-    trained.save_pretrained(tmp_path)
-    notes: list[str] = []
-    model, made_anew = load_model(str(tmp_path), ["no", "yes"], notes=notes)
-    assert made_anew == [] and torch.equal(model.classifier.weight, trained.classifier.weight)
-    assert any("its classes have no names: they are taken for no, yes, by number" in note for note in notes)
-    notes.clear()
-    load_model(str(tmp_path), ["0", "1"], notes=notes)  # numbers are all that they have, and all that the data have
-    assert notes == []
+def test_a_head_without_names_is_kept_and_that_is_said(tmp_path):
+    tiny_bert(2).save_pretrained(tmp_path / "plain")
+    model, made_anew, note = fitted(str(tmp_path / "plain"), ["bad", "good"])
+    assert made_anew == [] and note == "the model's classes had no names, and are taken for bad, good in this order"
+    assert torch.equal(model.classifier.weight, tiny_bert(2).classifier.weight)
 
 
-def test_names_that_differ_only_in_capitals_are_no_names_to_go_by():
-    assert rows_of(["a", "A"], ["A", "a"]) is None and rows_of(["b", "a"], ["A", "B"]) == [1, 0]
+@pytest.mark.parametrize("names", [["a", "b"], None])
+def test_a_new_head_is_none_of_our_business(names, trained):
+    """Another number of classes, or a regression: transformers has made it anew already."""
+    _, made_anew, note = fitted(trained, names)
+    assert made_anew == ["classifier.bias", "classifier.weight"] and note == ""
+
+
+def test_an_order_needs_the_same_names_each_once():
+    assert order_of(["a", "b"], ["B", "a"]) == [1, 0]
+    assert order_of(["a", "b"], ["a", "c"]) is None
+    assert order_of(["a", "A"], ["a", "A"]) is None

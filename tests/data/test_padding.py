@@ -8,7 +8,7 @@ import torch
 from architectures import save_model, save_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from nanofinetune.data.pretrained import load_model, load_tokenizer
+from nanofinetune.data.pretrained import load_model, load_tokenizer, load_trained
 
 
 def padded(tokenizer, text, more, side=None):
@@ -34,6 +34,19 @@ def test_a_padding_token_comes_from_the_tokenizer(kind, tmp_path):
         theirs(["the cat", "the"], padding=True)
     with pytest.raises(ValueError, match="batch sizes > 1"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)(input_ids=torch.tensor([[5, 6], [5, 7]]))
+
+
+def test_a_trained_model_without_a_padding_token_takes_the_tokenizers(tmp_path):
+    """Somebody else's GPT-2, which answers one row at a time in the library."""
+    save_model("gpt2", tmp_path, padding=None)
+    AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2).save_pretrained(tmp_path)
+    rows = torch.tensor([[5, 6], [5, 2]])
+    with pytest.raises(ValueError, match="batch sizes > 1"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)(input_ids=rows)
+    model = load_trained(str(tmp_path))
+    with torch.inference_mode():
+        alone = model(input_ids=rows[1:, :1]).logits
+        torch.testing.assert_close(model(input_ids=rows, attention_mask=(rows != 2).long()).logits[1:], alone)
 
 
 @pytest.mark.parametrize(("kind", "wrong", "right"), [("xlnet", "right", "left"), ("gpt2", "left", "right")])

@@ -391,6 +391,7 @@ def test_a_config_that_asks_for_other_outputs_is_trained_and_saved_like_any_othe
     assert getattr(output, "attentions", None) is None and getattr(output, "hidden_states", None) is None
     assert any(setting in note for note in notes) == (setting != "return_dict")
     model.save_pretrained(tmp_path / "again")
+    assert torch.equal(load_trained(classifier)(**batch).loss, output.loss)  # and predict.py's
 
 
 # --- the forms of weights ---------------------------------------------------------------------------------------------

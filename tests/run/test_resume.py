@@ -65,7 +65,9 @@ def call(*arguments, stop_after=None, seen=None, forward=None):
         original = Bert.forward
 
         def patched(model, *args, **kwargs):
-            return forward(original, model, current.get("log"), *args, **kwargs)
+            if "log" not in current:  # the trial before the first update
+                return original(model, *args, **kwargs)
+            return forward(original, model, current["log"], *args, **kwargs)
 
         patch.setattr(Bert, "forward", patched)
     try:
