@@ -34,7 +34,7 @@ def commands(readme: str) -> list[str]:
 def portable(line: str) -> str:
     """The line without this machine's folders: of the path of a model, its last part.
 
-    >>> portable('{"model": "/home/ann/lib/minilm", "steps": 3}')
+    >>> portable('{"model": "/srv/lib/minilm", "steps": 3}')
     '{"model": ".../minilm", "steps": 3}'
     """
     return re.sub(r'"/[^"]*/([^"/]+)"', r'".../\1"', line)

@@ -55,5 +55,5 @@ def with_environment(folder):
     binaries = folder / ".venv" / "bin"
     binaries.mkdir(parents=True)
     (binaries / "activate").write_text("ACTIVE=yes\n")
-    (folder / ".venv" / "printed").write_text('first\n{"model": "/home/ann/lib/minilm", "world": 1}\n\n')
+    (folder / ".venv" / "printed").write_text('first\n{"model": "/srv/lib/minilm", "world": 1}\n\n')
     return folder
