@@ -308,7 +308,7 @@ def numbers_in(text):
 @pytest.fixture(scope="module")
 def facts():
     """The numbers that prose may state, computed from what they count, or held by the test that is named."""
-    from nanofinetune.data import stdlib_pairs
+    from nanofinetune.data import stdlib_pairs, unpack
 
     pairs = stdlib_pairs.load()
     train, validation = len(pairs["train"]), len(pairs["validation"])
@@ -318,6 +318,8 @@ def facts():
         f"{validation}",
         "22",  # million parameters of the packaged checkpoint: test_parameters_of_the_packaged_checkpoint
         "0.01",  # torch's default weight decay: test_plain_adamw_decays_everything_unless_given_decay_groups
+        f"{unpack.TIMES}",  # what a packed file may unpack to, in its own size
+        "1",  # beside 0, a class of several: test_several_columns_are_a_class_each
         "0",  # a learning rate, a rank: test_first_warmup_update_changes_nothing_as_in_the_library
         "30",  # losses: test_thirty_losses_match_the_transformers_accelerate_torch_loop
         "1e-5",  # its tolerance
