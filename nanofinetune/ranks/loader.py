@@ -390,24 +390,16 @@ def order_seed(data_seed: int | None, generator: torch.Generator | None, num_pro
     """
     if data_seed is not None:
         return data_seed
-    if generator is not None:
-        return generator.initial_seed()
+    seed = torch.initial_seed() if generator is None else generator.initial_seed()
     if num_processes > 1 and dist.is_initialized():
-        dist.broadcast_object_list(seed := [torch.initial_seed()])
-        return seed[0]
-    if num_processes > 1:
+        dist.broadcast_object_list(first := [seed])
+        return first[0]
+    if num_processes > 1 and generator is None:
         raise ValueError(
             "data_seed is None: every rank must draw the same order, so give all of them the same data_seed, "
             "or give the sampler a generator with the same seed"
         )
-    return torch.initial_seed()
-
-
-def seed_of(dataloader: DataLoader) -> int:
-    """The seed of a loader's order: that of its generator, else torch's of this process."""
-    sources = (getattr(dataloader.batch_sampler, "sampler", dataloader.sampler), dataloader.dataset)
-    generators = [getattr(source, "generator", None) for source in sources]
-    return order_seed(None, next((g for g in generators if isinstance(g, torch.Generator)), None), num_processes=1)
+    return seed
 
 
 class _Copies:
