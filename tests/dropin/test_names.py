@@ -33,8 +33,9 @@ def public_names(module):
 
 def imported(name):
     """What `from nanofinetune import name` gives, or what it says."""
+    found: dict[str, object] = {}
     try:
-        exec(f"from nanofinetune import {name}", found := {})
+        exec(f"from nanofinetune import {name}", found)
     except ImportError as error:
         return str(error)
     return found[name]

@@ -24,7 +24,9 @@ SHUFFLED = "BatchSampler(RandomSampler(dataset), batch_size=BATCH_SIZE, drop_las
 METRICS = "test_torch_metrics(Accelerator(dataloader_config=DataLoaderConfiguration({}, {})), {})"
 
 # script -> what its main() makes first, and its cases: the calls of its main(), each with the numbers of ranks.
-ONE, TWO, BOTH = (1,), (2,), (1, 2)
+ONE: tuple[int, ...] = (1,)
+TWO: tuple[int, ...] = (2,)
+BOTH: tuple[int, ...] = (1, 2)
 SCRIPTS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "test_ops": (
         "state = PartialState()",

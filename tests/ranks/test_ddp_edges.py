@@ -554,7 +554,7 @@ def power_by_accelerates_name(world):
     from nanofinetune.accelerator import Accelerator
     from nanofinetune.settings import DistributedDataParallelKwargs
 
-    option = {"matrix_approximation_rank": 2, "start_powerSGD_iter": 2}
+    option: dict[str, Any] = {"matrix_approximation_rank": 2, "start_powerSGD_iter": 2}
     for name, wrapper in (("power_sgd", "no"), ("power_sgd", "fp16")):
         settings = DistributedDataParallelKwargs(comm_hook=name, comm_wrapper=wrapper, comm_state_option=option)
         mine, reference = pair(world.rank, lambda module: module, lambda: nn.Linear(6, 11, bias=False))
@@ -578,7 +578,7 @@ def a_buffer_replaced_before_the_first_forward(world):
     seen = []
     for make in (DistributedDataParallel, TorchDDP):
         torch.manual_seed(0)
-        model = make(nn.BatchNorm1d(2))
+        model: Any = make(nn.BatchNorm1d(2))
         if world.rank == 0:
             model.module.running_mean = model.module.running_mean + 1
         model.eval()(torch.ones(3, 2))
