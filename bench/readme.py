@@ -187,6 +187,26 @@ def short(last: str) -> str:
     return "{" + ", ".join(part for i, part in enumerate(parts) if part != "..." or parts[i - 1] != "...") + "}"
 
 
+def peers(folder: Path) -> str:
+    """How many of the peers' own test cases pass, from the tables that tests/peers/ holds exact."""
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "peers")]
+    import test_accelerate_scripts
+    import test_optim_db
+    import test_torch_ddp
+
+    parts = []
+    for name, what, found in (
+        ("test_accelerate_scripts.py", "Accelerate's scripts, 1 and 2 ranks", test_accelerate_scripts.counts()),
+        ("test_torch_ddp.py", "torch's DDP, 2 ranks", test_torch_ddp.counts()),
+        ("test_optim_db.py", "torch's AdamW", test_optim_db.counts()),
+    ):
+        total, passed, kinds = found
+        others = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        path = os.path.relpath(ROOT / "tests" / "peers" / name, folder)
+        parts.append(f"[{what}]({path}): {passed} of {total} pass ({others})")
+    return f"The peers' own test cases, on our classes. {'; '.join(parts)}. Each that does not pass is listed with why."
+
+
 def speed_short(folder: Path) -> str:
     """Five rows of the whole job, and where it loses."""
     path, record = newest("speed")
@@ -233,7 +253,7 @@ def faults_short(folder: Path) -> str:
 
 
 TABLES = {
-    "numbers": numbers, "commands": commands, "speed_short": speed_short, "faults_short": faults_short,
+    "numbers": numbers, "commands": commands, "peers": peers, "speed_short": speed_short, "faults_short": faults_short,
     "pieces": pieces, "mrpc": mrpc, "speed": speed, "faults": faults, "fuzz": fuzz,
 }  # fmt: skip
 

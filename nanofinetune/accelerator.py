@@ -61,7 +61,7 @@ from nanofinetune.dropin.partial_state import type_of
 from nanofinetune.ground.precision import PRECISIONS, checked_precision
 from nanofinetune.ranks import collectives
 from nanofinetune.ranks.ddp import DistributedDataParallel
-from nanofinetune.ranks.loader import DataLoaderShard, Position, prepare_data_loader, seed_of, skip_first_batches
+from nanofinetune.ranks.loader import DataLoaderShard, Position, prepare_data_loader, skip_first_batches
 from nanofinetune.ranks.world import TIMEOUT, shutdown
 from nanofinetune.run import checkpoint, state
 from nanofinetune.settings import (
@@ -280,8 +280,6 @@ class Accelerator:
         if isinstance(data_loader, DataLoaderShard) and data_loader.positions is self.positions:
             return data_loader
         config = vars(self.dataloader_config) | {"split_batches": self.split_batches, "even_batches": self.even_batches}
-        if config["data_seed"] is None and self.use_distributed:
-            config["data_seed"] = collectives.broadcast_object_list([seed_of(data_loader)], self.world)[0]
         place = self.device_placement if device_placement is None else device_placement
         shard = prepare_data_loader(
             data_loader, self.device, self.num_processes, self.process_index, put_on_device=place,

@@ -66,7 +66,7 @@ class InitProcessGroupKwargs(KwargsHandler):
 
 
 class DDPCommunicationHookType(StrEnum):
-    """In what gradients travel (source: accelerate.utils.DDPCommunicationHookType). PowerSGD is refused when chosen."""
+    """In what form gradients travel (source: accelerate.utils.DDPCommunicationHookType)."""
 
     NO = "no"
     FP16 = "fp16"
@@ -79,8 +79,10 @@ class DDPCommunicationHookType(StrEnum):
 class DistributedDataParallelKwargs(KwargsHandler):
     """For `Accelerator(kwargs_handlers=[...])` (source: accelerate.utils.DistributedDataParallelKwargs).
 
-    Kept at their defaults: dim, check_reduction, comm_wrapper, comm_state_option, static_graph. Gradients are views
-    into buckets even where gradient_as_bucket_view is False, Accelerate's default; one that is kept stays as it is.
+    comm_hook: "fp16", "bf16", or one of the PowerSGD (arXiv 1905.13727), whose own settings are comm_state_option.
+    comm_wrapper: "fp16" or "bf16" around that hook. Kept at their defaults: dim, check_reduction.
+    Gradients are views into buckets even where gradient_as_bucket_view is False, Accelerate's default; one that is kept
+    stays as it is.
     """
 
     dim: int = 0
@@ -96,28 +98,53 @@ class DistributedDataParallelKwargs(KwargsHandler):
 
     def arguments(self) -> dict[str, Any]:
         """What DistributedDataParallel is called with. Raises NotImplementedError for what it does not have."""
-        unsupported = ("dim", "check_reduction", "static_graph", "comm_wrapper", "comm_state_option")
-        for name in unsupported:
+        for name in ("dim", "check_reduction"):
             if (value := getattr(self, name)) != getattr(DistributedDataParallelKwargs(), name):
                 raise NotImplementedError(
                     f"DistributedDataParallelKwargs({name}={value!r}) is not supported: leave it out"
                 )
-        if self.comm_hook not in ("no", "fp16", "bf16"):
-            raise NotImplementedError(f"comm_hook={self.comm_hook!r} is not supported: choose no, fp16 or bf16")
+        self._hook()
         return {
             "broadcast_buffers": self.broadcast_buffers,
             # underneath: Accelerate hands on what differs from the defaults, so 25 leaves torch its small first bucket
             "bucket_cap_mb": None if self.bucket_cap_mb == 25 else self.bucket_cap_mb,
             "find_unused_parameters": self.find_unused_parameters,
+            "static_graph": self.static_graph,
         }
 
     def register_comm_hook(self, model: DistributedDataParallel) -> None:
         """Let gradients travel as `comm_hook` says (source: accelerate's method of this name)."""
-        if self.comm_hook != "no":
-            from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+        if (hook := self._hook()) is not None:
+            from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 
-            hooks: dict[str, Any] = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
-            model.register_comm_hook(None, hooks[self.comm_hook])
+            state = PowerSGDState(None, **self.comm_state_option) if "power" in self.comm_hook else None
+            model.register_comm_hook(state, hook)
+
+    def _hook(self) -> Callable[..., Any] | None:
+        """torch's hook of that name. Raises ValueError for another name, and for what would have no effect."""
+        if self.comm_hook == "no":
+            for name in ("comm_wrapper", "comm_state_option"):  # underneath: Accelerate ignores them
+                if (value := getattr(self, name)) not in ("no", {}):
+                    raise ValueError(f"{name}={value!r} goes with a comm_hook, and there is none: choose one")
+            return None
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+        hook = {
+            "fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook,
+            "power_sgd": powerSGD_hook.powerSGD_hook, "batched_power_sgd": powerSGD_hook.batched_powerSGD_hook,
+        }.get(self.comm_hook)  # fmt: skip
+        wrap = {
+            "no": lambda hook: hook, "fp16": default_hooks.fp16_compress_wrapper,
+            "bf16": default_hooks.bf16_compress_wrapper,
+        }.get(self.comm_wrapper)  # fmt: skip
+        if hook is None or wrap is None:
+            raise ValueError(
+                f"comm_hook={self.comm_hook!r}, comm_wrapper={self.comm_wrapper!r}: the hook is one of no, fp16, bf16,"
+                " power_sgd, batched_power_sgd, its wrapper no, fp16 or bf16"
+            )
+        if self.comm_state_option and "power" not in self.comm_hook:
+            raise ValueError(f"comm_state_option={self.comm_state_option} is PowerSGD's: choose it as comm_hook")
+        return wrap(hook)
 
 
 @dataclass
@@ -199,6 +226,14 @@ class LoggerType(StrEnum):
     CLEARML = "clearml"
     DVCLIVE = "dvclive"
     SWANLAB = "swanlab"
+
+
+class RNGType(StrEnum):
+    """Names for `rng_types` (source: accelerate.utils.RNGType). Others than these are another backend's."""
+
+    TORCH = "torch"
+    CUDA = "cuda"
+    GENERATOR = "generator"
 
 
 class PrecisionType(StrEnum):

@@ -26,14 +26,13 @@ FLOORS = {
     0: "ground/errors data/outline data/head data/balance data/unpack",
     1: "ground/cli ground/xla ground/process ground/precision step/collate step/optim step/schedule step/metrics"
     " step/order ranks/shard ranks/naive_ddp ranks/ddp data/tasks data/files data/padding data/limits cpu/memory"
-    " data/multilabel data/leaks"
-    " launch/rendezvous ground/names",
-    2: "ground/device ground/environment cpu/dropout cpu/embedding data/stdlib_pairs data/pretrained data/columns"
-    " data/rows run/schema run/scores",
+    " data/multilabel data/leaks launch/rendezvous ground/names cpu/dropout",
+    2: "ground/device ground/environment cpu/embedding data/stdlib_pairs data/pretrained data/columns data/rows"
+    " run/schema run/scores",
     3: "ranks/world cpu/lean data/load run/folders run/best",
     4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch",
     5: "ranks/loader settings run/state run/log run/same data/cache launch/job launch/config"
-    " dropin/processes dropin/logs dropin/local_sgd dropin/tracking dropin/available",
+    " dropin/processes dropin/logs dropin/local_sgd dropin/tracking dropin/available dropin/absent",
     6: "wrappers run/resume data/job dropin/saving dropin/profiling dropin/partial_state dropin/uneven launch/notebook",
     7: "accelerator run/plan run/result predict exercise launch/__main__ dropin/attributes dropin/operations",
     8: "run/run trace/observe",
@@ -128,8 +127,8 @@ def test_tests_mirror_the_package():
 # Test files that are about several modules of a room at once.
 OTHER_TESTS = {
     ("ranks", "equal_ranks"), ("ranks", "nodes"), ("ranks", "ddp_edges"), ("ground", "xla_calls"),
-    ("step", "step_properties"), ("run", "start"), ("run", "damage"), ("data", "architectures"),
-    ("data", "sizes"),
+    ("step", "step_properties"), ("run", "start"), ("run", "damage"), ("data", "architectures"), ("data", "sizes"),
+    ("dropin", "names"),
 }  # fmt: skip
 
 

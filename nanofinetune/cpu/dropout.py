@@ -71,23 +71,43 @@ def fast_noise(shape: torch.Size, dtype: torch.dtype, p: float) -> Tensor:
 # --- modules and attentions that use it -------------------------------------------------------------------------------
 
 
+def recorded(x: Any) -> bool:
+    """Whether torch records what is done to `x`, to do it again later or on other numbers: leave it to torch then.
+
+    So do torch.compile, torch.export, torch.jit.trace, torch.fx and torch.func.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None  # underneath: torch.func has no public question
+
+
 class ExactDropout(nn.Dropout):
     """torch.nn.Dropout, bit for bit, drawn faster."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        if not self.training or not 0 < self.p < 1 or input.device.type != "cpu" or not input.is_contiguous():
+        if not self.training or not 0 < self.p < 1 or recorded(input):
+            return super().forward(input)
+        if input.device.type != "cpu" or not input.is_contiguous():
             return super().forward(input)
         return input * self.noise(input)
 
     def noise(self, x: Tensor) -> Tensor:
         return torch_noise(x.shape, x.dtype, self.p)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        register_attentions()  # a model that was saved whole may be loaded where nobody has
+
 
 class FastDropout(nn.Dropout):
     """torch.nn.Dropout with the masks of fast_noise."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return input * fast_noise(input.shape, input.dtype, self.p) if self.training and self.p > 0 else input
+        if not self.training or self.p == 0 or recorded(input):
+            return super().forward(input)
+        return input * fast_noise(input.shape, input.dtype, self.p)
+
+    __setstate__ = ExactDropout.__setstate__
 
 
 def torchs_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -109,7 +129,7 @@ def exact_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """softmax(QKᵀ/√width + mask)V, as torch's scaled_dot_product_attention -> (B, queries, heads, width)."""
-    leave_to_torch = not 0 < dropout < 1 or query.device.type != "cpu"
+    leave_to_torch = not 0 < dropout < 1 or recorded(query) or query.device.type != "cpu"
     if attention_mask is not None and not leave_to_torch:  # underneath: torch gives zeros for a fully masked row
         leave_to_torch = attention_mask.dtype != torch.bool or not bool(attention_mask.any(-1).all())
     if leave_to_torch:
@@ -140,7 +160,7 @@ def fast_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """exact_attention with fast_noise, all of it in the dtype of the query."""
-    if not dropout or (attention_mask is not None and attention_mask.dtype != torch.bool):
+    if not dropout or recorded(query) or (attention_mask is not None and attention_mask.dtype != torch.bool):
         return torchs_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     with torch.autocast("cpu", enabled=False):  # autocast would copy the scores to fp32 for the softmax, and back
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -154,13 +174,14 @@ def fast_attention(
 
 
 ATTENTIONS = {EXACT: exact_attention, FAST: fast_attention}
+TABLE: dict[str, Any] = dict(ATTENTIONS)  # what goes into transformers' table; lean.py adds its own
 
 
 def use_exact_dropout(model: Any) -> None:
     """Make a transformers model on a CPU draw torch's masks faster, in place."""
     _replace(model, ExactDropout)
     if model.config.model_type == "bert" and not model.config.is_decoder and _is_plain(model):
-        attend_with(model, EXACT, exact_attention)  # other kinds may need what this attention lacks
+        attend_with(model, EXACT)  # other kinds may need what this attention lacks
 
 
 def use_fast_dropout(model: Any) -> None:
@@ -172,17 +193,23 @@ def use_fast_dropout(model: Any) -> None:
         kind = f"{model.config.model_type} model with {model.config._attn_implementation} attention"
         raise UsageError(f"--fast-dropout knows BERT with sdpa attention, and this is a {kind}: leave it out")
     _replace(model, FastDropout)
-    attend_with(model, FAST, fast_attention)
+    attend_with(model, FAST)
 
 
-def attend_with(model: Any, name: str, attention: Any) -> None:
-    """Register `attention` in transformers' table under this name, and make the model use it."""
+def attend_with(model: Any, name: str) -> None:
+    """Make the model use the attention that TABLE has under this name."""
+    register_attentions()
+    model.set_attn_implementation(name)
+
+
+def register_attentions() -> None:
+    """Put TABLE into transformers' tables of attentions and of their masks."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, sdpa_mask)
-    model.set_attn_implementation(name)
+    for name, attention in TABLE.items():
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def _is_plain(model: Any) -> bool:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanofinetune.cpu.dropout import recorded
 from nanofinetune.ranks.ddp import OWNER, holders
 
 
@@ -83,7 +84,7 @@ class _Lookup(torch.autograd.Function):
 class Embedding(nn.Embedding):
     """torch.nn.Embedding, with this module's gradient where the table is on a CPU and much larger than the batch.
 
-    With `max_norm`, `scale_grad_by_freq` or `sparse` the gradient is torch's own.
+    With `max_norm`, `scale_grad_by_freq` or `sparse`, or where torch records operations, the gradient is torch's own.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -93,7 +94,7 @@ class Embedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         small = self.num_embeddings < 4 * input.numel()  # then zeros cost less than finding the rows
         options = self.max_norm is not None or self.scale_grad_by_freq or self.sparse
-        if small or options or self.weight.device.type != "cpu":
+        if small or options or self.weight.device.type != "cpu" or recorded(self.weight):
             return super().forward(input)
         setattr(self.weight, OWNER, self.memory)  # in every forward, since a copied parameter has lost it
         padding_idx = -1 if self.padding_idx is None else self.padding_idx

@@ -13,7 +13,8 @@ Underneath: transformers.models.bert.modeling_bert.BertEncoder (transformers 5.2
   - here each layer works on one (1, tokens, width) tensor without padding; only attention sees (B, S) again;
   - in the last layer only keys and values are computed for all tokens;
   - kept: losses and gradients but for rounding, dropout bit for bit;
-  - left to transformers: other masks, gradient checkpointing, `output_hidden_states`.
+  - left to transformers: other masks, gradient checkpointing, `output_hidden_states`, a model changed afterwards
+    (layers, attention, adapters), and whatever records operations (compile, export, trace).
 
 Proof: test_a_lean_model_matches_the_whole_one, test_dropout_matches_the_whole_one in tests/cpu/test_lean.py.
 """
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanofinetune.cpu.dropout import ATTENTIONS, ExactDropout, attend_with, torch_noise
+from nanofinetune.cpu.dropout import ATTENTIONS, TABLE, ExactDropout, attend_with, recorded, torch_noise
 
 MULTIPLE = 32  # packed tokens are filled up to a multiple: oneDNN compiles a bf16 product for each new number of rows
 LEAST = 0.1  # the share of positions that must be padding before packing pays
@@ -96,7 +97,7 @@ class Layout:
 
 def layout_of(hidden: Tensor, attention_mask: Tensor | None) -> Layout | None:
     """How a batch (B, S, width) is packed; None where its mask (B, 1, S, S) is no padding mask: do not pack it."""
-    if hidden.device.type != "cpu":
+    if hidden.device.type != "cpu" or recorded(hidden):
         return None
     if attention_mask is None:
         return Layout(torch.ones(hidden.shape[:2], dtype=torch.bool))
@@ -146,17 +147,28 @@ def laid_out(attention: Any) -> Any:
     return attend
 
 
+TABLE.update({f"{name}_lean": laid_out(attention) for name, attention in ATTENTIONS.items()})
+
+
 def by_heads(x: Tensor, heads: int) -> Tensor:
     """(B, S, heads x width) -> (B, heads, S, width)"""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def encode(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-    """BertEncoder.forward for packed tokens."""
+def build_of(encoder: Any) -> list[Any]:
+    """What `encode` counts on: each layer's attention, each module's class, and which have a forward of their own."""
+    attentions = [layer.attention.self.config._attn_implementation for layer in encoder.layer]
+    return attentions + [(type(module), "forward" in vars(module)) for module in encoder.modules()]
+
+
+def encode(
+    self: Any, build: list[Any], hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    """BertEncoder.forward for packed tokens, while the encoder is as it was built."""
     from transformers.utils.output_capturing import _active_collector
 
     # underneath: hooks collect what layers return; and checkpointing computes a layer again when its layout is gone
-    full = bool(_active_collector.get()) or self.layer[0].gradient_checkpointing
+    full = bool(_active_collector.get()) or self.layer[0].gradient_checkpointing or build_of(self) != build
     layout = None if full else layout_of(hidden_states, attention_mask)
     if layout is None:
         return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
@@ -213,5 +225,6 @@ def use_lean_encoder(model: Any) -> None:
         if isinstance(module, PackedDropout):
             module.only_first = True
     last.attends_by = name
-    attend_with(model, f"{name}_lean", laid_out(ATTENTIONS[name]))
-    encoder.forward, last.forward = partial(encode, encoder), partial(last_layer, last)  # a partial can be pickled
+    attend_with(model, f"{name}_lean")
+    encoder.forward, last.forward = encode, partial(last_layer, last)  # a partial can be pickled
+    encoder.forward = partial(encode, encoder, build_of(encoder))

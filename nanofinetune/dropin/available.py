@@ -23,9 +23,9 @@ import torch
 
 # is_NAME_available(), where the package has that name
 NAMES = [
-    "boto3", "clearml", "comet_ml", "datasets", "deepspeed", "dvclive", "matplotlib", "mlflow", "pandas", "peft",
-    "pytest", "sagemaker", "schedulefree", "swanlab", "timm", "torchvision", "trackio", "transformers", "triton",
-    "wandb",
+    "aim", "amdsmi", "boto3", "clearml", "comet_ml", "datasets", "deepspeed", "dvclive", "import_timer",
+    "matplotlib", "mlflow", "pandas", "peft", "pynvml", "pytest", "sagemaker", "schedulefree", "swanlab", "timm",
+    "torchao", "torchdata", "torchvision", "trackio", "transformers", "triton", "wandb",
 ]  # fmt: skip
 # ... and where it has others, of which one is enough
 PACKAGES = {name: (name,) for name in NAMES} | {
@@ -67,7 +67,8 @@ def is_bf16_available(ignore_tpu: bool = False) -> bool:
 
 
 def is_fp16_available() -> bool:
-    return True
+    """Whether `mixed_precision="fp16"` works: not on a CPU."""
+    return is_cuda_available() or is_mps_available() or is_xpu_available()  # underneath: True there, and fp32 in truth
 
 
 def __getattr__(name: str) -> Callable[..., bool]:

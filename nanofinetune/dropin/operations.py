@@ -28,6 +28,8 @@ from nanofinetune.ranks import collectives
 from nanofinetune.ranks.world import World, init_world, rank_and_size
 from nanofinetune.settings import refuse
 
+DistributedOperationException = RuntimeError  # what a collective raises where the ranks disagree
+
 
 def gather(tensor: Any) -> Any:
     """Concatenate each leaf over the ranks."""
@@ -63,6 +65,34 @@ def pad_across_processes(tensor: Any, dim: int = 0, pad_index: float = 0, pad_fi
 def wait_for_everyone() -> None:
     """Return once all ranks are here."""
     collectives.wait_for_everyone(_world())
+
+
+def copy_tensor_to_devices(tensor: torch.Tensor | None = None) -> torch.Tensor:
+    """The tensor of the one rank that has one, on all ranks; others pass None."""
+    world = _world()
+    held = collectives.gather_object([None if tensor is None else tensor.cpu()], world)
+    (found,) = (each for each in held if each is not None)
+    return found.to(world.device)
+
+
+def synchronize_rng_states(rng_types: list[str], generator: torch.Generator | None = None) -> None:
+    """Give all ranks rank 0's random states: of "torch", "cuda" (each its device's) and the `generator`. A collective.
+
+    Nothing here needs it: each rank computes the same order from (seed, epoch).
+    """
+    for rng_type in rng_types:
+        synchronize_rng_state(rng_type, generator)
+
+
+def synchronize_rng_state(rng_type: str | None = None, generator: torch.Generator | None = None) -> None:
+    """One of these. Raises ValueError for another, and for "generator" without one."""
+    states: dict[str, Any] = {"torch": torch, "cuda": torch.cuda}
+    if rng_type == "generator" and generator is not None:
+        generator.set_state(broadcast_object_list([generator.get_state()])[0])
+    elif rng_type in states:
+        states[rng_type].set_rng_state(broadcast_object_list([states[rng_type].get_rng_state()])[0])
+    else:
+        raise ValueError(f"rng_type={rng_type!r}: choose torch, cuda, or generator and pass one")
 
 
 def recursively_apply(

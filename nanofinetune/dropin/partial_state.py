@@ -11,7 +11,7 @@ Underneath: `accelerate.state.PartialState`, `accelerate.state.AcceleratorState`
   - There it is one dictionary that all instances share; here each is a view of a World, and starts one only where no
     process group exists yet.
   - Kept: names, values, what is printed. Every kind of job has its name; only three of them exist here.
-  - `AcceleratorState()` is refused: each Accelerator has its own.
+  - `AcceleratorState()` shows the ranks; each Accelerator has a precision of its own.
 
 Proof: test_partial_state_matches_accelerate, test_distributed_type_matches_accelerate in
 tests/dropin/test_partial_state.py.
@@ -71,6 +71,10 @@ class PartialState:
         if world is None:
             world = start_world("cpu" if cpu else "auto", TIMEOUT, InitProcessGroupKwargs(**kwargs) if kwargs else None)
         self.world = world
+
+    @staticmethod
+    def _reset_state() -> None:
+        """Nothing: there is no global state to forget, and a new Accelerator may have another precision."""
 
     def __repr__(self) -> str:
         backend = f"  Backend: {self.backend}" if self.backend else ""
@@ -146,11 +150,18 @@ class AcceleratorState(PartialState):
 
     deepspeed_plugin, is_fsdp2 = None, False
 
-    def __init__(self, mixed_precision: str | None = None, *, world: World | None = None) -> None:
-        if world is None or mixed_precision is None:
-            raise ValueError("there is no AcceleratorState of all Accelerators here: ask yours, `accelerator.state`")
-        super().__init__(world=world)
-        self.mixed_precision = mixed_precision
+    def __init__(self, mixed_precision: str | None = None, cpu: bool = False, *, world: World | None = None) -> None:
+        """Without `mixed_precision` it shows the ranks alone: several Accelerators may have several precisions."""
+        super().__init__(cpu, world=world)
+        self._mixed_precision = mixed_precision
+
+    @property
+    def mixed_precision(self) -> str:
+        # underneath: there the state of all Accelerators has the first one's
+        if self._mixed_precision is None:
+            raise RuntimeError("this AcceleratorState is nobody's: ask your Accelerator, `accelerator.mixed_precision`")
+        return self._mixed_precision
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()}\nMixed precision type: {self.mixed_precision}\n"
+        known = "" if self._mixed_precision is None else f"\nMixed precision type: {self._mixed_precision}\n"
+        return super().__repr__() + known

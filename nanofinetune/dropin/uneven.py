@@ -19,7 +19,7 @@ test_trigger_sync_in_backward_matches_accelerate in tests/dropin/test_uneven.py.
 
 from __future__ import annotations
 
-import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +47,8 @@ def join_uneven_inputs(accelerator: Any, joinables: list[Any], even_batches: boo
         even_batches = accelerator.even_batches
     else:
         if len(shards) < len(accelerator._prepared.loaders):
-            print("join_uneven_inputs: even_batches does not reach loaders of streams", file=sys.stderr)
+            text = "join_uneven_inputs: even_batches is only supported for map-style datasets, not for streams"
+            warnings.warn(text, stacklevel=3)
         for shard in shards:
             shard.even_batches = even_batches
     try:

@@ -14,7 +14,7 @@ Underneath: `torch.nn.parallel.DistributedDataParallel` (torch 2.13).
     names.
   - Every backward synchronises. There, not the second after two forwards.
   - A gradient that fills a bucket is reduced where it lies.
-  - Refused: static graphs, sparse gradients, double backward, reentrant checkpointing.
+  - Refused: sparse gradients, double backward, reentrant checkpointing.
 
 Proof: test_gradients_match_torch_ddp, test_second_backward_is_synchronised_where_torch_is_silent in
 tests/ranks/test_ddp.py.
@@ -145,12 +145,14 @@ class DistributedDataParallel(nn.Module, Joinable):
             `_ddp_params_and_buffers_to_ignore` names is left alone.
         device_ids, output_device: None, or the one GPU that the module is on. Inputs are not moved there.
         init_sync: check that the ranks' parameters match, and copy rank 0's to all.
-        forward_sync_buffers: copy rank 0's buffers to all ranks before each forward that follows a synchronised one.
+        forward_sync_buffers: copy rank 0's buffers to all ranks before the first forward and each after a synchronised
+            one.
         broadcast_buffers: the same; False also leaves them out of `init_sync`.
         process_group, device_mesh: the ranks; None is the default group.
         bucket_cap_mb: size of a bucket in MiB. None: 25, and 1 for the first.
         find_unused_parameters: allow a parameter to get no gradient on some ranks (it counts as zero there) or on all
             (its `.grad` stays as it is). Costs one small all-reduce a backward.
+        static_graph: the same, since that allows all that a graph that never changes does.
         gradient_as_bucket_view: True: gradients are views into buckets, and exist once. A gradient that somebody keeps
             still does not change: its bucket then gets other memory. False, torch's default: they are copied out.
         on_send: not torch's; is called with the name of each all-reduce when it starts, "all_reduce[bucket 2 of 7]".
@@ -175,7 +177,7 @@ class DistributedDataParallel(nn.Module, Joinable):
         super().__init__()
         Joinable.__init__(self)
         _refuse(
-            dim=dim, check_reduction=check_reduction, static_graph=static_graph, mixed_precision=mixed_precision,
+            dim=dim, check_reduction=check_reduction, mixed_precision=mixed_precision,
             delay_all_reduce_named_params=delay_all_reduce_named_params, bucket_cap_mb_list=bucket_cap_mb_list,
             param_to_hook_all_reduce=param_to_hook_all_reduce, batched_grad_copy=batched_grad_copy,
             skip_all_reduce_unused_params=skip_all_reduce_unused_params,
@@ -185,12 +187,14 @@ class DistributedDataParallel(nn.Module, Joinable):
         if forward_sync_buffers is not None and broadcast_buffers is not None:
             raise ValueError("broadcast_buffers is the old name of forward_sync_buffers: pass one of them")
         if device_mesh is not None:
-            if process_group is not None or device_mesh.ndim != 1:
-                raise ValueError("device_mesh must have one dimension, and goes without process_group")
+            if process_group is not None:
+                raise RuntimeError("Cannot specify both process_group and device_mesh arguments.")
+            if device_mesh.ndim != 1:
+                raise RuntimeError(f"Only 1D device mesh is supported, but got {device_mesh}.")
             process_group = device_mesh.get_group(mesh_dim=0)
-        self.module = module
+        self.module, self.device_mesh = module, device_mesh
         self.process_group = None if process_group == dist.group.WORLD else process_group
-        self.find_unused_parameters = find_unused_parameters
+        self.find_unused_parameters = find_unused_parameters or static_graph
         self.gradient_as_bucket_view = gradient_as_bucket_view
         self.forward_sync_buffers = forward_sync_buffers is not False and broadcast_buffers is not False
         self.require_backward_grad_sync = True
@@ -198,7 +202,7 @@ class DistributedDataParallel(nn.Module, Joinable):
         self._bucket_cap_mb = bucket_cap_mb
         self._comm_hook: tuple[Any, Callable[..., Any]] | None = None
         self._on_send = on_send
-        self._sync_buffers_next = False
+        self._sync_buffers_next = self.forward_sync_buffers  # one may be replaced before the first forward
         self._in_backward = False
 
         named = self._named_parameters()
@@ -425,6 +429,10 @@ class DistributedDataParallel(nn.Module, Joinable):
 
     def _will_sync(self) -> bool:
         return torch.is_grad_enabled() and self.require_backward_grad_sync
+
+    @staticmethod
+    def _set_params_and_buffers_to_ignore_for_model(module: nn.Module, names: Any) -> None:
+        module._ddp_params_and_buffers_to_ignore = names  # torch's name, before wrapping
 
     # Communication hooks
 

@@ -27,6 +27,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
 from nanofinetune.ranks.collectives import rebuilt
@@ -281,8 +282,8 @@ def prepare_data_loader(
         even_batches, uneven: what becomes of a short last step on N > 1 ranks, see `BatchSamplerShard`. With "mask" the
             batch must be a mapping with a tensor "labels". A rank that has no real row gets row 0 with label -100
             (-100.0 in a regression, whose loss does not skip it: give that row weight zero).
-        data_seed: decides the order. None takes the seed of the sampler's `generator`, else torch's global one. That
-            may differ from rank to rank, so N > 1 ranks refuse None where a sampler without a generator shuffles.
+        data_seed: decides the order. None: that of the sampler's `generator`, else torch's global one, rank 0's.
+            Without a process group N > 1 ranks refuse None where a sampler without generator shuffles.
         use_seedable_sampler, rng_types: change nothing, which is said once: the order is always a function of (seed,
             epoch), for any number of ranks.
         non_blocking: on CUDA, pin batches and copy them on a stream of their own.
@@ -383,24 +384,22 @@ def skip_first_batches(dataloader: DataLoader, num_batches: int = 0) -> DataLoad
 
 
 def order_seed(data_seed: int | None, generator: torch.Generator | None, num_processes: int) -> int:
-    """The seed of an order: the one given, else the generator's, else, for one process, torch's. Raises ValueError."""
+    """The seed of an order: the one given, else the generator's, else torch's, on N ranks rank 0's (a collective).
+
+    Raises ValueError for N ranks without a process group in which they could tell each other.
+    """
     if data_seed is not None:
         return data_seed
-    if generator is not None:
-        return generator.initial_seed()
-    if num_processes > 1:
+    seed = torch.initial_seed() if generator is None else generator.initial_seed()
+    if num_processes > 1 and dist.is_initialized():
+        dist.broadcast_object_list(first := [seed])
+        return first[0]
+    if num_processes > 1 and generator is None:
         raise ValueError(
             "data_seed is None: every rank must draw the same order, so give all of them the same data_seed, "
             "or give the sampler a generator with the same seed"
         )
-    return torch.initial_seed()
-
-
-def seed_of(dataloader: DataLoader) -> int:
-    """The seed of a loader's order: that of its generator, else torch's of this process."""
-    sources = (getattr(dataloader.batch_sampler, "sampler", dataloader.sampler), dataloader.dataset)
-    generators = [getattr(source, "generator", None) for source in sources]
-    return order_seed(None, next((g for g in generators if isinstance(g, torch.Generator)), None), num_processes=1)
+    return seed
 
 
 class _Copies:

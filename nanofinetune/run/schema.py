@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanofinetune.step.schedule import LinearSchedule
+from nanofinetune.step.schedule import Schedule
 
 LIMIT = 2**53  # of counts: JSON readers of other languages know no greater whole numbers
 LIKE_THE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # what optimizers keep in its shape
@@ -112,7 +112,7 @@ def _scheduler(scheduler: Any, state: Mapping[str, Any]) -> str:
     for name in ("base_lrs", "_last_lr"):
         if not all(isinstance(lr, torch.Tensor) or finite(lr) for lr in state.get(name, [])):
             return f"{name} is {state[name]}"
-    if isinstance(own, LinearSchedule):  # it checks the totals itself: let a copy do so
+    if isinstance(own, Schedule):  # it checks the totals itself: let a copy do so
         trial = copy.copy(own)
         trial.optimizer = SimpleNamespace(param_groups=[dict(group) for group in own.optimizer.param_groups])  # type: ignore[assignment]
         try:

@@ -46,8 +46,8 @@ class SeedableRandomSampler(RandomSampler):
     """A random order, a pure function of (data_seed, epoch): the same on every rank, for any number of ranks.
 
     Iterating changes nothing: the loader calls `set_epoch` when it *starts* an epoch. With `replacement` and
-    `num_samples` it draws as torch's RandomSampler does. Source: `accelerate.data_loader.SeedableRandomSampler`, which
-    also takes a `generator`, only to seed it itself; this one takes none.
+    `num_samples` it draws as torch's RandomSampler does. A `generator` is seeded anew for each epoch, and draws it.
+    Source: `accelerate.data_loader.SeedableRandomSampler`.
 
     >>> sampler = SeedableRandomSampler(range(5), data_seed=0)
     >>> list(sampler) == list(sampler), sorted(sampler)
@@ -55,16 +55,16 @@ class SeedableRandomSampler(RandomSampler):
     """
 
     def __init__(
-        self, data_source: Sized, replacement: bool = False, num_samples: int | None = None, *, data_seed: int = 42,
-        epoch: int = 0,
+        self, data_source: Sized, replacement: bool = False, num_samples: int | None = None,
+        generator: torch.Generator | None = None, *, data_seed: int = 42, epoch: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(data_source, replacement, num_samples)
+        super().__init__(data_source, replacement, num_samples, generator)
         self.data_seed = data_seed
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         # underneath: accelerate seeds with seed + epoch, and increments epoch at the end, which `break` never reaches
-        generator = _generator(self.data_seed, self.epoch)
+        generator = (self.generator or torch.Generator()).manual_seed(mix(self.data_seed, self.epoch))
         n = len(self.data_source)
         if self.replacement:
             return iter(torch.randint(n, (self.num_samples,), generator=generator, device="cpu").tolist())
@@ -114,7 +114,7 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = _generator(self.seed, self.epoch)
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
         rows = torch.randperm(len(self.lengths), generator=generator, device="cpu").tolist()
         block_size = self.batch_size * -(-len(self) // 4)  # whole batches
         batches: list[list[int]] = []
@@ -156,10 +156,6 @@ class SortedBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return -(-len(self.lengths) // self.batch_size)
-
-
-def _generator(seed: int, epoch: int) -> torch.Generator:
-    return torch.Generator().manual_seed(mix(seed, epoch))
 
 
 def _lengths(lengths: Iterable[int]) -> list[int]:

@@ -219,9 +219,6 @@ class Schedule(LRScheduler):
             group["lr"] = lr
 
 
-LinearSchedule = Schedule  # its name while "linear" was the only one, and still the default
-
-
 def get_scheduler(
     name: str,
     optimizer: torch.optim.Optimizer,

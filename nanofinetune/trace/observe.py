@@ -100,7 +100,7 @@ def observe_all(observer: Observer) -> None:
         (facade, "_weigh", "weigh", _weight),
         (facade, "backward", "backward", lambda *_: "every gradient, from the last layer to the first"),
         (facade, "clip_grad_norm_", "clip", lambda norm, *_, **__: f"the norm was {norm.item():.4g}"),
-        (schedule.LinearSchedule, "step", "schedule", _rate),
+        (schedule.Schedule, "step", "schedule", _rate),
         (wrappers.AcceleratedOptimizer, "zero_grad", "zero_grad", _reset),
         (metrics.Metric, "add_batch", "count", lambda _, self, **batch: f"{len(batch['references'])} rows"),
         (collectives, "gather", "gather", lambda _, data, *__: described([data])),

@@ -136,6 +136,29 @@ def test_a_model_in_training_matches_itself_with_torch_dropout(p, precision):
         assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), exact.parameters(), strict=True))
 
 
+RECORDERS = {
+    "export": lambda module: torch.export.export(module, (torch.ones(4, 9),)).module(),
+    "trace": lambda module: torch.jit.trace(module, torch.ones(4, 9), check_trace=False),
+    "fx": lambda module: torch.fx.symbolic_trace(nn.Sequential(module)),
+    "func": lambda module: torch.func.grad(lambda x: module(x).sum()),
+    "vmap": lambda module: torch.vmap(module, randomness="different"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # the recorders' own
+@pytest.mark.parametrize("kind", [ExactDropout, FastDropout])
+@pytest.mark.parametrize("record", RECORDERS)
+def test_a_recorded_dropout_matches_torch_dropout(record, kind):
+    """Both leave it to torch then: a recorded mask would drop the same for ever."""
+    found = []
+    for module in (nn.Dropout(0.5), kind(0.5)):
+        run = RECORDERS[record](module)
+        torch.manual_seed(0)
+        found.append((run(torch.ones(4, 9)), run(torch.ones(4, 9))))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert not torch.equal(*found[1])
+
+
 def test_other_attentions_keep_theirs():
     """A decoder's, or one that somebody chose, may do more; their nn.Dropout is exact all the same."""
     from transformers import BertConfig, BertForSequenceClassification

@@ -215,6 +215,37 @@ def test_other_options_are_torchs_own(options):
     assert ours.memory.table is None and ours.weight.grad.is_sparse == library.weight.grad.is_sparse
 
 
+def functional(module, ids):
+    return torch.func.grad(lambda weight: torch.func.functional_call(module, {"weight": weight}, ids).sin().sum())(
+        module.weight
+    )
+
+
+def vectorised(module, ids):
+    return torch.vmap(module)(ids)
+
+
+def exported(module, ids):
+    return torch.export.export(module, (ids,)).module()(ids + 1)
+
+
+def traced(module, ids):
+    return torch.jit.trace(module, ids, check_trace=False)(ids + 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # the recorders' own
+@pytest.mark.parametrize("record", [functional, vectorised, exported, traced])
+def test_a_recorded_one_matches_torch_embedding(record):
+    library, ours = pair()
+    ids = ids_of(0)
+    found = record(ours, ids)
+    assert torch.equal(record(library, ids), found)
+    if record in (exported, traced):
+        backward(library, ids + 1)
+        found.backward(torch.randn(found.shape, generator=torch.Generator().manual_seed(0)))
+        assert ours.weight.grad is None or torch.equal(ours.weight.grad, library.weight.grad)
+
+
 def test_a_small_table_is_left_to_torch():
     _, ours = pair()
     backward(ours, ids_of(0, (4, 200)))

@@ -14,6 +14,7 @@ from conftest import tiny_bert
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nanofinetune.cpu import dropout
 from nanofinetune.cpu.dropout import use_exact_dropout, use_fast_dropout
 from nanofinetune.cpu.lean import Layout, layout_of, use_lean_encoder
 from nanofinetune.step.optim import AdamW
@@ -351,4 +352,142 @@ def test_a_pickled_model_computes_as_its_original(tmp_path):
     batch = batch_of(LENGTHS["much padding"])
     logits = [model.eval()(**batch).logits for model in (ours, loaded)]
     assert torch.equal(*logits)
-    assert loaded.bert.encoder.forward.args == (loaded.bert.encoder,)
+    assert loaded.bert.encoder.forward.args[0] is loaded.bert.encoder
+
+
+# --- a model that is changed afterwards, or recorded: as if it had never been lean ------------------------------------
+
+
+def cut(model):
+    model.bert.encoder.layer = model.bert.encoder.layer[:1]
+
+
+def one_more(model, copied=0):
+    model.bert.encoder.layer.append(copy.deepcopy(model.bert.encoder.layer[copied]))
+
+
+def turned_around(model):
+    model.bert.encoder.layer = nn.ModuleList(reversed(model.bert.encoder.layer))
+
+
+class Adapter(nn.Module):
+    """A linear layer with what LoRA adds to it, its dropout included."""
+
+    def __init__(self, base):
+        super().__init__()
+        torch.manual_seed(9)
+        self.base, self.dropout = base, nn.Dropout(0.5)
+        self.a = nn.Linear(base.in_features, 2, bias=False)
+        self.b = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(self.dropout(x)))
+
+
+def with_adapters(model):
+    for layer in model.bert.encoder.layer:
+        layer.attention.self.query = Adapter(layer.attention.self.query)
+        layer.output.dense = Adapter(layer.output.dense)
+
+
+def with_a_forward_of_its_own(model):
+    """Somebody's patch, which counts on seeing the batch's shape."""
+    inner = model.bert.encoder.layer[0].output
+    inner.forward = lambda hidden, residual: type(inner).forward(inner, hidden.cumsum(1), residual)
+
+
+CHANGES = {
+    "fewer layers": cut,
+    "one more": one_more,
+    "the last one again": partial(one_more, copied=1),
+    "turned around": turned_around,
+    "sdpa": lambda model: model.set_attn_implementation("sdpa"),
+    "eager": lambda model: model.set_attn_implementation("eager"),
+    "adapters": with_adapters,
+    "a patch": with_a_forward_of_its_own,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_model_changed_afterwards_matches_the_whole_one(change):
+    """Bit for bit, dropout included; without the change it is lean, and equal but for rounding."""
+    batch = batch_of(LENGTHS["much padding"])
+    whole, ours = pair(0.5)
+    theirs, found = (backward(model.train(), batch).logits for model in (whole, ours))
+    assert torch.allclose(theirs, found, atol=1e-6)
+    for model in (whole, ours):
+        change(model)
+    theirs, found = (backward(model.train(), batch).logits for model in (whole, ours))
+    assert torch.equal(theirs, found)
+    for p, q in zip(whole.parameters(), ours.parameters(), strict=True):
+        assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad)
+
+
+class Logits(nn.Module):
+    """A model with positional inputs and one tensor as output, as exporters want it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def exported(model, inputs):
+    return torch.export.export(Logits(model).train(model.training), inputs).module()
+
+
+def traced(model, inputs):
+    return torch.jit.trace(Logits(model).train(model.training), inputs, check_trace=False)
+
+
+def compiled(model, inputs):
+    torch.compiler.reset()
+    return torch.compile(Logits(model), backend="eager")
+
+
+@pytest.mark.filterwarnings("ignore")  # the recorders' own
+@pytest.mark.parametrize("record", [exported, traced, pytest.param(compiled, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_recorded_model_matches_the_recorded_whole_one(record, training):
+    """Of other inputs too: what is recorded has no layout in it."""
+    batch, other = (batch_of(LENGTHS["much padding"], seed) for seed in (0, 1))
+    other["attention_mask"] = other["attention_mask"].flip(0)
+    found = []
+    for model in pair(0.5):
+        model.train(training)
+        function = record(model, (batch["input_ids"], batch["attention_mask"]))
+        torch.manual_seed(3)
+        found.append([function(b["input_ids"], b["attention_mask"]) for b in (batch, other)])
+    assert all(torch.equal(*logits) for logits in zip(*found, strict=True))
+
+
+def test_functional_gradients_match_the_whole_model():
+    batch = batch_of(LENGTHS["much padding"])
+    found = []
+    for model in pair(0.5):
+        parameters = dict(model.train().named_parameters())
+        torch.manual_seed(3)
+        loss = partial(lambda model, parameters: torch.func.functional_call(model, parameters, (), batch).loss, model)
+        found.append(torch.func.grad(loss)(parameters))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("use", [use_exact_dropout, use_fast_dropout])
+def test_a_model_saved_whole_loads_where_nobody_registered_its_attention(use, tmp_path, monkeypatch):
+    """As in another process, which has not made a model lean."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    ours = tiny_bert(dropout=0.1)
+    use(ours)
+    use_lean_encoder(ours)
+    batch = batch_of(LENGTHS["much padding"])
+    expected = ours.eval()(**batch).logits
+    torch.save(ours, tmp_path / "model.pt")
+    for table in (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping):
+        for name in dropout.TABLE:
+            monkeypatch.delitem(table, name)
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(**batch).logits, expected)

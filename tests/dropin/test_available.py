@@ -19,7 +19,18 @@ def test_answers_match_accelerate(name):
     reference = pytest.importorskip("accelerate.utils", reason="the reference, extra `test`")
     answer = getattr(nanofinetune, name)()
     assert isinstance(answer, bool)
-    assert answer == bool(getattr(reference, name)()) or name in ELSEWHERE
+    assert answer == bool(getattr(reference, name)()) or name in {*ELSEWHERE, "is_fp16_available"}
+
+
+def test_fp16_is_available_where_an_accelerator_takes_it():
+    """accelerate says yes on a CPU too, and then trains in fp32."""
+    assert pytest.importorskip("accelerate.utils").is_fp16_available()
+    try:
+        nanofinetune.Accelerator(mixed_precision="fp16")
+        taken = True
+    except ValueError:
+        taken = False
+    assert nanofinetune.is_fp16_available() == taken
 
 
 def test_every_name_can_be_imported():

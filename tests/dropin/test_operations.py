@@ -8,7 +8,7 @@ import io
 
 import pytest
 import torch
-from helpers import run_ranks
+from helpers import run_ranks, run_world
 from side_by_side import line, ours, raised, reset
 
 import nanofinetune
@@ -162,3 +162,23 @@ def test_arguments_without_effect_are_refused():
         nanofinetune.reduce(torch.ones(1), scale=0.5)
     with pytest.raises(NotImplementedError, match=r"recursive=True is not supported here"):
         nanofinetune.extract_model_from_parallel(line(), recursive=True)
+
+
+def random_states(world):
+    """Rank 1's states become rank 0's: torch's own, and a generator's."""
+    torch.manual_seed(world.rank)
+    generator = torch.Generator().manual_seed(7 + world.rank)
+    nanofinetune.synchronize_rng_states(["torch", "generator"], generator)
+    tensor = torch.tensor([3, 4]) if world.rank == 0 else None
+    copied = nanofinetune.copy_tensor_to_devices(tensor)
+    return torch.rand(2).tolist(), torch.rand(2, generator=generator).tolist(), copied.tolist()
+
+
+def test_random_states_become_rank_0s_as_in_accelerate():
+    zero, one = run_world(random_states, 2)
+    torch.manual_seed(0)
+    expected = torch.rand(2).tolist(), torch.rand(2, generator=torch.Generator().manual_seed(7)).tolist(), [3, 4]
+    assert zero == one == expected
+    for wrong in ("generator", "xla", None):
+        with pytest.raises(ValueError, match="choose torch, cuda, or generator and pass one"):
+            nanofinetune.synchronize_rng_state(wrong)

@@ -539,7 +539,6 @@ def test_gradient_checkpointing_works_unless_reentrant(group_of_one):
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"static_graph": True}, NotImplementedError, "static_graph=True is not supported: leave it out"),
         ({"comm_dtype": torch.bfloat16}, TypeError, "unexpected keyword argument 'comm_dtype'"),
         (
             {"device_ids": [0]},

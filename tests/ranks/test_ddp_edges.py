@@ -383,7 +383,6 @@ def test_arguments_are_torchs_by_name_place_and_default():
     [
         ("dim", 1),
         ("check_reduction", True),
-        ("static_graph", True),
         ("delay_all_reduce_named_params", [("weight", nn.Parameter(torch.ones(1)))]),
         ("param_to_hook_all_reduce", nn.Parameter(torch.ones(1))),
         ("mixed_precision", object()),
@@ -549,6 +548,46 @@ def by_accelerates_name(world):
 
 def test_comm_hook_of_the_kwargs_matches_torch():
     run_world(by_accelerates_name, 2)
+
+
+def power_by_accelerates_name(world):
+    from nanofinetune.accelerator import Accelerator
+    from nanofinetune.settings import DistributedDataParallelKwargs
+
+    option: dict[str, Any] = {"matrix_approximation_rank": 2, "start_powerSGD_iter": 2}
+    for name, wrapper in (("power_sgd", "no"), ("power_sgd", "fp16")):
+        settings = DistributedDataParallelKwargs(comm_hook=name, comm_wrapper=wrapper, comm_state_option=option)
+        mine, reference = pair(world.rank, lambda module: module, lambda: nn.Linear(6, 11, bias=False))
+        hook = {"power_sgd": powerSGD_hook.powerSGD_hook, "batched_power_sgd": powerSGD_hook.batched_powerSGD_hook}[
+            name
+        ]
+        hook = default_hooks.fp16_compress_wrapper(hook) if wrapper == "fp16" else hook
+        reference.register_comm_hook(powerSGD_hook.PowerSGDState(None, **option), hook)
+        mine = Accelerator(cpu=True, kwargs_handlers=[settings]).prepare(mine)
+        for seed in range(4):  # PowerSGD begins after two
+            torch.manual_seed(2 * seed + world.rank)
+            rows, labels = torch.randn(4, 6), torch.randint(0, 11, (4,))
+            assert_same(*(step(model, rows, labels) for model in (mine, reference)), (name, wrapper, seed))
+
+
+def test_power_sgd_of_the_kwargs_matches_torch():
+    run_world(power_by_accelerates_name, 2)
+
+
+def a_buffer_replaced_before_the_first_forward(world):
+    seen = []
+    for make in (DistributedDataParallel, TorchDDP):
+        torch.manual_seed(0)
+        model: Any = make(nn.BatchNorm1d(2))
+        if world.rank == 0:
+            model.module.running_mean = model.module.running_mean + 1
+        model.eval()(torch.ones(3, 2))
+        seen.append(model.module.running_mean.clone())
+    return torch.equal(*seen), seen[0].tolist()
+
+
+def test_a_buffer_replaced_before_the_first_forward_matches_torch():
+    assert run_world(a_buffer_replaced_before_the_first_forward, 2) == [(True, [1.0, 1.0])] * 2
 
 
 def test_what_is_no_hook_is_refused_as_in_torch(group_of_one):

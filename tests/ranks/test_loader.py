@@ -9,7 +9,7 @@ import contextlib
 
 import pytest
 import torch
-from helpers import run_ranks
+from helpers import run_ranks, run_world
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -270,6 +270,18 @@ def test_seed_comes_from_the_argument_the_generator_or_torch():
     assert order(generator=torch.Generator().manual_seed(5)) == expected
     torch.manual_seed(5)
     assert order() == expected
+
+
+def shuffled_by_rank_0s_seed(world):
+    torch.manual_seed(world.rank)
+    loader: DataLoader = DataLoader(torch.arange(8), shuffle=True, batch_size=2)  # type: ignore[arg-type]
+    return [batch.tolist() for batch in prepare_data_loader(loader)]
+
+
+def test_ranks_in_a_group_shuffle_alike_without_a_seed_as_in_accelerate():
+    """Together they see each row once, though their own seeds differ."""
+    zero, one = run_world(shuffled_by_rank_0s_seed, 2)
+    assert sorted(row for rows in zero + one for row in rows) == list(range(8))
 
 
 def test_shuffling_on_several_ranks_without_a_common_seed_is_refused():

@@ -135,3 +135,16 @@ def test_sorted_batches_pad_least_and_fall_in_length(n):
     assert len(list(sampler)) == len(sampler)
     if n > 100:
         assert _padding(sampler, lengths) <= _padding(LengthGroupedBatchSampler(lengths, 4), lengths)
+
+
+def test_a_generator_is_seeded_anew_for_each_epoch_as_accelerates_is():
+    reference = pytest.importorskip(
+        "accelerate.data_loader", reason="the reference, extra `test`"
+    ).SeedableRandomSampler
+    for kind in (SeedableRandomSampler, reference):
+        generator = torch.Generator().manual_seed(99)
+        with_one = kind(data_source=range(9), generator=generator, num_samples=9, data_seed=5)
+        first = list(with_one)
+        with_one.set_epoch(0)
+        assert first == list(with_one) == list(kind(range(9), data_seed=5))
+        assert generator.initial_seed() != 99

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanofinetune.step.schedule import AFTER_THE_END, SCHEDULES, LinearSchedule, Schedule, get_scheduler, linear_factor
+from nanofinetune.step.schedule import AFTER_THE_END, SCHEDULES, Schedule, get_scheduler, linear_factor
 
 PAST_THE_END = pytest.mark.filterwarnings("ignore:step .* of a schedule made for")  # ours; has a test of its own
 LONG_WARMUP = pytest.mark.filterwarnings("ignore:num_warmup_steps is .*, more than")  # ours; has a test of its own
@@ -208,7 +208,7 @@ def test_other_schedules_are_refused(name):
 
 
 def test_linear_schedule_is_still_a_class_of_its_own_arguments():
-    schedule = LinearSchedule(make_optimizer(), 2, 6)
+    schedule = Schedule(make_optimizer(), 2, 6)
     assert type(schedule) is type(get_scheduler("linear", make_optimizer(), 2, 6)) is Schedule
     assert [rates[0] / 0.3 for rates in learning_rates(schedule, 6)] == [linear_factor(step, 2, 6) for step in range(6)]
 
