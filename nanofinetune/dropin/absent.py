@@ -11,7 +11,7 @@ Underneath: `accelerate.utils`, `accelerate.hooks`, `accelerate.big_modeling` (a
   - Another backend, or models that do not fit on a device, are accelerate's own; its helpers are too.
 
 Proof: test_every_name_of_accelerate_is_here_or_says_what_to_use, test_no_entry_is_for_nothing in
-tests/dropin/test_names.py.
+tests/dropin/test_public_names.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every public name that a script can import from accelerate 1.15: it comes from nanofinetune, or says what to use.
 
-python -m pytest tests/dropin/test_names.py
+python -m pytest tests/dropin/test_public_names.py
 """
 
 import importlib
