@@ -1,7 +1,7 @@
 """bench/fuzz.py: its cases come again from their numbers, and each of its checks can fail. Never a time.
 
-    python -m pytest tests/bench/test_fuzz.py            a handful of each kind of case
-    python -m pytest tests/bench/test_fuzz.py -m slow    more of them, through the command line
+    python -m pytest tests/bench/test_fuzz.py            what needs no case to be run
+    python -m pytest tests/bench/test_fuzz.py -m slow    a handful of each kind, and broken programs
 
 What each check is compared with: programs that are broken on purpose, one for each way to be wrong.
 """
@@ -52,6 +52,7 @@ def contents(place: Path) -> dict[str, str]:
     return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow  # `work` trains a few runs
 @pytest.mark.parametrize("kind", fuzzed.KINDS)
 def test_a_case_follows_from_the_seed_and_its_number(kind, work, tmp_path):
     made = []
@@ -64,6 +65,7 @@ def test_a_case_follows_from_the_seed_and_its_number(kind, work, tmp_path):
     assert made[0] == made[1] != made[2]
 
 
+@pytest.mark.slow
 def test_a_handful_of_each_kind_ends_as_it_should(work):
     cases = [("commands", 1), ("commands", 2), ("commands", 3), ("commands", 5), ("checkpoints", 1), ("checkpoints", 4)]
     cases += [("caches", 2), ("caches", 3), ("files", 0), ("files", 1)]
@@ -176,6 +178,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_program_is_noticed(kind, work, monkeypatch):
     program, right, said = BROKEN[kind]
