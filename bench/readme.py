@@ -241,7 +241,8 @@ def faults_short(folder: Path) -> str:
     """Four rows of the faults, both sides."""
     path, record = newest("faults")
     lines = [
-        machine_line(path, record["machine"], folder),
+        machine_line(path, record["machine"], folder)
+        + " [All of it](docs/faults.md), with what Accelerate's recipe does.",
         "",
         "| fault | train.py | Accelerate's recipe |",
         "|---|---|---|",
