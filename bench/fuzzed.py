@@ -74,9 +74,10 @@ HOSTILE = (
 # train.py's options -> values that are right; "" stands for none. tests/bench/test_fuzz.py compares it with --help.
 OPTIONS = {
     "--model": (f"{YARD}/model",), "--data": (f"{YARD}/data",), "--text-columns": ("sentence1",),
-    "--label-column": ("label",), "--max-length": ("8", "64"), "--class-weights": ("balanced",), "--patience": ("1",),
-    "--keep-best": ("", "f1", "accuracy"), "--epochs": ("1", "2"), "--max-steps": ("1", "3"),
-    "--batch-size": ("1", "4", "5"),
+    "--label-column": ("label",), "--task": ("auto", "single", "multi", "regression"), "--drop-unlabelled": ("",),
+    "--separator": (",", "tab"), "--encoding": ("utf-8", "cp1252"), "--max-length": ("8", "64"),
+    "--class-weights": ("balanced",), "--patience": ("1",), "--keep-best": ("", "f1", "accuracy"),
+    "--epochs": ("1", "2"), "--max-steps": ("1", "3"), "--batch-size": ("1", "4", "5"),
     "--eval-batch-size": ("1", "32"), "--accumulate": ("1", "2"), "--group-by-length": ("",), "--fast-dropout": ("",),
     "--lr": ("1e-3", "1e30", "5e-324"), "--weight-decay": ("0", "0.1"), "--warmup-steps": ("0", "1", "0.5"),
     "--schedule": ("linear", "constant", "cosine", "polynomial", "inverse_sqrt"), "--clip-norm": ("1", "1e-30"),

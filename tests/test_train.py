@@ -338,6 +338,7 @@ def test_the_default_run_falls_back_and_beats_the_majority_class(packaged_model,
     done = subprocess.run(
         [sys.executable, "train.py", "--output", str(tmp_path / "out")],
         cwd=ROOT, capture_output=True, text=True, timeout=3000, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "using the packaged checkpoint instead" in done.stdout and "using stdlib-pairs instead" in done.stdout

@@ -22,6 +22,7 @@ from conftest import ROOT, write_job
 sys.path.insert(0, str(ROOT / "bench"))
 
 import faults
+import fuzz
 import throughput
 from throughput import NotEqual, Place, Setup
 
@@ -208,8 +209,8 @@ def test_a_record_names_no_place(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "bench" / "records").glob("*.md")), ids=lambda path: path.stem)
 def test_reports_are_those_of_their_records(path):
     record = json.loads(path.with_suffix(".json").read_text())
-    if record["what"] == "faults":
-        assert path.read_text() == faults.table_of(record) + "\n"
+    if record["what"] in ("faults", "fuzz"):
+        assert path.read_text() == {"faults": faults, "fuzz": fuzz}[record["what"]].table_of(record) + "\n"
         return
     assert path.read_text() == throughput.markdown(record, path.with_suffix(".png").name)
     assert path.with_suffix(".png").is_file()
