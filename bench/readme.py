@@ -170,7 +170,7 @@ def numbers(folder: Path) -> str:
     )
 
 
-LEFT_OUT = ("seconds", "examples_per_second", "first_step_seconds", "peak_rss_mb", "padding", "notes")
+SHOWN = ("model", "data", "world", "steps", "loss", "accuracy", "f1")
 
 
 def commands(folder: Path) -> str:
@@ -180,10 +180,11 @@ def commands(folder: Path) -> str:
 
 
 def short(last: str) -> str:
-    """A result line without what differs from machine to machine; each gap is "...". Other lines as they are."""
+    """A result line's most asked for, numbers to four digits, "..." for each gap. Other lines as they are."""
     if not last.startswith("{"):
         return last.strip("= ")
-    parts = ["..." if key in LEFT_OUT else f'"{key}": {json.dumps(value)}' for key, value in json.loads(last).items()]
+    result = {key: round(value, 4) if isinstance(value, float) else value for key, value in json.loads(last).items()}
+    parts = [f'"{key}": {json.dumps(value)}' if key in SHOWN else "..." for key, value in result.items()]
     return "{" + ", ".join(part for i, part in enumerate(parts) if part != "..." or parts[i - 1] != "...") + "}"
 
 

@@ -32,8 +32,8 @@ def test_readme_shows_each_last_line_under_its_command():
 
 
 def test_a_result_is_shortened_and_a_line_of_pytest_is_not():
-    line = '{"model": ".../minilm", "steps": 3, "seconds": 1.5, "padding": 0.25, "accuracy": 0.5, "notes": ["a"]}'
-    assert readme.short(line) == '{"model": ".../minilm", "steps": 3, ..., "accuracy": 0.5, ...}'
+    line = '{"model": ".../minilm", "steps": 3, "seconds": 1.5, "padding": 0.25, "accuracy": 0.56789, "notes": ["a"]}'
+    assert readme.short(line) == '{"model": ".../minilm", "steps": 3, ..., "accuracy": 0.5679, ...}'
     assert readme.short("==== 3 passed in 1.2s ====") == "3 passed in 1.2s"
 
 
