@@ -181,6 +181,24 @@ def test_an_answer_that_is_no_number_is_refused_where_the_pipeline_gives_a_label
     assert out == "" and err.endswith("it answers with NaN or infinity; name another model\n") and err.count("\n") == 1
 
 
+def test_a_model_that_fails_on_a_batch_is_one_line(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    """Whatever its code raises there is about the model, and the library's traceback says it to nobody."""
+    from transformers import BertForSequenceClassification as Bert
+
+    def failing(*_, **__):
+        raise ValueError("The embedded tensor is 3 long\nand some more")
+
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a"], 2)
+    (tmp_path / "lines.txt").write_text("the cat\nit sat\n")
+    monkeypatch.setattr(Bert, "forward", failing)
+    monkeypatch.setattr(predict, "use_lean_encoder", lambda model: None)
+    monkeypatch.setattr(sys, "argv", ["predict", folder, str(tmp_path / "lines.txt")])
+    assert run_main("predict", predict.main) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"model {folder}: it fails on a batch of 2 rows (The embedded tensor is 3 long" in err
+
+
 def test_no_lines_are_no_output(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
     folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a"])
     assert predicted([], folder, capsys, monkeypatch, tmp_path) == []

@@ -58,7 +58,8 @@ def _outline(kind: Any, text: str, padding: int | None) -> Outline:
     config = kind.from_dict(json.loads(text))
     config.return_dict, config.pad_token_id = True, padding
     with torch.random.fork_rng(devices=[]), no_init_weights():
-        model = AutoModelForSequenceClassification.from_config(config).eval()
+        # underneath: without this a config that names code of its own asks on stdin whether to run it
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False).eval()
     few, failure = _lookups(model, config, SHORT)
     more, _ = _lookups(model, config, LONGER)
     found = []  # (positions, first) of each table
