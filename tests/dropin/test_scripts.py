@@ -1,7 +1,7 @@
 """Scripts for Accelerate, run as written and again with only their import lines changed: the same losses.
 
-Each script is text. It makes its own rows and its own model, and its last line prints, from the main process, what the
-two sides are compared by. Every rank is a fork, and each side runs in ranks of its own (accelerate 1.15, torch 2.13,
+Each script is text. It makes its own rows and its own model, and prints one line, from the main process, that the two
+sides are compared by. Every rank is a fork, and each side runs in ranks of its own (accelerate 1.15, torch 2.13,
 transformers 5.23).
 
 What all scripts have in common, since the sides differ there on purpose:
@@ -616,7 +616,7 @@ def run_both(name: str, world: int, tmp_path: Any) -> tuple[Any, Any]:
     found = []
     for side, script in (("ours", swapped), ("theirs", text)):
         (folder := tmp_path / side).mkdir()
-        printed = run_ranks(execute, world, script, str(folder), side == "ours")
+        printed = run_ranks(execute, world, script, str(folder), side == "ours", timeout=120)
         assert printed[1:] == [""] * (world - 1), "only the main process prints"
         found.append(json.loads(printed[0]))
     return found[0], found[1]
