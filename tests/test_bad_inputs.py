@@ -482,8 +482,9 @@ def test_every_call_that_could_run_a_models_code_says_no():
     calls = []
     for path in sorted((ROOT / "nanofinetune").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-            if named and node.func.attr in ("from_pretrained", "from_config", "load_dataset", "pipeline"):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if node.func.attr in ("from_pretrained", "from_config", "load_dataset", "pipeline"):
                 said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 calls.append((path.name, node.func.attr, said.get("trust_remote_code")))
     assert len(calls) >= 4
