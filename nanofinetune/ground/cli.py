@@ -24,6 +24,7 @@ import io
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -66,6 +67,8 @@ def run_main(name: str, main: Callable[[], None]) -> int:
             raise  # nanofinetune.launch started this rank, and prints the line of the first rank that fails
         if not _follows("LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # all ranks make the same mistake: print it once a node
             _complain(f"{name}: {' '.join(str(error).splitlines())}")  # one line, whatever it quotes
+        else:
+            time.sleep(1)  # underneath: torchrun ends all ranks as soon as one has ended, also the one that speaks
         return 2
     except Halt as halt:
         if "NANOFINETUNE_WORKER" in os.environ:

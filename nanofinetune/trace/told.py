@@ -27,7 +27,9 @@ Ranks = list[list[Event]]  # the events of each rank
 def phases(events: list[Event]) -> list[tuple[str, list[Event]]]:
     """A rank's events, in any order -> (name, events) of set-up, update 1, update 2, ..., and what comes afterwards."""
     ordered = sorted(events, key=lambda event: event.begin)
-    first = next((i for i, event in enumerate(ordered) if event.what == "collate"), len(ordered))
+    prepared = max((i for i, event in enumerate(ordered) if event.what == "prepare"), default=-1)  # the trial is before
+    collated = (i for i, event in enumerate(ordered) if event.what == "collate" and i > prepared)
+    first = next(collated, len(ordered))
     found, rest = [("set-up", ordered[:first])], ordered[first:]
     steps = [event.end for event in rest if event.what == "optimizer"]
     resets = [event.end for event in rest if event.what == "zero_grad"]

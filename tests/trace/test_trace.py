@@ -68,7 +68,7 @@ def test_two_ranks_tell_what_happens_in_order(traced, rank):
         order = ["collate", "to device", "forward", "backward", "gradient", "all-reduce", "wait", "clip", "optimizer"]
         order += ["schedule", "zero_grad"]
         assert sorted(order, key=first.__getitem__) == order
-        # One batch ahead: the first update fetches two, the others the one after theirs.
+        # One batch ahead: the first update fetches two, the others the one after theirs. The trial's is set-up.
         assert sum(e.what == "collate" for e in update) == (2 if k == 0 else 1)
         gradients = [e for e in update if e.what == "gradient"]
         parameters = [name for name, p in tiny_bert().named_parameters() if p.requires_grad]
@@ -86,7 +86,7 @@ def test_two_ranks_tell_what_happens_in_order(traced, rank):
     assert sum(rows) in range(24), "this rank's validation rows"
     assert [e.text for e in by_name["afterwards"] if e.what == "reduce"] == [
         f"({UPDATES}, 2) float32, {8 * UPDATES} bytes",  # the losses
-        "(3, 130) int64, 3,120 bytes",  # the counts of evaluation: the last all-reduce
+        "(394,) int64, 3,152 bytes",  # the counts of evaluation, 3 x 130, and its 2 x 2 table: the last all-reduce
     ]
 
 
@@ -184,7 +184,8 @@ def test_any_optimizer_is_told_at_the_end_of_its_window(kind):
     told = [event for event in observer.events if event.what == "optimizer"]
     assert [event.text for event in told] == [f"{kind.__name__}, lr 0.5: 2 tensors, 5 numbers, 20 bytes"] * 2
     assert told[0].place.endswith(f"py::{kind.__name__}.step")
-    observer.note("collate", 0.0, 0.0, "a batch, before all of it", kind.step)
+    prepared = max(event.end for event in observer.events if event.what == "prepare")
+    observer.note("collate", prepared, prepared, "a batch, before the updates", kind.step)
     assert [name for name, _ in phases(observer.events)] == ["set-up", "update 1", "update 2", "afterwards"]
 
 
