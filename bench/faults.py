@@ -565,6 +565,7 @@ def main() -> None:
     if args.json and not args.json.absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: there is no such folder")
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, in every run that this starts too
     from pieces import machine
 
     record: dict[str, Any] = {"what": "faults", "machine": machine(), "seed": args.seed, "rows": {}}

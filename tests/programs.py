@@ -21,6 +21,7 @@ import threading
 import traceback
 import types
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,11 @@ def _run(words: list[str], variables: dict[str, str], folder: str) -> None:
     code = 1
     try:
         os.closerange(3, 256)  # the server's pipes: who outlives the tests must not keep it alive
+        # multiprocessing knows them by number, and would write into, or close, whatever gets that number next.
+        vars(resource_tracker._resource_tracker).update(_fd=None, _pid=None)
+        vars(forkserver._forkserver).update(
+            _forkserver_address=None, _forkserver_alive_fd=None, _forkserver_pid=None, _inherited_fds=None
+        )
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, signal.default_int_handler if name == signal.SIGINT else signal.SIG_DFL)
         os.environ.clear()
@@ -147,6 +153,7 @@ def _run(words: list[str], variables: dict[str, str], folder: str) -> None:
         if words[:2] == ["-m", "torch.distributed.run"]:
             _let_torchrun_fork()
         if words[0] == "-m":
+            sys.modules.pop(words[1], None)  # else runpy warns that it is there already
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         elif words[0] == "-c":
             sys.modules["__main__"] = module = types.ModuleType("__main__")

@@ -55,6 +55,7 @@ def test_a_program_sees_what_a_real_process_sees(kind, tmp_path, monkeypatch):
     ["import sys; sys.exit(3)", "raise SystemExit", "raise SystemExit('a line')", "import sys; sys.exit(None)",
      "import os; os.kill(os.getpid(), 9)", "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
      "import atexit; atexit.register(print, 'at exit'); print('before')",
+     "import multiprocessing; [multiprocessing.RLock() for _ in range(3)]; print('locks')",
      "import threading, time; threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()"],
 )  # fmt: skip
 def test_a_program_ends_as_a_real_process_ends(code, tmp_path):
