@@ -768,7 +768,7 @@ def odd_rows(dice: random.Random, content: bytes, ending: str) -> tuple[bytes, s
         "lines that end in CR": (content.replace(b"\n", b"\r"), "same"),
         "blank lines": (content.replace(b"\n", b"\n\n"), "same"),
         "no end of its last line": (content[:-1], "same"),
-        "utf-16": (content.decode().encode("utf-16"), "refused"),
+        "utf-16": (content.decode().encode("utf-16"), "same"),
         "utf-32": (content.decode().encode("utf-32"), "refused"),
         "a NUL": (between(lines[middle][:15] + b"\x00" + lines[middle][15:]), "any"),
         "a byte that is not UTF-8": (content.replace(b"word1", b"word\xff", 1), "refused"),
