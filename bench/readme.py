@@ -174,9 +174,17 @@ SHOWN = ("model", "data", "world", "steps", "loss", "accuracy", "f1")
 
 
 def commands(folder: Path) -> str:
-    """README's three commands, each with the last line that it printed when `python bench/commands.py` ran it."""
+    """README's three commands, with the last lines that `python bench/commands.py` has recorded of them."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    from commands import commands as named
+
     rows = newest("commands")[1]["rows"]
-    return "\n".join(["```bash", *(f"{command}\n# {short(last)}" for command, last in rows.items()), "```"])
+    lines = [
+        line
+        for command in named((ROOT / "README.md").read_text())
+        for line in (command, *(f"# {short(last)}" for last in [rows.get(command)] if last))
+    ]
+    return "\n".join(["```bash", *lines, "```"])
 
 
 def short(last: str) -> str:
