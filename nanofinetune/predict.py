@@ -298,10 +298,11 @@ def main() -> None:
             write_rows(target, form, labelled(rows, columns, answers, ask, bar), rows)
         return
     with _target(output) as target, _bar(args.output, None) as bar:
+        on_screen = _on_screen(args.output)
         for lines in _lines(path, how.encoding or "utf-8-sig", len(known) or None):
             for line, row in zip(lines, ask(lines), strict=True):
                 # as they are for another program; on a terminal they must not clear the screen
-                texts = [shown(text, most=len(text) + 2**16) for text in line] if _on_screen(args.output) else line
+                texts = [shown(text, most=len(text) + 2**16) for text in line] if on_screen else line
                 target.write(("\t".join([*answers.fields(row), *texts]) + "\n").encode())
             target.flush()
             bar.update(len(lines))

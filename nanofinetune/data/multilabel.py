@@ -67,7 +67,8 @@ def classes_of_lists(
     where = f"--label-column {column}"
     if names is None and all(isinstance(item, str) for item in items):
         names = sorted(items)
-        lists = {key: [[names.index(item) for item in row] for row in rows] for key, rows in lists.items()}
+        places = {name: i for i, name in enumerate(names)}
+        lists = {key: [[places[item] for item in row] for row in rows] for key, rows in lists.items()}
     elif names is None:
         lengths = {len(row) for rows in lists.values() for row in rows}
         if len(lengths) > 1 or None in items or any(np.isnan(_yes_or_no(item)) for item in items):
@@ -91,8 +92,6 @@ def _yes_or_no(value: Any) -> float:
 
 
 # --- what a model of them scores --------------------------------------------------------------------------------------
-
-TRUE, PREDICTED, BOTH = 0, 1, 2
 
 
 class MultiLabelMetric:

@@ -65,16 +65,13 @@ def run_main(name: str, main: Callable[[], None]) -> int:
     except UsageError as error:
         if "NANOFINETUNE_WORKER" in os.environ:
             raise  # nanofinetune.launch started this rank, and prints the line of the first rank that fails
-        if not _follows("LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # all ranks make the same mistake: print it once a node
-            _complain(f"{name}: {' '.join(str(error).splitlines())}")  # one line, whatever it quotes
-        else:
-            time.sleep(1)  # underneath: torchrun ends all ranks as soon as one has ended, also the one that speaks
+        line = f"{name}: {' '.join(str(error).splitlines())}"  # one line, whatever it quotes
+        _complain_once(line, "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # all ranks make the same mistake: once a node
         return 2
     except Halt as halt:
         if "NANOFINETUNE_WORKER" in os.environ:
             raise
-        if not _follows("RANK", "WORLD_SIZE"):
-            _complain(f"{name}: {halt}")
+        _complain_once(f"{name}: {halt}", "RANK", "WORLD_SIZE")
         return halt.code
     except KeyboardInterrupt:
         _complain(f"{name}: interrupted")
@@ -94,6 +91,14 @@ def _follows(rank: str, size: str) -> bool:
     """Whether these variables say that this is a later rank than 0, which speaks for all; not if they cannot be."""
     value, ranks = os.environ.get(rank, ""), os.environ.get(size, "")
     return value.isdecimal() and ranks.isdecimal() and 0 < int(value[:9]) < int(ranks[:9])
+
+
+def _complain_once(line: str, rank: str, size: str) -> None:
+    """Print it on the first of the ranks that these variables count; the others leave a moment later."""
+    if _follows(rank, size):
+        time.sleep(1)  # underneath: torchrun ends all ranks as soon as one has ended, also the one that speaks
+    else:
+        _complain(line)
 
 
 def _complain(line: str) -> None:
