@@ -69,6 +69,19 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """Call train.py's main, of a module that `load_script` gave, with arguments -> (exit code, stdout, stderr)."""
+
+    def call(train, *arguments):
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
+        code = train.run_main("train.py", train.main)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def glue_path() -> Path:
     """The folder that holds real GLUE as parquet (mrpc/, sst2/), or a skip."""

@@ -32,14 +32,12 @@ train = load_script(ROOT / "train.py")
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(call_main):
     """Call train.py's main with arguments -> (exit code, stdout lines, stderr lines)."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        code = train.run_main("train.py", train.main)
-        captured = capsys.readouterr()
-        return code, captured.out.splitlines(), captured.err.splitlines()
+        code, out, err = call_main(train, *arguments)
+        return code, out.splitlines(), err.splitlines()
 
     return call
 

@@ -20,7 +20,7 @@ train = load_script(ROOT / "train.py")
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tiny_model, pairs):
+def run(monkeypatch, call_main, tiny_model, pairs):
     """Run train.py on the pairs with scripted accuracies, one an epoch -> (code, result, stdout, stderr).
 
     A score that is an exception is raised. `weights` collects the model of each evaluation.
@@ -38,10 +38,8 @@ def run(monkeypatch, capsys, tiny_model, pairs):
             return {"accuracy": score, "f1": 1.0 - (score or 0.0)}
 
         monkeypatch.setattr(train, "evaluate_all", evaluate_all)
-        monkeypatch.setattr(sys, "argv", ["train.py", "--model", tiny_model, "--data", pairs, *map(str, arguments)])
-        code = train.run_main("train.py", train.main)
-        captured = capsys.readouterr()
-        return code, json.loads(captured.out.splitlines()[-1]) if code == 0 else None, captured.out, captured.err
+        code, out, err = call_main(train, "--model", tiny_model, "--data", pairs, *arguments)
+        return code, json.loads(out.splitlines()[-1]) if code == 0 else None, out, err
 
     return call
 

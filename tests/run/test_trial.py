@@ -5,7 +5,7 @@ python -m pytest tests/run/test_trial.py
 
 import random
 import shutil
-import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,16 +26,9 @@ train = load_script(ROOT / "train.py")
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(call_main):
     """Call train.py's main -> (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        code = train.run_main("train.py", train.main)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(call_main, train)
 
 
 def job_of(tokenizer, model=None) -> Any:
