@@ -191,7 +191,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulate", metavar="N", type=count, default=1, help="batches per update (default 1)")
     add("--group-by-length", action="store_true",
         help="batches of rows of similar length: less padding, another order (bf16, fp16: lengths in steps of 8)")
-    add("--fast-dropout", action="store_true", help="cheaper random bits for a BERT on a CPU: other dropout masks")
+    add("--fast-dropout", action="store_true", help="cheaper random bits for BERT and its kin on a CPU: other masks")
     add = parser.add_argument_group("optimizer").add_argument
     add("--lr", metavar="RATE", type=number(float, 0, above=True), default=5e-5, help="at its peak (default 5e-5)")
     add("--weight-decay", metavar="RATE", type=number(float, 0), default=0.0, help="not on biases, LayerNorm (0)")

@@ -29,6 +29,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from nanofinetune.cpu.dropout import use_exact_dropout
 from nanofinetune.cpu.lean import use_lean_encoder
 from nanofinetune.data.files import LONGEST, dialect, format_of
 from nanofinetune.data.pretrained import length_limit, load_tokenizer, load_trained
@@ -280,6 +281,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)
     limit = length_limit(args.model, tokenizer)
     if device.type == "cpu":
+        use_exact_dropout(model)  # there is none here, but its attention is the one that the lean encoder calls
         use_lean_encoder(model)
     answers = Answers(model, args.all, dict(args.threshold or ()))
     if args.threshold and answers.kind != "multi":

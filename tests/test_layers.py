@@ -128,7 +128,7 @@ def test_tests_mirror_the_package():
 OTHER_TESTS = {
     ("ranks", "equal_ranks"), ("ranks", "nodes"), ("ranks", "ddp_edges"), ("ground", "xla_calls"),
     ("step", "step_properties"), ("run", "start"), ("run", "damage"), ("data", "architectures"), ("data", "sizes"),
-    ("dropin", "public_names"), ("dropin", "scripts"),
+    ("dropin", "public_names"), ("dropin", "scripts"), ("cpu", "other_encoders"),
 }  # fmt: skip
 
 

@@ -512,17 +512,19 @@ def test_a_bar_is_shown_on_a_terminal_alone(monkeypatch):
 def test_prediction_leaves_out_what_training_leaves_out(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
     """The lean encoder, as train.py uses it on a CPU, with the whole one's answers."""
     folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
-    used = []
+    layouts = []
 
-    def use(model):
-        used.append(model)
-        lean.use_lean_encoder(model)
+    def noted(*args):
+        layouts.append(layout_of(*args))
+        return layouts[-1]
 
-    monkeypatch.setattr(predict, "use_lean_encoder", use)
+    layout_of = lean.layout_of
+    monkeypatch.setattr(lean, "layout_of", noted)
     texts = sentences(20, shortest=1)
     shown = predicted(texts, folder, capsys, monkeypatch, tmp_path)
     whole = predict.predict(
         [(text,) for text in texts], predict.load_trained(folder), predict.load_tokenizer(folder), 64, 64
     )
-    assert len(used) == 1 and [line[0] for line in shown] == [label for label, _ in whole]
+    assert len(layouts) == 1 and layouts[0] is not None  # of predict's one batch, and none of the whole model's
+    assert [line[0] for line in shown] == [label for label, _ in whole]
     np.testing.assert_allclose([float(line[1]) for line in shown], [p for _, p in whole], atol=PRINTED + TOLERANCE)

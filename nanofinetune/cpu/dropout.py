@@ -173,6 +173,8 @@ def fast_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+# The kinds of models that attend as these functions do: encoders with a padding mask, and nothing added to the scores.
+KINDS = ("albert", "bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
 ATTENTIONS = {EXACT: exact_attention, FAST: fast_attention}
 TABLE: dict[str, Any] = dict(ATTENTIONS)  # what goes into transformers' table; lean.py adds its own
 
@@ -180,18 +182,18 @@ TABLE: dict[str, Any] = dict(ATTENTIONS)  # what goes into transformers' table; 
 def use_exact_dropout(model: Any) -> None:
     """Make a transformers model on a CPU draw torch's masks faster, in place."""
     _replace(model, ExactDropout)
-    if model.config.model_type == "bert" and not model.config.is_decoder and _is_plain(model):
+    if model.config.model_type in KINDS and not getattr(model.config, "is_decoder", False) and _is_plain(model):
         attend_with(model, EXACT)  # other kinds may need what this attention lacks
 
 
 def use_fast_dropout(model: Any) -> None:
     """Give a transformers model on a CPU the masks of fast_noise, in place.
 
-    Raises UsageError for a model that is not a BERT, or whose attention is not torch's scaled_dot_product_attention.
+    Raises UsageError for a model of no kind in KINDS, or whose attention is not torch's scaled_dot_product_attention.
     """
-    if model.config.model_type != "bert" or not _is_plain(model):
-        kind = f"{model.config.model_type} model with {model.config._attn_implementation} attention"
-        raise UsageError(f"--fast-dropout knows BERT with sdpa attention, and this is a {kind}: leave it out")
+    if model.config.model_type not in KINDS or not _is_plain(model):
+        kind = f"{model.config.model_type} with {model.config._attn_implementation} attention"
+        raise UsageError(f"--fast-dropout knows {', '.join(KINDS)} with sdpa attention; {kind}: leave it out")
     _replace(model, FastDropout)
     attend_with(model, FAST)
 

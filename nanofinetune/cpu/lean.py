@@ -1,4 +1,4 @@
-"""A BERT encoder that computes only what the loss reads: no padding, and one token per row in the last layer.
+"""BERT and its kin, computing only what the loss reads: no padding, and one token per row in the last layer.
 
 >>> layout = Layout(torch.tensor([[True, True, True], [True, False, False]]), multiple=1)
 >>> layout.rows.tolist()  # of the batch's 2 x 3 positions: the four that hold tokens
@@ -8,21 +8,22 @@
 >>> layout.first(torch.tensor([[[5.0], [6.0], [7.0], [8.0]]])).flatten().tolist()
 [5.0, 8.0]
 
-Underneath: transformers.models.bert.modeling_bert.BertEncoder (transformers 5.23)
-  - computes every position of a padded batch in every layer, though `BertPooler` reads the first token alone;
+Underneath: BertEncoder, RobertaEncoder, ElectraEncoder, AlbertTransformer, DistilBERT's Transformer (transformers 5.23)
+  - compute every position of a padded batch in every layer, though a classifier reads the first token alone;
   - here each layer works on one (1, tokens, width) tensor without padding; only attention sees (B, S) again;
   - in the last layer only keys and values are computed for all tokens;
   - kept: losses and gradients but for rounding, dropout bit for bit;
   - left to transformers: other masks, gradient checkpointing, `output_hidden_states`, a model changed afterwards
-    (layers, attention, adapters), and whatever records operations (compile, export, trace).
+    (layers, attention, adapters, head), and whatever records operations (compile, export, trace).
 
 Proof: test_a_lean_model_matches_the_whole_one, test_dropout_matches_the_whole_one in tests/cpu/test_lean.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,7 @@ class Layout:
         """`real` is (B, S) bool, True where there is a token; each row begins with one."""
         self.batch, self.length = real.shape
         tokens = -(-int(real.sum()) // multiple) * multiple
+        self.layers = 0  # how many layers are still to come (`encode` and `last_layer` count)
         self.rows: Tensor | None = None
         self.firsts = torch.arange(self.batch) * self.length  # (B,) where in the packed tensor each row begins
         if tokens <= (1 - least) * real.numel():
@@ -115,14 +117,13 @@ class PackedDropout(ExactDropout):
     """Dropout of packed tokens that drops what it would have dropped in the full batch."""
 
     layout: Layout | None = None
-    only_first = False  # True in the last layer, which computes first tokens only
 
     def noise(self, x: Tensor) -> Tensor:
         if self.layout is None:
             return super().noise(x)
         full = torch.Size((self.layout.batch, self.layout.length, x.shape[-1]))
         noise = self.layout.pack(torch_noise(full, x.dtype, self.p))
-        return self.layout.first(noise) if self.only_first else noise
+        return noise if self.layout.layers else self.layout.first(noise)  # none left: the last one's first tokens
 
 
 def laid_out(attention: Any) -> Any:
@@ -155,23 +156,108 @@ def by_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def build_of(encoder: Any) -> list[Any]:
+# --- where the models that we know keep what a layer does -------------------------------------------------------------
+
+# The models whose head reads the first token alone, and where their encoder is.
+ENCODERS = {
+    "AlbertForSequenceClassification": "albert.encoder",
+    "BertForSequenceClassification": "bert.encoder",
+    "CamembertForSequenceClassification": "roberta.encoder",
+    "DistilBertForSequenceClassification": "distilbert.transformer",
+    "ElectraForSequenceClassification": "electra.encoder",
+    "RobertaForSequenceClassification": "roberta.encoder",
+    "XLMRobertaForSequenceClassification": "roberta.encoder",
+}
+
+
+class Parts(NamedTuple):
+    """A layer, taken apart."""
+
+    attention: Any  # the module that calls the attention function
+    query: nn.Module  # (..., width) -> (..., heads x width of a head), as key and value are
+    key: nn.Module
+    value: nn.Module
+    heads: int
+    dropout: float  # of the attention's weights
+    rest: Callable[[Tensor, Tensor], Tensor]  # the heads' outcome and the layer's input -> the layer's output
+
+
+def parts_of(layer: Any) -> Parts:
+    """The parts of a layer of BERT's, ALBERT's or DistilBERT's build."""
+    name, attention = type(layer).__name__, layer.attention
+    if name == "TransformerBlock":  # DistilBERT
+
+        def distilbert(out: Tensor, x: Tensor) -> Tensor:
+            x = layer.sa_layer_norm(attention.out_lin(out) + x)
+            return layer.output_layer_norm(layer.ffn(x) + x)
+
+        linear = attention.q_lin, attention.k_lin, attention.v_lin
+        return Parts(attention, *linear, attention.n_heads, attention.dropout.p, distilbert)
+    if name == "AlbertLayer":
+
+        def albert(out: Tensor, x: Tensor) -> Tensor:
+            x = attention.LayerNorm(x + attention.output_dropout(attention.dense(out)))
+            return layer.full_layer_layer_norm(layer.ff_chunk(x) + x)
+
+        linear = attention.query, attention.key, attention.value
+        return Parts(attention, *linear, attention.num_attention_heads, attention.attention_dropout.p, albert)
+
+    def bert(out: Tensor, x: Tensor) -> Tensor:
+        return layer.feed_forward_chunk(layer.attention.output(out, x))
+
+    attention = attention.self
+    linear = attention.query, attention.key, attention.value
+    return Parts(attention, *linear, attention.num_attention_heads, attention.dropout.p, bert)
+
+
+def layers_of(encoder: Any) -> list[Any]:
+    """The layers in the order in which they are called; ALBERT calls one many times."""
+    if not hasattr(encoder, "albert_layer_groups"):
+        return list(encoder.layer)
+    groups, config = encoder.albert_layer_groups, encoder.config
+    calls = [int(i / (config.num_hidden_layers / config.num_hidden_groups)) for i in range(config.num_hidden_layers)]
+    return [layer for group in calls for layer in groups[group].albert_layers]
+
+
+# --- the encoder ------------------------------------------------------------------------------------------------------
+
+
+def build_of(model: Any, encoder: Any) -> list[Any]:
     """What `encode` counts on: each layer's attention, each module's class, and which have a forward of their own."""
-    attentions = [layer.attention.self.config._attn_implementation for layer in encoder.layer]
-    return attentions + [(type(module), "forward" in vars(module)) for module in encoder.modules()]
+    attentions = [module.config._attn_implementation for module in encoder.modules() if hasattr(module, "is_causal")]
+    others = (module for module in model.modules() if not isinstance(module, nn.Embedding))
+    return attentions + [(type(module), "forward" in vars(module)) for module in others]
+
+
+def begin(model: Any, inputs: Any) -> None:
+    """Before the model's forward: its head will read the first token alone. Someone else may read them all."""
+    model.head_reads = True
+
+
+def end(model: Any, inputs: Any, outputs: Any) -> None:
+    model.head_reads = False
 
 
 def encode(
-    self: Any, build: list[Any], hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    self: Any,
+    model: Any,
+    build: list[Any],
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    """BertEncoder.forward for packed tokens, while the encoder is as it was built."""
+    """The encoder's forward for packed tokens, while its model is as it was built."""
     from transformers.utils.output_capturing import _active_collector
 
+    layers = layers_of(self)
     # underneath: hooks collect what layers return; and checkpointing computes a layer again when its layout is gone
-    full = bool(_active_collector.get()) or self.layer[0].gradient_checkpointing or build_of(self) != build
-    layout = None if full else layout_of(hidden_states, attention_mask)
+    full = bool(_active_collector.get()) or getattr(layers[0], "gradient_checkpointing", False)
+    full = full or not model.head_reads  # the encoder was called by itself, for its tokens
+    layout = None if full or build_of(model, self) != build else layout_of(hidden_states, attention_mask)
     if layout is None:
         return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
+    layout.layers = sum(layer is layers[-1] for layer in layers)
     dropouts = [module for module in self.modules() if isinstance(module, PackedDropout)]
     try:
         for dropout in dropouts:
@@ -192,39 +278,44 @@ def last_layer(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """BertLayer.forward for the first tokens: (1, tokens, width) -> (1, B, width)."""
-    if layout is None:
+    """The last layer's forward, for the first tokens: (1, tokens, width) -> (1, B, width)."""
+    if layout is not None:
+        layout.layers -= 1
+    if layout is None or layout.layers:  # ALBERT's is called for the other layers too
+        kwargs |= {} if layout is None else {"layout": layout}
         return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
-    attention = self.attention.self
-    heads, first = attention.num_attention_heads, layout.first(hidden_states)
-    query = by_heads(attention.query(first).transpose(0, 1), heads)  # (B, heads, 1, width)
-    key, value = (by_heads(layout.unpack(part(hidden_states)), heads) for part in (attention.key, attention.value))
+    parts, first = parts_of(self), layout.first(hidden_states)
+    query = by_heads(parts.query(first).transpose(0, 1), parts.heads)  # (B, heads, 1, width)
+    key, value = (by_heads(layout.unpack(part(hidden_states)), parts.heads) for part in (parts.key, parts.value))
     mask = None if attention_mask is None else attention_mask[:, :, :1]
     attend = ATTENTIONS[self.attends_by]
-    dropout = attention.dropout.p if self.training else 0.0
+    dropout = parts.dropout if self.training else 0.0
     out, _ = attend(
-        attention, query, key, value, mask, dropout=dropout, scaling=attention.scaling, queries=layout.length
-    )  # (B, 1, heads, width)
-    return self.feed_forward_chunk(self.attention.output(out.flatten(2).transpose(0, 1), first))
+        parts.attention, query, key, value, mask, dropout=dropout, scaling=parts.attention.scaling,
+        queries=layout.length,
+    )  # fmt: skip
+    return parts.rest(out.flatten(2).transpose(0, 1), first)  # of (B, 1, heads, width)
 
 
 def use_lean_encoder(model: Any) -> None:
-    """Make a BertForSequenceClassification on a CPU compute only what its loss reads, in place; other models stay.
+    """Make a model of ENCODERS on a CPU compute only what its loss reads, in place; other models stay.
 
     Call it after `use_exact_dropout` or `use_fast_dropout`: it unpacks the tokens for the attention that those chose.
     """
     name, config = model.config._attn_implementation, model.config
-    known = type(model).__name__ == "BertForSequenceClassification" and name in ATTENTIONS
-    if not known or config.is_decoder or config.chunk_size_feed_forward:
+    known = type(model).__name__ in ENCODERS and name in ATTENTIONS
+    if not known or getattr(config, "is_decoder", False) or getattr(config, "chunk_size_feed_forward", 0):
         return
-    encoder, last = model.bert.encoder, model.bert.encoder.layer[-1]
+    encoder = model.get_submodule(ENCODERS[type(model).__name__])
     for module in encoder.modules():
         if type(module) is ExactDropout:
             module.__class__ = PackedDropout
-    for module in last.modules():
-        if isinstance(module, PackedDropout):
-            module.only_first = True
+    last = layers_of(encoder)[-1]
     last.attends_by = name
     attend_with(model, f"{name}_lean")
+    if not hasattr(model, "head_reads"):  # a second call registers nothing twice
+        model.register_forward_pre_hook(begin)
+        model.register_forward_hook(end, always_call=True)
+    model.head_reads = False
     encoder.forward, last.forward = encode, partial(last_layer, last)  # a partial can be pickled
-    encoder.forward = partial(encode, encoder, build_of(encoder))
+    encoder.forward = partial(encode, encoder, model, build_of(model, encoder))

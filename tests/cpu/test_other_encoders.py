@@ -1,0 +1,211 @@
+"""The lean encoders of BERT's kin against the same models computed in full by transformers 5.23.
+
+Reference: transformers' ...ForSequenceClassification with equal weights. What is particular to BERT, and what a change
+afterwards does, is in test_lean.py.
+
+    python -m pytest tests/cpu/test_other_encoders.py
+"""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from nanofinetune.cpu.dropout import EXACT, KINDS, use_exact_dropout, use_fast_dropout
+from nanofinetune.cpu.embedding import use_row_gradients
+from nanofinetune.cpu.lean import ENCODERS, use_lean_encoder
+
+SIZES = {
+    "vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64,
+    "max_position_embeddings": 70, "pad_token_id": 1,
+}  # fmt: skip
+OTHERS = {"distilbert": {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64}, "albert": {"embedding_size": 16}}
+VARIANTS = {kind: (kind, OTHERS.get(kind, {})) for kind in KINDS} | {
+    "albert, two groups": ("albert", {"embedding_size": 16, "num_hidden_groups": 2}),
+    "albert, two layers a group": ("albert", {"embedding_size": 16, "inner_group_num": 2}),
+    "electra, narrow embeddings": ("electra", {"embedding_size": 16}),
+    "one layer": ("roberta", {"num_hidden_layers": 1}),
+}
+LENGTHS = {"much padding": [60, 5, 8, 30], "no padding": [40, 40, 40], "short": [3, 2, 1]}
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def made(variant, dropout=0.1, labels=3):
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    kind, sizes = VARIANTS[variant]
+    config = AutoConfig.for_model(kind, num_labels=labels, **SIZES | sizes)
+    for name in vars(config).copy():  # each kind has its own names for them; ALBERT's are 0 by default
+        if re.search("dropout", name) and isinstance(getattr(config, name), float | int):
+            setattr(config, name, dropout)
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def pair(variant, dropout=0.1):
+    """The whole model and the lean one, with equal weights."""
+    whole, ours = made(variant, dropout), made(variant, dropout)
+    use_row_gradients(ours)
+    use_exact_dropout(ours)
+    use_lean_encoder(ours)
+    return whole, ours
+
+
+def batch_of(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(5, 32, mask.shape, generator=generator)
+    labels = torch.randint(0, 3, (len(lengths),), generator=generator)
+    return {"input_ids": ids.where(mask, 1), "attention_mask": mask.long(), "labels": labels}
+
+
+def run(model, batch, seed=0, **options):
+    """Loss and logits, gradients in the model, and where the generator ends."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    out = model(**batch, **options)
+    out.loss.backward()
+    return out, torch.get_rng_state()
+
+
+def assert_same(whole, ours, batch, tolerance, seed=0):
+    (theirs, their_state), (found, our_state) = (run(model, batch, seed) for model in (whole, ours))
+    assert found.loss.item() == pytest.approx(theirs.loss.item(), rel=tolerance)
+    assert (found.logits - theirs.logits).abs().max() <= tolerance
+    assert torch.equal(their_state, our_state)
+    largest = max(p.grad.abs().max() for p in whole.parameters())
+    for (name, p), q in zip(whole.named_parameters(), ours.parameters(), strict=True):
+        assert (p.grad - q.grad).abs().max() <= tolerance * largest, name
+
+
+def is_lean(model, batch):
+    """Whether the encoder hands only first tokens to the head."""
+    encoder = model.get_submodule(ENCODERS[type(model).__name__])
+    seen = []
+    handle = encoder.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state.shape[1]))
+    run(model, batch)
+    handle.remove()
+    return seen == [1]
+
+
+def test_every_kind_whose_attention_is_known_has_a_lean_encoder():
+    assert {type(made(variant)).__name__ for variant in KINDS} == set(ENCODERS)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@each_variant
+def test_a_lean_model_matches_the_whole_one(variant, lengths, dropout):
+    """In fp64 to 12 digits, dropout drawn as it would have been, so it is rounding and nothing else."""
+    whole, ours = (model.double().train() for model in pair(variant, dropout))
+    for step in range(2):
+        assert_same(whole, ours, batch_of(lengths, step), 1e-12, step)
+    assert is_lean(ours, batch_of(lengths))
+
+
+@each_variant
+def test_evaluation_matches_the_whole_model(variant):
+    whole, ours = (model.eval() for model in pair(variant))
+    with torch.inference_mode():
+        theirs, found = (model(**batch_of(LENGTHS["much padding"])).logits for model in (whole, ours))
+    assert (theirs - found).abs().max() < 1e-6
+
+
+@each_variant
+def test_fewer_rows_are_multiplied(variant):
+    """103 tokens, filled up to 128 of 240 positions; in the last layer's second half the 4 first ones."""
+    ours = pair(variant)[1].train()
+    encoder, rows = ours.get_submodule(ENCODERS[type(ours).__name__]), set()
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, args: rows.add(args[0].numel() // args[0].shape[-1]))
+    run(ours, batch_of(LENGTHS["much padding"]))
+    assert rows == {128, 4}
+
+
+@each_variant
+def test_an_encoder_called_by_itself_matches_the_whole_one(variant):
+    """Somebody takes the tokens' vectors of the trained model, or puts another head on it."""
+    whole, ours = (model.eval() for model in pair(variant))
+    batch = batch_of(LENGTHS["much padding"])
+    batch.pop("labels")
+    theirs, found = (model.base_model(**batch).last_hidden_state for model in (whole, ours))
+    assert torch.equal(theirs, found) and found.shape[1] == 60
+
+
+CHANGES = {
+    "a head of one's own": lambda model: setattr(model, "classifier", Mean(model.config.num_labels)),
+    "sdpa": lambda model: model.set_attn_implementation("sdpa"),
+    "eager": lambda model: model.set_attn_implementation("eager"),
+}
+
+
+class Mean(nn.Module):
+    """A head that reads all tokens, and takes a pooled vector too."""
+
+    def __init__(self, labels):
+        super().__init__()
+        torch.manual_seed(5)
+        self.out = nn.Linear(32, labels)
+
+    def forward(self, x):
+        return self.out(x.mean(1) if x.ndim == 3 else x)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@each_variant
+def test_a_model_changed_afterwards_matches_the_whole_one(variant, change):
+    batch = batch_of(LENGTHS["much padding"])
+    whole, ours = (model.train() for model in pair(variant, 0.5))
+    for model in (whole, ours):
+        change(model)
+    (theirs, _), (found, _) = (run(model, batch) for model in (whole, ours))
+    assert torch.equal(theirs.logits, found.logits)
+
+
+@each_variant
+def test_a_copy_and_a_saved_model_match_the_original(variant, tmp_path):
+    ours = pair(variant)[1].eval()
+    batch = batch_of(LENGTHS["much padding"])
+    expected = ours(**batch).logits
+    torch.save(ours, tmp_path / "model.pt")
+    for other in (copy.deepcopy(ours), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(other(**batch).logits, expected)
+        assert is_lean(other, batch)
+        with torch.no_grad():
+            for parameter in other.get_submodule(ENCODERS[type(ours).__name__]).parameters():
+                parameter.zero_()
+        assert not torch.equal(other(**batch).logits, expected)
+    assert torch.equal(ours(**batch).logits, expected)
+
+
+@each_variant
+def test_exact_attention_is_used_and_not_saved(variant, tmp_path):
+    model = made(variant)
+    use_exact_dropout(model)
+    assert model.config._attn_implementation == EXACT
+    model.save_pretrained(tmp_path)
+    assert "nanofinetune" not in (tmp_path / "config.json").read_text()
+
+
+@each_variant
+def test_fast_dropout_draws_masks_of_its_own(variant):
+    whole, ours = made(variant, 0.0), made(variant, 0.0)
+    use_fast_dropout(ours)
+    use_lean_encoder(ours)
+    assert_same(whole.train(), ours.train(), batch_of(LENGTHS["much padding"]), 1e-5)
+    ours = made(variant, 0.1).train()
+    use_fast_dropout(ours)
+    use_lean_encoder(ours)
+    assert len({run(ours, batch_of([20, 9]), seed)[0].loss.item() for seed in (1, 1, 2)}) == 2
+
+
+def test_an_exception_in_the_model_leaves_the_encoder_whole_for_others():
+    ours = pair("roberta")[1].eval()
+    batch = batch_of(LENGTHS["much padding"])
+    with pytest.raises(IndexError):
+        ours(**batch | {"labels": torch.tensor([0, 1, 2, 9])})
+    batch.pop("labels")
+    assert ours.base_model(**batch).last_hidden_state.shape[1] == 60
