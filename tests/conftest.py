@@ -60,6 +60,14 @@ WORDS = [
 WORDS += ["old", "new", "red", "blue"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """A whole run has two workers, if pytest-xdist is installed; named tests run in this process, as `-n 0` does."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
+
+
 def load_script(path: Path) -> ModuleType:
     """A script that is no part of the package (train.py, bench/readme.py) as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
