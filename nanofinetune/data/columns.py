@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanofinetune.data.files import LONGEST, kind_of
+from nanofinetune.data.files import LONGEST, has_codes, kind_of
 from nanofinetune.data.multilabel import classes_of_columns, classes_of_lists
 from nanofinetune.data.tasks import Task
 from nanofinetune.ground.errors import UsageError
@@ -328,7 +328,7 @@ def _label_cells(split: Any, column: str, key: str) -> np.ndarray:
             raise UsageError(f"{where}: every label of the {key} split is -1, the mark of a test set without labels")
         remedy = "fill it in, or leave such rows out with --drop-unlabelled"
         raise UsageError(f"{where}: row {row} of the {key} split has no label ({count}); {remedy}")
-    if kind == "text":
+    if kind == "text" and not has_codes(cells):
         for type_ in (pa.int64(), pa.float64()):  # "0" and "1"
             with suppress(pa.ArrowInvalid):
                 cells = cells.cast(type_)
@@ -372,7 +372,11 @@ def _check_classes(cells: Mapping[str, np.ndarray], column: str, kind: str) -> N
     is_number = kind == "regression" or (kind == "auto" and train.dtype.kind == "f")
     if not is_number and (len(classes) > MOST_CLASSES or len(classes) > max(10, len(train) / 2)):
         few = f"{len(classes):,} different labels in {len(train):,} rows are no classes"
-        remedy = "" if train.dtype.kind == "O" else ", or predict a number with --task regression"
+        if train.dtype.kind != "O":
+            remedy = ", or predict a number with --task regression"
+        else:
+            commas = all(re.fullmatch(r"[+-]?\d+,\d+", value) for value in classes)
+            remedy = f", or if {classes[0]} is a number, write it with a point" if commas else ""
         raise UsageError(f"--label-column {column}: {few}; name another column{remedy}")
 
 

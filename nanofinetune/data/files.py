@@ -339,7 +339,15 @@ def _check_for_header(file: Path, name: str, column: Any) -> None:
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _WHOLE = r"^\s*[+-]?\d+\s*$"
 _FLOAT = rf"(?i)^\s*({_NUMBER.pattern}|[+-]?(nan|inf|infinity))\s*$"
+_CODE = r"^\s*[+-]?0\d+\s*$"
 _BOOLEAN = r"^(True|False|TRUE|FALSE|true|false)$"
+
+
+def has_codes(column: Any) -> bool:
+    """Whether a column of strings has a number with a zero in front: 01 is a name, and another one than 1."""
+    import pyarrow.compute as pc
+
+    return bool(pc.any(pc.match_substring_regex(column, _CODE)).as_py())
 
 
 def _typed(column: Any) -> Any:
@@ -348,7 +356,7 @@ def _typed(column: Any) -> Any:
     import pyarrow.compute as pc
 
     filled = column.filter(pc.not_equal(column, ""))
-    if len(filled) == 0:
+    if len(filled) == 0 or has_codes(filled):
         return column
 
     for pattern, type_ in ((_WHOLE, pa.int64()), (_FLOAT, pa.float64()), (_BOOLEAN, pa.bool_())):
@@ -366,7 +374,7 @@ def _typed(column: Any) -> Any:
 
 
 def _read_json(file: Path, how: Dialect) -> Table:
-    """Objects, one a line, all in one list, or in a list under a key."""
+    """Objects, one a line, all in one list, or in a list under a key; or one object of columns."""
     columns: dict[str, list[Any]] = {}  # name -> an array, or the kind of what cannot be used, for each block
     lengths: list[int] = []
     with text_of(file, how, newline="\n") as source:
@@ -405,9 +413,11 @@ def objects_of(file: Path, source: Any) -> Iterator[dict[str, Any]]:
             yield from _rows_in(file, json.loads("".join([first[1], *source])))
             return
         second = next(filled, None)
-        if second is None and any(map(_is_table, json.loads(first[1]).values())):
-            yield from _rows_in(file, json.loads(first[1]))
-            return
+        if second is None:
+            only = json.loads(first[1])
+            if _is_columns(only) or _is_numbered(only) or any(map(_is_table, only.values())):
+                yield from _rows_in(file, only)
+                return
         for number, line in chain([first], [second] if second else (), filled):
             yield _an_object(file, f"line {number}", json.loads(line))
     except RecursionError as error:
@@ -427,8 +437,30 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
+def _is_columns(whole: Any) -> bool:
+    """Whether a file is one object of columns: lists of one length, or what pandas' to_json writes, {"row": cell}."""
+    columns = list(whole.values()) if isinstance(whole, dict) else []
+    if not columns or any(type(column) is not type(columns[0]) or not column for column in columns):
+        return False
+    if isinstance(columns[0], dict):
+        return all(map(str.isdecimal, columns[0])) and all(column.keys() == columns[0].keys() for column in columns)
+    alike = isinstance(columns[0], list) and all(len(column) == len(columns[0]) for column in columns)
+    return alike and len(columns) > 1 and not any(map(_is_table, columns))
+
+
+def _is_numbered(whole: Any) -> bool:
+    """Whether a file is one object of rows under their numbers, as pandas' to_json(orient="index") writes it."""
+    rows = whole if isinstance(whole, dict) else {}
+    return bool(rows) and all(map(str.isdecimal, rows)) and all(isinstance(row, dict) for row in rows.values())
+
+
 def _rows_in(file: Path, whole: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a list, or of the one list of rows under a key."""
+    """The rows of a list, of the one list of rows under a key, or of an object of columns or of rows."""
+    if _is_columns(whole):
+        columns = [column.values() if isinstance(column, dict) else column for column in whole.values()]
+        whole = [dict(zip(whole, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    elif _is_numbered(whole):
+        whole = list(whole.values())
     if isinstance(whole, dict):
         tables = [key for key, value in whole.items() if _is_table(value)]
         if len(tables) != 1:

@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from tables import rows, write
 
@@ -402,11 +403,35 @@ def test_rows_of_json_are_found_where_they_are(text, ending, tmp_path):
     assert content_of(tmp_path / f"a.{ending}") == CONTENT
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("orient", ["columns", "index", "records", "list"])
+def test_what_pandas_writes_as_json_is_read_as_its_rows(orient, indent, tmp_path):
+    frame = pd.DataFrame(CONTENT)
+    if orient == "list":
+        (tmp_path / "a.json").write_text(json.dumps(frame.to_dict(orient="list"), indent=indent))
+    else:
+        frame.to_json(tmp_path / "a.json", orient=orient, indent=indent)
+    table, _ = read([tmp_path / "a.json"])
+    assert table.to_pylist() == frame.to_dict(orient="records")
+
+
+@pytest.mark.parametrize("codes", [["01", "02", "10"], ["007", "+1", " 08 "], ["00", "1.5"]])
+def test_numbers_with_a_zero_in_front_stay_words_as_csv_gives_them(codes, tmp_path):
+    """01 and 1 are two names: of a shop, a diagnosis, a postal code. pandas makes 1 of both."""
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"t,{code}\n" for code in codes))
+    table, kinds = read([tmp_path / "a.csv"])
+    assert table["label"].to_pylist() == codes and kinds["label"] == "text"
+    assert pd.read_csv(tmp_path / "a.csv")["label"].dtype.kind in "if"
+
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [
         ({"a": CONTENT, "b": CONTENT}, r"it holds rows under a and b; write \{\"data\": \["),
-        ({"text": {"0": "a"}, "n": {"0": 1}}, r"it holds no list of rows under any key"),
+        ({"text": {"x": "a"}, "n": {"x": 1}}, r"it holds no list of rows under any key"),
+        ({"text": {"0": "a"}, "n": {"1": 1}}, r"it holds no list of rows under any key"),
+        ({"text": ["a", "b"], "n": [1]}, r"it holds no list of rows under any key"),
         ({"data": [{"text": "a"}, 1]}, r"it holds no list of rows under any key"),
         ([CONTENT[0], 1], r"row 2 is no object with the columns' names"),
     ],
