@@ -287,5 +287,5 @@ def test_other_models_are_refused():
 
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = BertForSequenceClassification._from_config(BertConfig(**small), attn_implementation="eager")
-    with pytest.raises(UsageError, match="knows albert, bert, .*; bert with eager attention: leave it out"):
+    with pytest.raises(UsageError, match=r"knows albert, bert, .*; bert with eager attention: leave it out"):
         use_fast_dropout(model)
