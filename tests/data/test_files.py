@@ -424,7 +424,6 @@ def test_numbers_with_a_zero_in_front_stay_words_as_csv_gives_them(codes, tmp_pa
     assert pd.read_csv(tmp_path / "a.csv")["label"].dtype.kind in "if"
 
 
-
 @pytest.mark.parametrize(
     ("value", "said"),
     [
