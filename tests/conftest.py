@@ -15,6 +15,7 @@ if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, here and in every pr
 # Tiny models gain nothing from threads, and on a busy machine OpenMP's threads wait for each other by spinning: the run
 # takes many times as long. What trains a real model in a process of its own asks for all cores again.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # theirs do not spin either: two may run at once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a Hub: what is not on the disk is skipped with its reason
 os.environ.setdefault(
     "TOKENIZERS_PARALLELISM", "false"
