@@ -1,5 +1,6 @@
 """What several test files share: a tiny BERT and tokenizer, the packaged checkpoint, real GLUE where it is present."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -67,6 +68,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses, config.option.dist = 2, "worksteal"
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have made stays: no garbage collection of a test looks through it (accelerate asks for many)."""
+    gc.collect()
+    gc.freeze()
 
 
 def load_script(path: Path) -> ModuleType:
