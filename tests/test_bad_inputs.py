@@ -504,7 +504,9 @@ def test_the_code_of_a_data_folder_is_never_run(yard, tmp_path, train, monkeypat
     assert not (tmp_path / "ran").exists() and "20 train" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["--model nobody/no-such-model", "--data nobody/nothing"])
+@pytest.mark.parametrize(
+    "command", ["--model nobody/no-such-model", pytest.param("--data nobody/nothing", marks=pytest.mark.slow)]
+)
 def test_a_closed_port_for_a_hub_is_given_up_at_once(command, yard, tmp_path):
     """Without offline mode one connection is tried; the library retries for 23 seconds a file, with a line for each."""
     hub = {"HF_HUB_OFFLINE": "", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}

@@ -17,8 +17,6 @@ from nanofinetune import exercise as command
 from nanofinetune.exercise import ORDER, emptied, main, modules, proof_of
 from nanofinetune.ground.cli import run_main
 
-FAST = "schedule"
-
 
 @pytest.fixture
 def exercise(monkeypatch, capfd):
@@ -60,9 +58,7 @@ def test_a_module_that_needs_others_of_ours_is_not_offered(imports, alone):
     assert command._stands_alone(imports) is alone
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in modules()]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in modules()])
 def test_an_emptied_module_fails_its_tests_and_the_real_one_passes(name, tmp_path, exercise):
     """By the very command that is printed.
 

@@ -208,7 +208,7 @@ def test_stdin_is_utf8_in_the_c_locale(tmp_path, tiny_tokenizer_dir):
     """Where Python's own stdin lets any byte pass, as half a surrogate pair that no tokenizer takes."""
     folder = save_model(tmp_path / "model", tiny_tokenizer_dir, None)
     command = [sys.executable, "-m", "nanofinetune.predict", folder]
-    environment = {"LC_ALL": "C", "PATH": "", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    environment = {"LC_ALL": "C", "PATH": "", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     texts = "the caf\u00e9\nthe \u732b\u2028sat\n"
     done = subprocess.run(command, cwd=ROOT, env=environment, input=texts.encode(), capture_output=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -454,7 +454,13 @@ def test_a_pipe_is_read_by_name(tmp_path, tiny_tokenizer_dir, capsys, monkeypatc
 def test_emoji_are_written_on_a_stdout_that_is_not_utf8(tmp_path, tiny_tokenizer_dir):
     """/dev/stdin by name, too: Python's own print raises UnicodeEncodeError there."""
     folder = save_model(tmp_path / "model", tiny_tokenizer_dir, None)
-    environment = {"PYTHONIOENCODING": "latin-1", "PATH": "", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    environment = {
+        "PYTHONIOENCODING": "latin-1",
+        "PATH": "",
+        "HF_HUB_OFFLINE": "1",
+        "HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-m", "nanofinetune.predict", folder, "/dev/stdin", "--all"], cwd=ROOT, env=environment,
         input="the \U0001f600 cat\n".encode(), capture_output=True, timeout=120,

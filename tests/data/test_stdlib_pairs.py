@@ -51,6 +51,7 @@ def test_sizes_and_columns_are_those_of_mrpc(splits, glue_path):
         assert set(splits[split][0]) == set(real.column_names)
 
 
+@pytest.mark.slow
 def test_another_process_builds_the_same(splits):
     code = "import json; from nanofinetune.data import stdlib_pairs; print(json.dumps(stdlib_pairs.load()))"
     for hash_seed in ["1", "2"]:  # the order of a set of strings changes with it

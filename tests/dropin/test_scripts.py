@@ -549,11 +549,12 @@ SCRIPTS = {
     "classification, every schedule": CLASSIFICATION,
 }
 ON_TWO_RANKS_BY_DEFAULT = ("gradient accumulation", "metrics on several ranks", "checkpoint and resume")
+LONGEST = "classification, every schedule"
 CASES = [
     pytest.param(
         name,
         world,
-        marks=pytest.mark.slow if world == 2 and name not in ON_TWO_RANKS_BY_DEFAULT else (),
+        marks=pytest.mark.slow if (world == 2 and name not in ON_TWO_RANKS_BY_DEFAULT) or name == LONGEST else (),
         id=f"{name}-{world}".replace(" ", "_"),
     )
     for name in SCRIPTS

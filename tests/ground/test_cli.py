@@ -246,7 +246,7 @@ def test_run_lets_our_own_faults_keep_their_traceback():
         run_main("name", main)
 
 
-@pytest.mark.parametrize("rows", [3, 100_000])
+@pytest.mark.parametrize("rows", [3, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_run_ends_with_141_where_head_has_left(rows):
     """A real pipe into `head -1`. The 3 later lines fit into the buffer: it is the last flush that fails."""
     program = f"""
@@ -285,7 +285,9 @@ STREAMS = {  # what a shell can do with a program's streams -> what is left to r
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the shell and /dev/full of Linux")
-@pytest.mark.parametrize("shell", STREAMS)
+@pytest.mark.parametrize(
+    "shell", [s if s in ("{} | true", "{} >&-") else pytest.param(s, marks=pytest.mark.slow) for s in STREAMS]
+)
 def test_work_outlives_whoever_reads_its_output(shell, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(f"""

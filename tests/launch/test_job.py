@@ -124,8 +124,13 @@ def test_usage_error_is_one_line_and_exit_2(tmp_path: Path) -> None:
     ("raised", "code", "said"),
     [
         ("UsageError('--lr is -1: it must be above 0')", 2, "script.py: --lr is -1: it must be above 0\n"),
-        ("SystemExit(2)", 2, ""),
-        ("Halt(3, 'update 7: the loss is not finite')", 3, "script.py: update 7: the loss is not finite\n"),
+        pytest.param("SystemExit(2)", 2, "", marks=pytest.mark.slow),
+        pytest.param(
+            "Halt(3, 'update 7: the loss is not finite')",
+            3,
+            "script.py: update 7: the loss is not finite\n",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["UsageError", "argparse", "Halt"],
 )
@@ -211,6 +216,7 @@ def test_two_ranks_on_a_cpu_with_port_29500_taken(tmp_path: Path) -> None:
     assert result.stdout.splitlines() == [f"3.0 1 __main__ {[script, '--lr', '1 2']} {tmp_path}"] * 2
 
 
+@pytest.mark.slow
 def test_two_processes_on_a_cpu_are_two_ranks_where_accelerate_launch_starts_one(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="shows Accelerate's own launcher (extra `test`)")
     text = (
@@ -254,7 +260,7 @@ shutdown(world)
 )
 
 
-@pytest.mark.parametrize("launcher", ["launch.sh", "torchrun"])
+@pytest.mark.parametrize("launcher", ["launch.sh", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_restarted_ranks_meet_each_other(launcher: str, tmp_path: Path) -> None:
     """The second attempt meets in the store in which the first one's addresses still are."""
     env = _script(tmp_path, RESTARTS)
@@ -266,6 +272,7 @@ def test_restarted_ranks_meet_each_other(launcher: str, tmp_path: Path) -> None:
     assert sorted(result.stdout.splitlines()) == ["attempt 0 3.0"] * 2 + ["attempt 1 3.0"] * 2
 
 
+@pytest.mark.slow
 def test_a_failure_that_a_restart_mended_is_told_when_it_happens(tmp_path: Path) -> None:
     text = "import os\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': raise ValueError('the cause')\n"
     result = launch_sh("-n", "1", "--max-restarts", "1", env=_script(tmp_path, text))

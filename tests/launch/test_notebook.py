@@ -257,6 +257,7 @@ notebook_launcher(function, num_processes={world}, mixed_precision="bf16", use_p
 """
 
 
+@pytest.mark.slow
 def test_mixed_precision_reaches_the_ranks_where_accelerate_loses_it(tmp_path: Path) -> None:
     """Accelerate drops the bf16 that was asked for, and each of two ranks believes to be alone (1 process)."""
     pytest.importorskip("accelerate", reason="accelerate is an optional extra: it is what this shows")

@@ -42,7 +42,9 @@ shutdown(world)
 
 @linux
 @needs_bash
-@pytest.mark.parametrize("options", [[], ["--max-restarts", "1"]], ids=["", "restarted"])
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(["--max-restarts", "1"], marks=pytest.mark.slow)], ids=["", "restarted"]
+)
 def test_one_node_listens_on_the_loopback_only_where_torchrun_listens_everywhere(options, tmp_path: Path) -> None:
     """The launcher's store, and gloo's pairs of both ranks; also after a restart."""
     script = tmp_path / "script.py"

@@ -245,6 +245,7 @@ with open(f"{folder}/report{accelerator.process_index}.txt", "w") as file:
 ENDING = {"accelerate": "\naccelerator.wait_for_everyone()\nos._exit(0)\n", "nanofinetune": ""}
 
 
+@pytest.mark.slow
 def test_course_listing_matches_accelerate_under_torchrun(tmp_path, tiny_tokenizer_dir):
     pytest.importorskip("accelerate", reason="what this test compares with (extra `test`)")
     pytest.importorskip("datasets", reason="the listing loads its data with it")

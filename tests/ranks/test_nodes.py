@@ -63,7 +63,7 @@ class Node:
     interface: str
 
 
-@pytest.fixture(params=["loopback", "namespaces"])
+@pytest.fixture(params=["loopback", pytest.param("namespaces", marks=pytest.mark.slow)])
 def nodes(request: pytest.FixtureRequest) -> Iterator[list[Node]]:
     if request.param == "loopback":
         if sys.platform != "linux":
@@ -151,6 +151,7 @@ def test_two_nodes_train_together(nodes: list[Node], tmp_path: Path) -> None:
             torch.testing.assert_close(torch.tensor(got), expected.detach(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_failure_on_one_node_ends_both(tmp_path: Path) -> None:
     """Each node ends with what its own ranks saw, and says which node it speaks of."""
     if sys.platform != "linux":
@@ -164,6 +165,7 @@ def test_a_failure_on_one_node_ends_both(tmp_path: Path) -> None:
     assert "launch.sh: rank 0 failed first on node 0 of 2:\n" in first.stderr
 
 
+@pytest.mark.slow
 def test_two_nodes_restart_together(tmp_path: Path) -> None:
     """A rank is killed: each node starts its own again, at its own time, and all four meet each other."""
     if sys.platform != "linux":

@@ -273,6 +273,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_torchrun_on_cpu_is_one_world_where_accelerate_runs_copies(tmp_path):
     """Two processes without a GPU run one script with either Accelerator(): a world of two, or two worlds of one."""
     pytest.importorskip("accelerate", reason="shows Accelerate itself (extra `test`)")

@@ -189,6 +189,7 @@ def find_size():
     return found
 
 
+@pytest.mark.slow
 def test_accelerate_shrinks_one_rank_alone():
     """The trap: rank 0 goes on with 16 rows and rank 1 with fewer; their batches are no longer of one step."""
     pytest.importorskip("accelerate", reason="the reference of this test, extra `test`")

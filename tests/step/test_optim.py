@@ -171,6 +171,7 @@ def torchs_cases(tmp_path_factory):
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.slow
 def test_torchs_own_cases_match_torch_adamw(torchs_cases):
     """Each form, on a CPU. Refused is what has `capturable`: no form here can be captured in a CUDA graph."""
     seen, refused = set(), set()
