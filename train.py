@@ -20,14 +20,19 @@ once, at the end of it.
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import os
 import sys
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any
+
+if (
+    __name__ == "__main__" and sys.stderr and sys.stderr.isatty() and not {"-h", "--help"} & {*sys.argv}
+    and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+):  # fmt: skip
+    print("loading torch and transformers ...", file=sys.stderr, flush=True)  # the imports that follow take seconds
 
 import torch
 from torch.utils.data import DataLoader
@@ -37,30 +42,29 @@ from nanofinetune.cpu.dropout import use_exact_dropout, use_fast_dropout
 from nanofinetune.cpu.embedding import use_row_gradients
 from nanofinetune.cpu.lean import use_lean_encoder
 from nanofinetune.cpu.memory import keep_freed_memory
-from nanofinetune.data.job import Job, data_arguments, load, training_loader
+from nanofinetune.data.job import Job, common_arguments, data_arguments, load, training_loader
 from nanofinetune.ground.cli import LONGEST_WAIT, MOST, Parser, number, outliving_readers, run_main, steps_or_ratio
-from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.errors import UsageError, naming
 from nanofinetune.ground.precision import PRECISIONS
 from nanofinetune.ground.xla import end_step
-from nanofinetune.ranks.collectives import gather_object
 from nanofinetune.ranks.loader import prepare_data_loader
 from nanofinetune.ranks.world import TIMEOUT
+from nanofinetune.run.evaluation import Evaluation
 from nanofinetune.run.plan import Plan, padding_fraction, print_plan
-from nanofinetune.run.result import save, summary
+from nanofinetune.run.result import conclude
 from nanofinetune.run.resume import batch_plan, common_start, run_of
 from nanofinetune.run.run import Run
 from nanofinetune.run.same import check_same, loaded, told
 from nanofinetune.run.trial import trial
 from nanofinetune.run.watch import preflight
 from nanofinetune.settings import DataLoaderConfiguration
-from nanofinetune.step.metrics import UndefinedMetricWarning
 from nanofinetune.step.optim import decay_groups
 from nanofinetune.step.order import SortedBatchSampler
 from nanofinetune.step.schedule import SCHEDULES
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] | None:
-    """The whole run -> the result, as it is printed; None for a dry run."""
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """The whole run."""
     keep_freed_memory()
     preflight(accelerator.world)  # ranks that cannot talk are found before any long work
     check_same(accelerator.world, told(vars(args), __version__))  # all ranks were started alike
@@ -87,12 +91,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
     found = job.found(optimizer)
     check_same(accelerator.world, loaded(accelerator.world, found, model))  # and have found the same
     identity = run_of(vars(args), accelerator.num_processes, found, start)
-    plan = Plan(args, rows, rows_per_step, accumulate, updates, start, identity, new_loader)
+    plan = Plan(args, rows, rows_per_step, accumulate, updates, start, identity, new_loader, job.answers)
     padding = padding_fraction(job.train.lengths, train_loader.batch_sampler, job.multiple)
     if accelerator.is_main_process:
         print_plan(args, accelerator, job, scheduler, padding, rows_per_step)
     if args.dry_run:
-        return None
+        return
     trial(accelerator, job, rows_per_step)  # what cannot work fails now, in one line
     # accelerate
     model, optimizer, train_loader, scheduler = accelerator.prepare(model, optimizer, train_loader, scheduler)
@@ -114,12 +118,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any] 
                     optimizer.zero_grad()
             run.end_epoch(evaluate_all(args, accelerator, model, job))
 
-    result = summary(accelerator, job, run.log, padding)
-    if run.output and accelerator.is_main_process:
-        unwrapped = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        save(run.output, unwrapped, job.tokenizer, result, run.log.evaluations, args)
-    accelerator.wait_for_everyone()
-    return result
+    conclude(accelerator, run, job, padding)  # what --output gets, and the result as the last line of stdout
 
 
 def compute_faster(model: Any, args: argparse.Namespace, device: torch.device) -> None:
@@ -136,7 +135,7 @@ def evaluate_all(args: Any, accelerator: Accelerator, model: Any, job: Job) -> d
     """MNLI has two validation splits: the first's scores have plain names."""
     scores: dict[str, Any] = {}
     for name, store in job.validation.items():
-        score = evaluate(accelerator, model, store, job.collator, args.eval_batch_size, job.metric())
+        score = evaluate(accelerator, model, store, job.collator, args.eval_batch_size, job.evaluation(name))
         prefix = "" if name == next(iter(job.validation)) else f"{name}_"
         scores |= {prefix + key: value for key, value in score.items()}
     return scores
@@ -144,7 +143,7 @@ def evaluate_all(args: Any, accelerator: Accelerator, model: Any, job: Job) -> d
 
 @torch.inference_mode()
 def evaluate(
-    accelerator: Accelerator, model: Any, store: Any, collator: Callable[[Any], Any], batch_size: int, metric: Any
+    accelerator: Accelerator, model: Any, store: Any, collator: Callable[[Any], Any], batch_size: int, found: Evaluation
 ) -> dict[str, Any]:
     """The task's metrics over every row of the store, each counted once; `undefined` names the values that are 0/0."""
     loader: Any = DataLoader(store, batch_sampler=SortedBatchSampler(store.lengths, batch_size), collate_fn=collator)
@@ -154,24 +153,11 @@ def evaluate(
         put_on_device=True, even_batches=False, non_blocking=True,
     )  # fmt: skip
     model = accelerator.unwrap_model(model).eval()
-    for batch in loader:
+    for batch in found.batches(loader):
         labels = batch.pop("labels")
-        logits = model(**batch).logits.float()  # (B, classes), or (B, 1) to regress
-        predictions = logits if labels.ndim == 2 else logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
-        metric.add_batch(predictions=predictions, references=labels)
+        found.add(model(**batch).logits.float(), labels)
         end_step(accelerator.device)
-    if metric.reduction == "sum":
-        counts = metric.state().to(accelerator.device)
-        metric.load_state(accelerator.reduce(counts, "sum"))  # the only communication between ranks
-    else:  # correlations need the values themselves
-        metric.load_state(torch.cat(gather_object([metric.state()], accelerator.world), dim=1))
-    if len(metric) != len(store):
-        raise RuntimeError(f"{len(metric)} rows were scored and the split has {len(store)}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UndefinedMetricWarning)  # it goes into the result instead
-        scores: dict[str, Any] = metric.compute()
-    scores = {name: None if math.isnan(value) else value for name, value in scores.items()}  # JSON has no NaN
-    return scores | ({"undefined": metric.undefined} if metric.undefined else {}) | getattr(metric, "details", {})
+    return found.scores(accelerator, len(store))  # the only communication between ranks: sums of counts
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -180,11 +166,11 @@ def evaluate(
 # fmt: off
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises UsageError for what cannot be."""
-    parser = Parser(prog="train.py", description=__doc__)
+    parser = Parser(prog="train.py", description=__doc__, usage="train.py [options]")
+    common_arguments(parser)
     data_arguments(parser)
     add = parser.add_argument_group("how long").add_argument
     count = number(int, 1, MOST)
-    add("--epochs", metavar="N", type=count, default=3, help="passes over the training rows (default 3)")
     add("--max-steps", metavar="N", type=count, help="number of updates; overrides --epochs")
     add("--batch-size", metavar="ROWS", type=count, default=8, help="rows per batch and process (default 8)")
     add("--eval-batch-size", metavar="ROWS", type=count, default=32, help="rows a batch (default 32)")
@@ -193,7 +179,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="batches of rows of similar length: less padding, another order (bf16, fp16: lengths in steps of 8)")
     add("--fast-dropout", action="store_true", help="cheaper random bits for BERT and its kin on a CPU: other masks")
     add = parser.add_argument_group("optimizer").add_argument
-    add("--lr", metavar="RATE", type=number(float, 0, above=True), default=5e-5, help="at its peak (default 5e-5)")
     add("--weight-decay", metavar="RATE", type=number(float, 0), default=0.0, help="not on biases, LayerNorm (0)")
     add("--warmup-steps", metavar="N", type=steps_or_ratio, default=0, help="updates, or a ratio below 1 (default 0)")
     add("--schedule", choices=tuple(SCHEDULES), default="linear",
@@ -207,7 +192,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--uneven", choices=("mask", "wrap"), default="mask",
         help="the last batch of several processes: masked, or filled with the first rows again (default mask)")
     add = parser.add_argument_group("what is kept").add_argument
-    add("--output", metavar="DIR", help="gets model/, metrics.jsonl, result.json and checkpoints/")
     add("--save-every", metavar="N", type=count, help="updates between two checkpoints (default: at a signal)")
     add("--keep", metavar="N", type=count, default=2, help="checkpoints kept (default 2)")
     add("--resume", metavar="auto|PATH",
@@ -233,15 +217,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Run, and print the result as the last line of stdout."""
     args = parse_arguments()
-    accelerator = Accelerator(  # accelerate
-        mixed_precision=args.precision, gradient_accumulation_steps=args.accumulate, device=args.device,
-        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),  # on CUDA a batch ahead
-        uneven=args.uneven, timeout=timedelta(seconds=args.timeout),
-    )  # fmt: skip
+    with naming(mixed_precision="--precision"):
+        accelerator = Accelerator(  # accelerate
+            mixed_precision=args.precision, gradient_accumulation_steps=args.accumulate, device=args.device,
+            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),  # on CUDA a batch ahead
+            uneven=args.uneven, timeout=timedelta(seconds=args.timeout),
+        )  # fmt: skip
     try:
-        result = train(args, accelerator)
-        if result is not None and accelerator.is_main_process:
-            print(json.dumps(result), flush=True)
+        train(args, accelerator)
     finally:
         accelerator.end_training()
 

@@ -60,6 +60,7 @@ from nanofinetune.ground.errors import UsageError
 from nanofinetune.ground.process import peak_rss_mb
 from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.naive_ddp import NaiveDDP
+from nanofinetune.run.evaluation import Evaluation
 from nanofinetune.step.collate import DataCollatorWithPadding
 from nanofinetune.step.metrics import Metric
 from nanofinetune.step.optim import AdamW
@@ -392,7 +393,7 @@ def our_evaluate(job: Job) -> Callable[[], Scored]:
 
     def turn() -> Scored:
         began = time.perf_counter()
-        scores = evaluate(accelerator, model, store, collator, 32, Metric(["accuracy", "f1"]))
+        scores = evaluate(accelerator, model, store, collator, 32, Evaluation(Metric(["accuracy", "f1"])))
         return (time.perf_counter() - began) * 1e3, scores
 
     return turn

@@ -308,13 +308,14 @@ def numbers_in(text):
 @pytest.fixture(scope="module")
 def facts():
     """The numbers that prose may state, computed from what they count, or held by the test that is named."""
-    from nanofinetune.data import stdlib_pairs, unpack
+    from nanofinetune.data import load, stdlib_pairs, unpack
 
     pairs = stdlib_pairs.load()
     train, validation = len(pairs["train"]), len(pairs["validation"])
     return {
         f"{3 * math.ceil(train / 8):,}",  # updates of the default run
         "8",  # its batch size
+        f"{load.FIRST_ROWS:,}",  # lines of validation.jsonl
         f"{validation}",
         "22",  # million parameters of the packaged checkpoint: test_parameters_of_the_packaged_checkpoint
         "0.01",  # torch's default weight decay: test_plain_adamw_decays_everything_unless_given_decay_groups

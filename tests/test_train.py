@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,15 +123,49 @@ def test_a_window_of_small_batches_equals_one_big_batch(run, pairs, tiny_model, 
 
 def test_the_plan_says_what_will_happen(run, tiny_model, pairs):
     code, out, _ = run("--model", tiny_model, "--data", pairs, "--accumulate", 2, "--warmup-steps", 0.25, "--dry-run")
-    plan = {line.split()[0]: line for line in out if not line.startswith("note: ")}
+    plan = {line.split()[0]: line for line in out if not line.startswith(("note: ", " "))}
     assert code == 0 and list(plan) == [
-        "model", "data", "row", "device", "batch", "updates", "lr", "optimizer", "padding", "precision",
+        "model", "data", "columns", "label", "row", "device", "batch", "updates", "lr", "optimizer", "padding",
+        "precision", "output",
     ]  # fmt: skip
-    assert "61 train, 23 validation rows; sentence1 + sentence2 -> label (2 classes: 0, 1)" in plan["data"]
-    assert "8 per process x 1 process(es) x 2 accumulated = 16 rows an update" in plan["batch"]
+    assert plan["model"].split(None, 1)[1] == (
+        f"{Path(tiny_model).name}, {tiny_bert().num_parameters():,} parameters, new: none"
+    )
+    assert plan["data"].split(None, 1)[1] == f"{Path(pairs).name}: 61 train, 23 validation rows"
+    assert "sentence1 + sentence2 -> label" in plan["columns"] and "2 classes: 0, 1" in plan["label"]
+    assert "8 per process x 1 process x 2 accumulated = 16 rows an update" in plan["batch"]
+    assert "nothing is kept: give --output DIR" in plan["output"]
+    assert all(len(line) <= 80 for line in out)
     assert plan["updates"].split()[1] == str(3 * 4)
     assert "0 first, 5e-05 peak" in plan["lr"] and "warm-up 3 updates" in plan["lr"]
     assert "AdamW (fused)" in plan["optimizer"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_plan_counts_in_singular_and_plural(count, run, tiny_model, tmp_path):
+    for split in ("train", "validation"):
+        rows = [json.dumps({"text": f"the cat {i}", "label": i}) + "\n" for i in range(2)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(rows))
+    _, out, _ = run(
+        "--model", tiny_model, "--data", tmp_path, "--batch-size", 2 // count, "--warmup-steps", count,
+        "--max-steps", count, "--output", tmp_path / "out", "--max-length", 4, "--dry-run",
+    )  # fmt: skip
+    plan = {line.split()[0]: line.split(None, 1)[1] for line in out if not line.startswith(("note: ", " "))}
+    batches = {1: "1 (1 batch an epoch)", 2: "2 (2 batches an epoch)"}
+    assert plan["updates"] == batches[count] and plan["output"] == str(tmp_path / "out")
+    assert plan["lr"].endswith({1: "warm-up 1 update", 2: "warm-up 2 updates"}[count])
+    assert plan["batch"].endswith({1: "= 2 rows an update", 2: "= 1 row an update"}[count])
+
+
+def test_the_plan_shows_the_beginnings_of_both_texts_of_a_pair(run, tiny_model, tmp_path):
+    """And a long line of it goes on below, at the same column."""
+    rows = [json.dumps({"one": "the cat " * 30, "two": "a dog " * 30, "label": i % 2}) + "\n" for i in range(10)]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    _, out, _ = run("--model", tiny_model, "--data", tmp_path / "a.jsonl", "--text-columns", "one", "two", "--dry-run")
+    first = out.index(next(line for line in out if line.startswith("row 1 ")))
+    assert out[first].startswith("row 1      [CLS] the cat") and out[first + 1].startswith(" " * 11)
+    assert "... [SEP] a dog" in " ".join(line[11:] for line in out[first : first + 2])
+    assert out[first + 1].endswith("... [SEP] -> 0") and all(len(line) <= 80 for line in out[first:])
 
 
 def test_the_plan_shows_two_rows_as_the_model_gets_them(run, tiny_model, tmp_path):
@@ -160,7 +195,7 @@ def test_several_labels_a_row_are_trained_and_scored(run, tiny_model, tmp_path):
     )  # fmt: skip
     result = result_of(outcome)
     assert {"micro_f1", "macro_f1", "exact_match"} <= set(result) and "accuracy" not in result
-    assert any("text -> labels (any number of 2 classes: toxic, rude)" in line for line in outcome[1])
+    assert "columns    text -> labels" in outcome[1] and "label      any number of 2 classes: toxic, rude" in outcome[1]
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert config["problem_type"] == "multi_label_classification" and config["id2label"] == {"0": "toxic", "1": "rude"}
     classify = pipeline("text-classification", model=str(tmp_path / "out" / "model"), device="cpu", top_k=None)
@@ -172,8 +207,8 @@ def test_stars_can_be_a_number(run, tiny_model, tmp_path):
     shown = {}
     for task in ("auto", "regression"):
         _, out, _ = run("--model", tiny_model, "--data", tmp_path / "a.csv", "--dry-run", "--task", task)
-        shown[task] = next(line for line in out if line.startswith("data "))
-    assert "(5 classes: 1, 2, 3, 4, 5)" in shown["auto"] and "(a number)" in shown["regression"]
+        shown[task] = next(line for line in out if line.startswith("label "))
+    assert shown == {"auto": "label      5 classes: 1, 2, 3, 4, 5", "regression": "label      a number"}
 
 
 def test_the_output_folder_loads_in_the_transformers_pipeline(run, tiny_model, pairs, tmp_path):

@@ -15,6 +15,7 @@ Proof: test_the_plan_says_what_will_happen, test_grouping_by_length_pads_less in
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from itertools import chain
@@ -40,9 +41,12 @@ from nanofinetune.data.pretrained import (
 )
 from nanofinetune.ground.cli import MOST, number
 from nanofinetune.ground.errors import UsageError, shown
+from nanofinetune.ground.progress import for_screen
 from nanofinetune.ground.xla import fixed_lengths
 from nanofinetune.ranks.shard import steps
+from nanofinetune.run.answers import Answers
 from nanofinetune.run.best import best_arguments, check_metric
+from nanofinetune.run.evaluation import Evaluation
 from nanofinetune.run.scores import Scores
 from nanofinetune.step.collate import DataCollatorWithPadding
 from nanofinetune.step.order import LengthGroupedBatchSampler, SeedableRandomSampler
@@ -62,20 +66,25 @@ class Job(NamedTuple):
     limit: int  # tokens of a row
     multiple: int
     notes: list[str]
+    answers: Answers  # what the model said of the first validation split
 
-    def metric(self) -> Any:
-        """What collects an evaluation's scores."""
+    def evaluation(self, split: str) -> Evaluation:
+        """What collects a validation split's scores, and of the first one what the model says."""
         names = self.data.label_names
-        return MultiLabelMetric(len(names or ())) if self.data.multi else Scores(self.data.metrics, names)
+        metric = MultiLabelMetric(len(names or ())) if self.data.multi else Scores(self.data.metrics, names)
+        return Evaluation(metric, split, self.answers if split == next(iter(self.validation)) else None)
 
     def examples(self) -> dict[str, str]:
         """Two training rows as the model gets them, with other labels: {"row 1": "[CLS] fine [SEP] -> good", ...}."""
         labels = self.train.dense["label"]
         other = np.flatnonzero((labels != labels[0]).reshape(len(labels), -1).any(axis=1))[:1].tolist()
         found = {}
+        separator = self.tokenizer.sep_token or self.tokenizer.eos_token or "\n"
         for row in [0, *other]:
-            text = self.tokenizer.decode(self.train[row]["input_ids"])
-            found[f"row {row + 1}"] = f"{shown(text, most=160)} -> {self._said(labels[row])}"
+            texts = self.tokenizer.decode(self.train[row]["input_ids"]).split(separator)
+            most = 96 // max(1, len(texts) - 1)  # of each text, so that one sees the beginnings of both
+            cut = [text if len(text) <= most else f"{text[: most - 4]}... " for text in map(shown, texts)]
+            found[f"row {row + 1}"] = f"{separator.join(cut)} -> {self._said(labels[row])}"
         return found
 
     def _said(self, label: Any) -> str:
@@ -93,14 +102,27 @@ class Job(NamedTuple):
         }  # fmt: skip
 
 
-def data_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of train.py that say which model and which data, and which epoch's model is kept."""
-    add = parser.add_argument_group("model and data").add_argument
-    add("--model", metavar="NAME", help="a folder or a name on the Hub (default bert-base-uncased)")
+def common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The five options of train.py that most people use, with an example each; --help begins with them."""
+    add = parser.add_argument_group("what most people use, with an example").add_argument
     add(
         "--data", metavar="NAME",
-        help="glue/TASK, stdlib-pairs, a file, a folder or a name on the Hub (default glue/mrpc)",
+        help="glue/TASK, stdlib-pairs, a file, a folder or a name on the Hub (default glue/mrpc): --data reviews.csv",
     )  # fmt: skip
+    add("--model", metavar="NAME", help="a folder or a name on the Hub (default bert-base-uncased): --model ./my-bert")
+    add(
+        "--output", metavar="DIR",
+        help="gets model/, metrics.jsonl, validation.jsonl, result.json and checkpoints/: --output runs/a",
+    )  # fmt: skip
+    count = number(int, 1, MOST)
+    add("--epochs", metavar="N", type=count, default=3, help="passes over the training rows (default 3): --epochs 5")
+    rate = number(float, 0, above=True)
+    add("--lr", metavar="RATE", type=rate, default=5e-5, help="learning rate at its peak (default 5e-5): --lr 2e-5")
+
+
+def data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of train.py that say how data are read, and which epoch's model is kept."""
+    add = parser.add_argument_group("model and data").add_argument
     add(
         "--max-length", metavar="TOKENS", type=number(int, 1, MOST),
         help="longer rows are cut, a pair's longer text first (default: what model and tokenizer take)",
@@ -154,7 +176,7 @@ def load(args: Any, accelerator: Any, note: str = "") -> Job:
         model.config.problem_type = "multi_label_classification"
     notes = [text for text in (model_note, data.note, *changes, head_note, note) if text]
     for line in notes:
-        accelerator.print(f"note: {shown(line)}", flush=True)
+        accelerator.print(for_screen(f"note: {shown(line)}", sys.stdout), flush=True)
     model.config.text_columns = list(data.text_columns)  # saved with the model: predict.py asks it for one text or two
     # A batch of one length is one shape of its products, and low-precision kernels are made anew for every shape.
     multiple = 8 if args.group_by_length and args.precision != "no" and limit % 8 == 0 else 1
@@ -168,7 +190,10 @@ def load(args: Any, accelerator: Any, note: str = "") -> Job:
             raise UsageError(f"--class-weights {args.class_weights}: {what}; leave it out")
         weights = balanced(train_store.dense["label"], len(data.label_names))
         model.register_forward_hook(WeighedLoss(weights), with_kwargs=True)
-    return Job(model, model_name, made_anew, tokenizer, data, train_store, stores, collator, limit, multiple, notes)
+    answers = Answers(data, next(iter(stores.values())).dense["label"])
+    return Job(
+        model, model_name, made_anew, tokenizer, data, train_store, stores, collator, limit, multiple, notes, answers
+    )
 
 
 def training_loader(args: Any, job: Job, rows_per_group: int, rows_per_step: int) -> DataLoader:

@@ -43,6 +43,7 @@ from nanofinetune.ground.names import check_hub_name, oddity, place_of
 
 DEFAULT_DATA = "glue/mrpc"
 LABELS = "labels"  # the column that several are put into
+FIRST_ROWS, FIRST_CHARACTERS = 10_000, 2_000  # of the first validation split, and of each of its texts: `Data.texts`
 HELD_OUT = 0.1  # the share of a single file's rows that become its validation split
 
 # How people spell a split's name.
@@ -69,6 +70,7 @@ class Data:
     metrics: tuple[str, ...]
     note: str = ""  # one line to show before training: a fallback, a held-out split, how labels were read
     multi: bool = False  # a row may have any number of the classes: labels are (rows, classes) of 0.0 and 1.0
+    texts: Sequence[Sequence[str]] = ()  # beginnings of the first validation split's first rows, to show them again
 
 
 def load_data(
@@ -121,7 +123,21 @@ def load_data(
     metrics = known.metrics if known is not None else METRICS if multi else default_metrics(labels.names)
     answers = leaks(splits, texts, label_values(splits["train"], label), labels.names)
     notes = [fallback, left_out, labels.note, held_out, *answers]
-    return Data(name, splits, texts, label, labels.names, metrics, "; ".join(filter(None, notes)), multi)
+    note = "; ".join(filter(None, notes))
+    return Data(name, splits, texts, label, labels.names, metrics, note, multi, _beginnings(splits, texts))
+
+
+def _beginnings(splits: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
+    """The texts of the first rows of the first validation split, cut."""
+    rows = next((rows for key, rows in splits.items() if key != "train"), None)
+    if rows is None:
+        return []
+    found, most = list[list[str]](), min(len(rows), FIRST_ROWS)
+    for begin in range(0, most, 100):  # a few at a time: a text may be long
+        block = rows[begin : min(begin + 100, most)]
+        pairs = zip(*(block[column] for column in columns), strict=True)
+        found += [[text[:FIRST_CHARACTERS] for text in texts] for texts in pairs]
+    return found
 
 
 def label_values(rows: Any, column: str) -> np.ndarray:

@@ -29,6 +29,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from nanofinetune.data.load import Data, label_values
+from nanofinetune.ground.progress import Progress
 from nanofinetune.step.collate import FlatRows
 
 BLOCK = 1000  # rows, and
@@ -74,10 +75,19 @@ def tokenize(data: Data, tokenizer: Any, max_length: int) -> dict[str, TokenStor
     """Tokenize each split, cut to `max_length` tokens (the longer text of a pair first) -> split name -> TokenStore."""
     stores = {}
     for key, split in data.splits.items():
-        blocks = (split[begin : begin + BLOCK] for begin in range(0, len(split), BLOCK))
+        blocks = (split[begin : begin + BLOCK] for begin in _shown(range(0, len(split), BLOCK), f"tokenizing {key}"))
         texts = ([block[column] for column in data.text_columns] for block in blocks)
         stores[key] = TokenStore(_ragged(texts, tokenizer, max_length), label_values(split, data.label_column))
     return stores
+
+
+def _shown(begins: range, title: str) -> Iterator[int]:
+    """Where the blocks begin, with a bar."""
+    with Progress(begins.stop, title, delay=1.0) as progress:
+        for begin in begins:
+            yield begin
+            if progress.add(min(begins.step, begins.stop - begin)):
+                progress.show()
 
 
 def tokenize_texts(texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: Any, max_length: int) -> TokenStore:

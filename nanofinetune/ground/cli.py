@@ -37,11 +37,18 @@ LONGEST_WAIT = 10**6  # seconds, 11 days: poll(2) counts milliseconds in 32 bits
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, but a mistake raises UsageError, and options cannot be abbreviated."""
+    """argparse's parser, but a mistake raises UsageError, and options cannot be abbreviated.
 
-    def __init__(self, prog: str, description: str | None) -> None:
+    With a `usage` of its own, instead of a list of all options, only the first paragraph of the description comes first
+    in the help, and all else last.
+    """
+
+    def __init__(self, prog: str, description: str | None, usage: str | None = None) -> None:
         layout = argparse.RawDescriptionHelpFormatter  # the docstring's own lines
-        super().__init__(prog=prog, description=description, formatter_class=layout, allow_abbrev=False)
+        first, _, rest = (description or "").partition("\n\n") if usage else (description, "", None)
+        super().__init__(
+            prog=prog, usage=usage, description=first, epilog=rest, formatter_class=layout, allow_abbrev=False
+        )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)

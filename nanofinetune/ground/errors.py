@@ -17,6 +17,8 @@ tests/test_bad_inputs.py and tests/ground/test_cli.py.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UsageError(ValueError):
@@ -35,6 +37,24 @@ class Halt(Exception):
     def __init__(self, code: int, text: str) -> None:
         super().__init__(shown(" ".join(text.splitlines())))
         self.code = code
+
+
+@contextmanager
+def naming(**flags: str) -> Iterator[None]:
+    """A `with` block in which a mistake in an argument of ours is told by the flag that gave it.
+
+    >>> with naming(mixed_precision="--precision"):
+    ...     raise UsageError("mixed_precision is 'fp16': choose bf16")
+    Traceback (most recent call last):
+    nanofinetune.ground.errors.UsageError: --precision is 'fp16': choose bf16
+    """
+    try:
+        yield
+    except UsageError as error:
+        name, space, rest = str(error).partition(" ")
+        if name in flags:
+            raise UsageError(flags[name] + space + rest) from error
+        raise
 
 
 def first_line(error: BaseException) -> str:

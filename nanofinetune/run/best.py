@@ -66,12 +66,14 @@ class Best:
         args: the command line, of which keep_best and patience are read.
         model: unwrapped; its weights are copied, and in the end replaced.
         keeps: whether this rank keeps them.
+        answers: run/answers.py's Answers, of the latest evaluation; in the end those of the best epoch.
     """
 
-    def __init__(self, args: Any, model: Any, keeps: bool) -> None:
-        self.args, self.model, self.keeps = args, model, keeps
+    def __init__(self, args: Any, model: Any, keeps: bool, answers: Any = None) -> None:
+        self.args, self.model, self.keeps, self.answers = args, model, keeps, answers
         self.wanted = args.keep_best is not None
         self.epoch = 0  # of the weights; 0: none yet
+        self.logits: torch.Tensor | None = None
         self.weights: dict[str, torch.Tensor] = {}
 
     def metric(self, evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -84,6 +86,7 @@ class Best:
             self.epoch = len(evaluations)
             if self.keeps:
                 self.weights = {name: tensor.clone() for name, tensor in state_on_host(self.model).items()}
+                self.logits = None if self.answers is None else self.answers.logits
 
     def is_over(self, evaluations: Sequence[Mapping[str, Any]]) -> bool:
         """Whether --patience has run out."""
@@ -94,6 +97,8 @@ class Best:
         """Give the model the best epoch's weights, on the rank that has them."""
         if self.weights:
             self.model.load_state_dict(self.weights)
+            if self.answers is not None:
+                self.answers.logits = self.logits
 
     def saved(self, evaluations: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], str]:
         """The evaluation of the model that is saved, and a line that says which one that is."""
@@ -105,16 +110,20 @@ class Best:
         return last, f"epoch {last['epoch']}, the last{hint}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "weights": self.weights}
+        kept = {} if self.logits is None else {"logits": self.logits}
+        return {"epoch": self.epoch, "weights": self.weights, **kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epoch, self.weights = state["epoch"], dict(state["weights"]) if self.keeps else {}
+        self.logits = state.get("logits") if self.keeps else None
 
     def misfit(self, state: Mapping[str, Any]) -> str:
         """Why a state cannot be one of these, "" if it can."""
-        if set(state) != {"epoch", "weights"} or not schema.whole(state["epoch"], high=MOST):
+        if {*state, "logits"} != {"epoch", "weights", "logits"} or not schema.whole(state["epoch"], high=MOST):
             return "it is not what --keep-best saves"
         if (state["epoch"] > 0) != bool(state["weights"]):
             return f"its epoch is {state['epoch']}, and it has {len(state['weights'])} weights"
+        if "logits" in state and self.answers is not None and (reason := self.answers.misfit(state["logits"])):
+            return f"the best epoch's {reason}"
         reason = schema.misfit("model", self.model, state["weights"]) if state["epoch"] else ""
         return f"the best epoch's {reason}" if reason else ""

@@ -34,13 +34,14 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import torch
-from tqdm import tqdm
 
 from nanofinetune.ground.errors import Halt, UsageError, shown
+from nanofinetune.ground.progress import Progress, Speed, clock, plural
 from nanofinetune.ranks.collectives import gather_object
 from nanofinetune.run.schema import finite, whole
 
 LOG_EVERY = 50  # updates, after which the ranks add up their losses and metrics.jsonl grows
+MOST_PACES = 2000  # points of a curve: more than a picture shows
 LONGEST = 2**16  # bytes that a line of somebody else's is read by; ours have about a hundred
 BEGINNING = b'{"step": '  # of each of our lines
 # What a resumed run needs of a log, and what each of it can be.
@@ -62,23 +63,27 @@ class Log:
 
     Args:
         output: the folder that gets metrics.jsonl; None: none is written.
-        updates: of the whole run, for the progress bar.
+        updates: of the whole run, for the progress bar; epochs: begun by it.
         accelerator: it adds up over the ranks; its rank 0 writes.
         run: what a run must have in common with the one that it resumes (`run_of`), saved with the rest.
     """
 
-    def __init__(self, output: Path | None, updates: int, accelerator: Any, run: Mapping[str, Any]) -> None:
+    def __init__(
+        self, output: Path | None, updates: int, accelerator: Any, run: Mapping[str, Any], epochs: int = 1
+    ) -> None:
         self.accelerator = accelerator
         self.run = dict(run)
         self.path = output / "metrics.jsonl" if output and accelerator.is_main_process else None
-        self.updates = updates
+        self.updates, self.epochs = updates, epochs
         self.update, self.examples, self.seconds, self.first_step_seconds = 0, 0, 0.0, 0.0
+        self.speed, self.steps, self.evaluating = Speed(), 0, 0.0  # updates of this process; seconds of an evaluation
         self.start_clock()
         self.epoch, self.rows = 0, 0  # rows of this epoch that all ranks together have used
         self.losses = (0.0, 0.0)  # of this epoch: the sum over its rows, and how many rows that are
         self.evaluations: list[dict[str, Any]] = []
         self.kept: Mapping[str, Any] = {}  # at the end of the run: the evaluation of the model that is saved
         self.which = ""  # and a line that says which one that is
+        self.pace: list[tuple[int, float]] = []  # (update, seconds of training until it), of this process; thinned out
         self.pending: list[tuple[dict[str, Any], torch.Tensor]] = []  # (line, this rank's sum of losses and rows)
         self.window, self.batches = torch.zeros(2, device=accelerator.device), 0
         self.saved = -1  # the update that was saved last; -1: none
@@ -94,17 +99,15 @@ class Log:
                 raise UsageError(occupied(str(self.path.parent)))
             with self.path.open("r+b") as content:
                 if strangers := cut_back(content, self.update):
-                    why = f"{strangers} line(s) in it are not of this run's making: they stay"
+                    why = f"{plural(strangers, 'line')} in it not of this run's making: kept"
                     self.accelerator.print(f"note: {shown(str(self.path))}: {why}", file=sys.stderr, flush=True)
-        hidden = None if self.accelerator.is_main_process else True  # None: tqdm draws on a terminal only
-        self.progress = tqdm(
-            total=self.updates, initial=self.update, unit="update", disable=hidden, file=sys.stderr, dynamic_ncols=True
-        )
-        self.began, self.examples_before = time.perf_counter(), self.examples
+        hidden = not self.accelerator.is_main_process
+        self.progress = Progress(self.updates, self._title(), initial=self.update, leave=True, hidden=hidden)
+        self.trained_before = self.seconds
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.progress.close()
+    def __exit__(self, *failure: object) -> None:
+        self.progress.__exit__(*failure)
         if self.file:
             with suppress(OSError):  # `_write` has reported it
                 self.file.close()
@@ -139,20 +142,33 @@ class Log:
     def say(self, text: str) -> None:
         """Print a line above the progress bar, on rank 0 alone."""
         if self.accelerator.is_main_process:
-            self.progress.write(shown(text), file=sys.stderr)
+            self.progress.write(text)
 
     def end_update(self, lr: float, rows: int, rows_of_epoch: int) -> None:
         """Close the window. `rows`: of a full update of all ranks; `rows_of_epoch`: of the training split."""
         self.update += 1
-        self.rows = min(self.rows + rows, rows_of_epoch)
+        before, self.rows = self.rows, min(self.rows + rows, rows_of_epoch)
+        self.steps += 1
+        self.speed.add(self.rows - before)  # of all ranks
         self.pending.append(({"step": self.update, "epoch": self.epoch + 1, "lr": lr}, self.window))
-        if self.progress.update():  # true where the bar is drawn anew; only then is a loss read from the device
-            loss, seconds = self.window[0] / self.window[1], time.perf_counter() - self.began
-            speed = (self.examples - self.examples_before) / seconds
-            self.progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", examples_per_second=f"{speed:.1f}")
+        ends = self.update == self.updates and self.progress.on_terminal
+        if self.progress.add() or ends:  # only then is a loss read from the device
+            self._show(lr)
         self.drop_window()
         if len(self.pending) >= LOG_EVERY:
             self.flush()
+
+    def _title(self) -> str:
+        return f"epoch {min(self.epoch + 1, self.epochs)}/{self.epochs}"
+
+    def _show(self, lr: float) -> None:
+        """Draw the bar, or write a line of a log file."""
+        loss = (self.window[0] / self.window[1]).item()
+        took = (self.seconds + time.perf_counter() - self.since - self.trained_before) / self.steps
+        evaluations = self.epochs - self.epoch if self.evaluating else 0
+        left = clock((self.updates - self.update) * took + evaluations * self.evaluating)
+        self.progress.title = self._title()
+        self.progress.show(f"{self.speed.now:.1f} ex/s loss {loss:.3f} lr {lr:.1e} {left} left")
 
     def drop_window(self) -> None:
         """Begin a new window."""
@@ -163,13 +179,18 @@ class Log:
     def start_clock(self) -> None:
         """Count the time from now until the next `flush` as training time."""
         self.since = time.perf_counter()
+        self.speed.pause()
+        self.speed.add(0)
 
     def flush(self) -> None:
         """Add up the ranks' losses since the last call, and write them. A collective. Raises Halt for a NaN (XLA)."""
-        self.seconds += time.perf_counter() - self.since
-        self.start_clock()
+        now = time.perf_counter()
+        self.seconds, self.since = self.seconds + now - self.since, now
         if not self.pending:
             return
+        self.pace.append((self.update, round(self.seconds, 3)))
+        if len(self.pace) > MOST_PACES:
+            self.pace = self.pace[1::2]
         table = self.accelerator.reduce(torch.stack([sums for _, sums in self.pending]), "sum").tolist()  # (n, 2)
         lines = ""
         for (line, _), (total, rows) in zip(self.pending, table, strict=True):
@@ -202,11 +223,12 @@ class Log:
 
     def end_epoch(self, evaluation: dict[str, Any]) -> None:
         """Move on to the next epoch; keep and print this one's scores."""
+        self.evaluating = time.perf_counter() - self.since  # `mean_loss` was called before it
         self.epoch, self.rows, self.losses = self.epoch + 1, 0, (0.0, 0.0)
         self.evaluations.append(evaluation)
         scores = ", ".join(f"{key} {value:.4f}" for key, value in evaluation.items() if isinstance(value, float))
         if self.accelerator.is_main_process:
-            self.progress.write(f"epoch {self.epoch}: {scores}", file=sys.stdout)
+            self.progress.write(f"epoch {self.epoch}: {scores}", sys.stdout)
             sys.stdout.flush()
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""What a run leaves: the JSON line at its end, and the folder that --output names.
+"""What a run leaves: the JSON line at its end, lines for people, and the folder that --output names.
 
-    model/          what `transformers.pipeline` loads
-    metrics.jsonl   one line an update
-    checkpoints/    to go on from
-    result.json     written last: where it is, the run is complete
+    model/            what `transformers.pipeline` loads
+    metrics.jsonl     one line an update
+    validation.jsonl  what the model says of the validation rows
+    checkpoints/      to go on from
+    result.json       written last: where it is, the run is complete
 
 >>> in_a_line({"epoch": 2, "f1": 0.5, "confusion_matrix": [[3, 1], [1, 3]]})
 {'epoch': 2, 'f1': 0.5}
@@ -19,6 +20,8 @@ tests/test_train.py.
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,16 +30,32 @@ import torch
 from safetensors import SafetensorError
 
 from nanofinetune.data.job import Job
-from nanofinetune.ground.errors import Halt, first_line
+from nanofinetune.ground.errors import Halt, first_line, shown
 from nanofinetune.ground.process import peak_rss_mb, seconds_since_start
+from nanofinetune.ground.progress import clock, columns_of, plural, wrapped
 from nanofinetune.ground.xla import state_on_host
+from nanofinetune.run.answers import FILE
 from nanofinetune.run.best import best
 
 
-def summary(accelerator: Any, job: Job, log: Any, padding: float) -> dict[str, Any]:
+def conclude(accelerator: Any, run: Any, job: Job, padding: float) -> None:
+    """Save what --output asks for; print the result, on a terminal also what people want to know. A collective."""
+    result = summary(accelerator, job, run, padding)
+    if accelerator.is_main_process:
+        if run.output:
+            model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
+            save(run.output, model, job, result, run)
+        print(json.dumps(result), flush=True)
+        if sys.stderr.isatty():
+            lines = closing(result, job, run, max(columns_of(sys.stderr), 50))
+            print("\n".join(lines), file=sys.stderr, flush=True)
+    accelerator.wait_for_everyone()
+
+
+def summary(accelerator: Any, job: Job, run: Any, padding: float) -> dict[str, Any]:
     """The result, as it is printed: what was trained on what, how long, and the scores. A collective."""
-    device = accelerator.device
-    accelerator.print(f"model      saved: {log.which}", flush=True)
+    device, log = accelerator.device, run.log
+    accelerator.print(f"model      {'saved' if run.output else 'not saved'}: {log.which}", flush=True)
     return {
         "model": job.model_name,
         "data": job.data.name,
@@ -61,17 +80,38 @@ def in_a_line(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in evaluation.items() if not isinstance(value, list)}
 
 
-def save(output: Path, model: Any, tokenizer: Any, result: dict[str, Any], evaluations: list[Any], args: Any) -> None:
-    """model/ (what transformers.pipeline loads) and result.json, the latter last: where it is, the run is complete."""
-    tables = evaluations[result["saved_epoch"] - 1]
+def save(output: Path, model: Any, job: Job, result: dict[str, Any], run: Any) -> None:
+    """model/ (what transformers.pipeline loads), validation.jsonl, and result.json last: then the run is complete."""
+    tables = run.log.evaluations[result["saved_epoch"] - 1]
     whole = result | {name: value for name, value in tables.items() if isinstance(value, list)}
-    whole |= {"evaluations": evaluations, "arguments": vars(args)}
+    whole |= {"evaluations": run.log.evaluations, "arguments": vars(run.args), "speed": run.log.pace}
     unfinished = output / ".result.json"
     try:
         model.save_pretrained(output / "model", state_dict=state_on_host(model))
-        tokenizer.save_pretrained(output / "model")
+        job.tokenizer.save_pretrained(output / "model")
+        whole["validation_rows"] = job.answers.write(output / FILE)
         unfinished.write_text(json.dumps(whole, indent=2) + "\n")
         unfinished.replace(output / "result.json")
     except (OSError, SafetensorError) as error:
         why = f"--output {output}: the model cannot be written ({first_line(error)})"
         raise Halt(1, f"{why}; make room, and --resume auto goes on from the newest checkpoint") from error
+
+
+def closing(result: Mapping[str, Any], job: Job, run: Any, width: int) -> list[str]:
+    """For people, in lines of at most `width` columns: the scores, five rows, where the model is and how to use it."""
+    scores = [f"{name} {value:.4f}" for name, value in run.log.kept.items() if isinstance(value, float)]
+    rows = plural(len(next(iter(job.validation.values()))), "row")
+    spent = f"{plural(result['steps'], 'update')} in {clock(result['seconds'])}"
+    speed, memory = f"{result['examples_per_second']:.1f} examples a second", f"{result['peak_rss_mb']:,.0f} MiB"
+    lines = [
+        "",
+        wrapped(f"result     {', '.join(scores)} ({rows})", width, indent=11),
+        f"           {spent}, {speed}, {memory} of memory",
+    ]
+    if job.answers.logits is not None:
+        lines += ["", *job.answers.table(width), ""]
+    if run.output is None:
+        return [*lines, "model      not kept: give --output DIR"]
+    folder, texts = str(run.output / "model"), "\\t".join(["one", "another"][: len(job.data.text_columns)])
+    use = f"printf '{texts}\\n' | python -m nanofinetune.predict {shlex.quote(folder)}"
+    return [*lines, f"model      {shown(folder)}, and what labels texts with it:", shown(use)]

@@ -30,8 +30,9 @@ from typing import Any
 
 from nanofinetune.ground.errors import UsageError, shown
 from nanofinetune.ground.names import place_of
+from nanofinetune.ground.progress import plural
 from nanofinetune.ranks.collectives import agree, broadcast_object_list
-from nanofinetune.run import checkpoint, log
+from nanofinetune.run import answers, checkpoint, log
 from nanofinetune.run.folders import MANIFEST
 from nanofinetune.run.log import locked, occupied
 from nanofinetune.run.schema import whole
@@ -46,6 +47,7 @@ IDENTITY = (
 LATER: dict[str, Any] = {"schedule": "linear"}
 LATER |= dict.fromkeys(("max_length", "class_weights", "keep_best", "patience"))
 
+OUTPUTS = ("model", "metrics.jsonl", answers.FILE, "result.json", "checkpoints")  # what --output gets
 COUNTS = ("batch_size", "accumulate", "world", "fits")  # fits: the rows of a process's batch that fitted into memory
 
 
@@ -100,8 +102,9 @@ def batch_plan(batch_size: int, accumulate: int, processes: int, start: Start) -
             return share // batches * processes, batches
     if batch_size * processes * accumulate == before:
         return batch_size * processes, accumulate
+    asked = f"{plural(processes, 'process', 'processes')} x --batch-size {batch_size}"
     raise UsageError(
-        f"--resume: the run has {before} rows an update, and {processes} process(es) x --batch-size {batch_size} x"
+        f"--resume: the run has {plural(before, 'row')} an update, and {asked} x"
         f" --accumulate {accumulate} are {batch_size * processes * accumulate}: choose values that give {before}"
     )
 
@@ -232,7 +235,7 @@ def _named(resume: str) -> tuple[Path, list[str]]:
 def _claim(name: str, output: Path, goes_on: bool) -> None:
     """Make sure, before any long work, that the folder can be written and holds nothing that would be overwritten."""
     try:
-        there = [child for child in ("model", "metrics.jsonl", "result.json", "checkpoints") if _exists(output / child)]
+        there = [child for child in OUTPUTS if _exists(output / child)]
         if "result.json" in there and goes_on:
             raise UsageError(
                 f"--output {name}: this run is complete, there is nothing to resume; its result.json says how it ended"
@@ -242,8 +245,9 @@ def _claim(name: str, output: Path, goes_on: bool) -> None:
                 f"--output {name}: it already holds {', '.join(there)} of an earlier run; name another folder"
                 + (", or go on with --resume auto" if "checkpoints" in there and "result.json" not in there else "")
             )
-        if there == ["model"]:  # a run writes metrics.jsonl before it
-            raise UsageError(f"--output {name}: it holds a model, and no run that made it; name another folder")
+        if there and "metrics.jsonl" not in there and "checkpoints" not in there:  # what a run writes before the others
+            what = "a model" if "model" in there else there[0]
+            raise UsageError(f"--output {name}: it holds {what}, and no run that made it; name another folder")
         existing = _existing(name, output)
         tempfile.TemporaryFile(dir=existing).close()  # without a name; the folder itself is made later
     except OSError as error:
@@ -264,6 +268,10 @@ def _claim_child(name: str, child: Path) -> None:
         with child.open("a") as file:
             if not locked(file):
                 raise UsageError(occupied(name))
+    elif child.name == answers.FILE:  # also what people call a data set's file
+        begins = child.read_bytes()[:99] if stat.S_ISREG(child.stat().st_mode) else b""
+        if not begins.startswith(answers.BEGINNING):
+            raise UsageError(f"--output {name}: its {child.name} is not of a run's making; name another folder")
     else:
         os.listdir(child)
         tempfile.TemporaryFile(dir=child).close()  # without a name

@@ -37,6 +37,7 @@ import torch
 
 from nanofinetune.ground.errors import Halt, UsageError, shown
 from nanofinetune.ground.process import seconds_since_start
+from nanofinetune.ground.progress import plural
 from nanofinetune.ground.xla import end_step, manual_seed, spread_rows
 from nanofinetune.ranks.collectives import agree
 from nanofinetune.ranks.ddp import DistributedDataParallel
@@ -70,7 +71,7 @@ class Run:
         self.rows_per_step = plan.rows_per_step
         self.output = None if self.args.output is None else Path(self.args.output).expanduser()
         self.signals, self.watch = StopSignals(), Watch(accelerator.world)
-        self.log = Log(self.output, plan.updates, accelerator, plan.identity)
+        self.log = Log(self.output, plan.updates, accelerator, plan.identity, plan.epochs)
         self.mean_loss: float | None = None  # of the epoch that was read last
         self.batches_read = 0  # of `loader`
         # of the window that is being accumulated:
@@ -78,7 +79,8 @@ class Run:
         self.settled = False  # the ranks have exchanged what happened in it, and what follows is the same on all
         self.signal = 0  # the number of the signal that some rank has received
         self.again = False  # some rank has run out of memory: its rows are read again
-        self.best = Best(self.args, accelerator.unwrap_model(model), keeps=accelerator.is_main_process)
+        unwrapped = accelerator.unwrap_model(model)
+        self.best = Best(self.args, unwrapped, keeps=accelerator.is_main_process, answers=plan.answers)
         accelerator.register_for_checkpointing(self.log, *([self.best] if self.best.wanted else []))
         folder = plan.start.folder
         if folder is not None:
@@ -111,7 +113,8 @@ class Run:
         """The numbers of the epochs that are left, as long as patience lasts. `end_epoch` moves on to the next."""
         while self.log.epoch < self.plan.epochs:
             if self.args.patience and agree([self.best.is_over(self.log.evaluations)], self.accelerator.world)[0]:
-                self.log.say(f"note: nothing better in {self.args.patience} epoch(s): stopped after {self.log.epoch}")
+                since = plural(self.args.patience, "epoch")
+                self.log.say(f"note: nothing better in {since}: stopped after {self.log.epoch}")
                 break
             yield self.log.epoch
         self.log.kept, self.log.which = self.best.saved(self.log.evaluations)
@@ -236,8 +239,8 @@ class Run:
         rows, accumulate = smaller(self.rows_per_step // processes, accelerator.gradient_accumulation_steps)
         accelerator.gradient_accumulation_steps, accelerator.step = accumulate, 0
         accelerator.print(
-            f"note: out of memory: {rows} row(s) per process x {processes} process(es) x {accumulate}"
-            f" accumulated from here on, {self.plan.rows_per_update} rows an update as before",
+            f"note: out of memory: {plural(rows, 'row')} per process x {plural(processes, 'process', 'processes')} x"
+            f" {accumulate} accumulated from here on, {plural(self.plan.rows_per_update, 'row')} an update as before",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         self.rows_per_step, log.run["fits"] = rows * processes, rows

@@ -27,6 +27,7 @@ import torch
 
 from nanofinetune.data.job import Job
 from nanofinetune.ground.errors import UsageError, first_line
+from nanofinetune.ground.progress import plural
 from nanofinetune.ranks.collectives import gather_object
 from nanofinetune.run.run import out_of_memory
 
@@ -104,7 +105,7 @@ def _train_once(accelerator: Any, job: Job, rows: int) -> tuple[str, bool]:
         return "", False
     except Exception as error:
         if not out_of_memory(error):
-            what = f"{len(chosen)} row(s) of up to {tokens} tokens"
+            what = f"{plural(len(chosen), 'row')} of up to {plural(tokens, 'token')}"
             why = f"{type(error).__name__}: {first_line(error)}"
             return f"it cannot be trained on {what} ({why}); choose another model, or another --max-length", False
         traceback.clear_frames(error.__traceback__)  # whose variables hold the activations

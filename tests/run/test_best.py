@@ -84,7 +84,7 @@ def test_patience_ends_the_run_and_a_resumed_one_goes_on_counting(run, tmp_path)
     options = "--epochs", 9, "--patience", 2, "--save-every", 5, "--output"
     code, result, _, err = run([0.9, 0.5, 0.8], *options, tmp_path / "whole")
     assert code == 0 and result["steps"] == 3 * 8 and result["saved_epoch"] == 3
-    assert "nothing better in 2 epoch(s): stopped after 3" in err
+    assert "nothing better in 2 epochs: stopped after 3" in err
     with pytest.raises(RuntimeError, match="a fault"):
         run([0.9, 0.5, RuntimeError("a fault")], *options, tmp_path / "torn")
     code, again, _, _ = run([0.8], *options, tmp_path / "torn", "--resume", "auto")

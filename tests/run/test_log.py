@@ -85,7 +85,7 @@ def test_a_log_says_what_stays(tmp_path, capsys):
     with log:
         log._write(ours(2).decode())
     assert path.read_bytes() == ours(1) + b"\n\xff\n" + ours(2)
-    assert capsys.readouterr().err == f"note: {path}: 2 line(s) in it are not of this run's making: they stay\n"
+    assert capsys.readouterr().err == f"note: {path}: 2 lines in it not of this run's making: kept\n"
 
 
 # ---- what reads the output may leave ----

@@ -26,6 +26,7 @@ from helpers import run_ranks, run_torchrun
 from safetensors.torch import load_file
 
 from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.progress import plural
 from nanofinetune.run.resume import IDENTITY, Start, run_of
 from nanofinetune.run.run import Run
 from nanofinetune.step.order import mix
@@ -164,7 +165,7 @@ MISTAKES = {
     "another length": (["--epochs", "5"], "--epochs 5: the run to resume began with 3; use the same"),
     "another batch": (
         ["--batch-size", "4"],
-        "--resume: the run has 8 rows an update, and 1 process(es) x --batch-size 4 x --accumulate 1 are 4: choose"
+        "--resume: the run has 8 rows an update, and 1 process x --batch-size 4 x --accumulate 1 are 4: choose"
         " values that give 8",
     ),
 }
@@ -493,7 +494,8 @@ def test_out_of_memory_on_one_rank_shrinks_on_all(world, fails, accumulate, stil
     assert [code for code, _ in found] == [0] * world
     notes = [line for _, said in found for line in said.splitlines() if line.startswith("note: out of memory")]
     assert notes == [
-        f"note: out of memory: {rows} row(s) per process x {world} process(es) x {8 // rows * accumulate} accumulated"
+        f"note: out of memory: {plural(rows, 'row')} per process x {plural(world, 'process', 'processes')} x"
+        f" {8 // rows * accumulate} accumulated"
         f" from here on, {8 * world * accumulate} rows an update as before"
         for rows in (4, 2)
     ]

@@ -95,8 +95,7 @@ def test_what_fails_in_the_trial_is_one_line(run, tiny_tokenizer_dir, pairs, tmp
     code, _, err = run("--model", tmp_path / "model", "--data", pairs, "--output", tmp_path / "out")
     assert code == 2 and len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
     assert (
-        f"model {tmp_path / 'model'}: it cannot be trained on 8 row(s) of up to 28 tokens (ValueError: Input lang"
-        in err
+        f"model {tmp_path / 'model'}: it cannot be trained on 8 rows of up to 28 tokens (ValueError: Input lang" in err
     )
 
 
@@ -105,7 +104,7 @@ def test_what_fails_in_the_trial_is_one_line(run, tiny_tokenizer_dir, pairs, tmp
     [
         (
             IndexError("index out of range in self"),
-            "it cannot be trained on 2 row(s) of up to 10 tokens (IndexError: index out",
+            "it cannot be trained on 2 rows of up to 10 tokens (IndexError: index out",
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory"),

@@ -86,7 +86,8 @@ def test_two_ranks_tell_what_happens_in_order(traced, rank):
     assert sum(rows) in range(24), "this rank's validation rows"
     assert [e.text for e in by_name["afterwards"] if e.what == "reduce"] == [
         f"({UPDATES}, 2) float32, {8 * UPDATES} bytes",  # the losses
-        "(394,) int64, 3,152 bytes",  # the counts of evaluation, 3 x 130, and its 2 x 2 table: the last all-reduce
+        "(394,) int64, 3,152 bytes",  # the counts of evaluation, 3 x 130, and its 2 x 2 table
+        "(23, 2) float32, 184 bytes",  # the logits of the validation rows: the last all-reduce
     ]
 
 
