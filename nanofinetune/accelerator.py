@@ -57,10 +57,10 @@ from torch.utils.data import DataLoader
 
 from nanofinetune import wrappers
 from nanofinetune.dropin import ATTRIBUTES, METHODS, processes, saving, tracking
+from nanofinetune.dropin.parallel import DistributedDataParallel
 from nanofinetune.dropin.partial_state import type_of
 from nanofinetune.ground.precision import PRECISIONS, checked_precision
 from nanofinetune.ranks import collectives
-from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.loader import DataLoaderShard, Position, prepare_data_loader, skip_first_batches
 from nanofinetune.ranks.world import TIMEOUT, shutdown
 from nanofinetune.run import checkpoint, state
