@@ -38,13 +38,19 @@ from nanofinetune.run.schema import whole
 
 # A resumed run is the same run, so these arguments must be what they were. (Batches may differ: see `batch_plan`.)
 IDENTITY = (
-    "model", "data", "max_length", "text_columns", "label_column", "epochs", "max_steps", "group_by_length", "lr",
-    "weight_decay", "warmup_steps", "schedule", "clip_norm", "precision", "fast_dropout", "seed", "uneven",
-    "class_weights", "keep_best", "patience",
+    "model", "data", "max_length", "text_columns", "label_column", "task", "drop_unlabelled", "separator", "encoding",
+    "epochs", "max_steps", "group_by_length", "lr", "weight_decay", "warmup_steps", "schedule", "clip_norm",
+    "precision", "fast_dropout", "seed", "uneven", "class_weights", "keep_best", "patience",
+)  # fmt: skip
+# These may be others: into how many batches an update is cut, where it is computed, what is kept of it, how long to
+# wait, and what to do about a loss that is not finite (a run that ended there can go on and leave it out).
+MAY_CHANGE = (
+    "batch_size", "accumulate", "eval_batch_size", "device", "output", "save_every", "keep", "resume", "dry_run",
+    "on_nan", "timeout",
 )  # fmt: skip
 # Arguments that older checkpoints lack, and what their runs did.
-LATER: dict[str, Any] = {"schedule": "linear"}
-LATER |= dict.fromkeys(("max_length", "class_weights", "keep_best", "patience"))
+LATER: dict[str, Any] = {"schedule": "linear", "task": "auto", "drop_unlabelled": False}
+LATER |= dict.fromkeys(("max_length", "separator", "encoding", "class_weights", "keep_best", "patience"))
 
 COUNTS = ("batch_size", "accumulate", "world", "fits")  # fits: the rows of a process's batch that fitted into memory
 
@@ -143,8 +149,9 @@ def find_start(args: Any, restarted: bool = False) -> Start:
     run = LATER | state["run"]
     for name in IDENTITY:
         if run[name] != getattr(args, name):
-            flag, was = "--" + name.replace("_", "-"), "not given" if run[name] is None else run[name]
-            raise UsageError(f"{flag} {getattr(args, name)}: the run to resume began with {was}; use the same")
+            now, was = _given(name, getattr(args, name)), _given(name, run[name])
+            was = was.removeprefix(now.partition(" ")[0] + " ")  # the flag is said once
+            raise UsageError(f"{now}: the run to resume began with {was}; use the same")
     if output is not None and named:
         there = checkpoint.numbered(output / "checkpoints", "update-")
         later = [path for path in there if checkpoint.number_of(path) > checkpoint.number_of(folder)]
@@ -199,6 +206,14 @@ def check_place(start: Start, rows: int, rows_per_update: int, updates: int) -> 
 
 
 # ---- What --output and --resume name ---------------------------------------------------------------------------------
+
+
+def _given(name: str, value: Any) -> str:
+    """An argument as it is typed: "--lr 0.1", "--group-by-length", "no --group-by-length"."""
+    flag = "--" + name.replace("_", "-")
+    if value is None or isinstance(value, bool):
+        return flag if value else f"no {flag}"
+    return f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def _skipped(reason: str) -> str:

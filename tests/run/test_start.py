@@ -14,10 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT, load_script
 
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.run import checkpoint
-from nanofinetune.run.resume import IDENTITY, find_start
+from nanofinetune.run.resume import IDENTITY, LATER, MAY_CHANGE, find_start
 
 ARGUMENTS = dict.fromkeys(IDENTITY)
 
@@ -222,3 +223,73 @@ def test_a_run_goes_on_with_its_schedule(saved, asked, same, tmp_path):
         UsageError, match=f"--schedule {asked}: the run to resume began with {saved or 'linear'}; use the same"
     ):
         find_start(asks)
+
+
+train = load_script(ROOT / "train.py")
+
+
+def parsed(*argv):
+    return train.parse_arguments([*map(str, argv)])
+
+
+def test_each_option_of_train_either_may_change_or_is_part_of_what_a_run_is():
+    """A new option must be put into one of the two lists."""
+    assert sorted(vars(parsed())) == sorted((*IDENTITY, *MAY_CHANGE))
+    old = {name: value for name, value in vars(parsed()).items() if name in LATER}
+    assert old == LATER, "what older runs did is the default"
+
+
+OTHER_VALUES = {
+    "model": "roberta-base", "data": "glue/cola", "max_length": 64, "text_columns": ["title", "body"],
+    "label_column": "stars", "task": "multi", "drop_unlabelled": True, "separator": ";", "encoding": "cp1252",
+    "epochs": 4, "max_steps": 9, "group_by_length": True, "lr": 0.1, "weight_decay": 0.01, "warmup_steps": 5,
+    "schedule": "cosine", "clip_norm": 1.0, "precision": "bf16", "fast_dropout": True, "seed": 7, "uneven": "wrap",
+    "class_weights": "balanced", "keep_best": "f1", "patience": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_an_argument_that_makes_another_run_is_refused_by_name(name, tmp_path):
+    """Given now and not before, and the other way round."""
+    flag = "--" + name.replace("_", "-")
+    asks = parsed("--output", tmp_path, "--resume", "auto")
+    before = {key: value for key, value in vars(asks).items() if key in IDENTITY}
+    saved = save(tmp_path, 9, run=state(9)["run"] | before)
+    assert find_start(asks).folder == saved
+    setattr(asks, name, OTHER_VALUES[name])
+    with pytest.raises(UsageError, match=rf"^{flag}\b.*: the run to resume began with .+; use the same$"):
+        find_start(asks)
+    shutil.rmtree(saved)
+    save(tmp_path, 9, run=state(9)["run"] | before | {name: OTHER_VALUES[name]})
+    setattr(asks, name, before[name])
+    with pytest.raises(UsageError, match=rf"^(no )?{flag}\b.*: the run to resume began with .+; use the same$"):
+        find_start(asks)
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_checkpoint_from_before_an_option_existed_goes_on_only_without_it(name, tmp_path):
+    asks = parsed("--output", tmp_path, "--resume", "auto")
+    run = state(9)["run"] | {key: value for key, value in vars(asks).items() if key in IDENTITY}
+    del run[name]
+    saved = save(tmp_path, 9, run=run)
+    assert find_start(asks).folder == saved
+    setattr(asks, name, OTHER_VALUES[name])
+    with pytest.raises(UsageError, match=": the run to resume began with "):
+        find_start(asks)
+
+
+def test_what_was_typed_is_said_as_it_is_typed(tmp_path):
+    asks = parsed("--output", tmp_path, "--resume", "auto", "--text-columns", "a", "b")
+    before = {key: value for key, value in vars(asks).items() if key in IDENTITY}
+    lines = []
+    for changes in ({"text_columns": ["a"]}, {"drop_unlabelled": True}, {"encoding": "cp1252"}):
+        save(tmp_path, 9, run=state(9)["run"] | before | changes)
+        with pytest.raises(UsageError) as refusal:
+            find_start(asks)
+        lines.append(str(refusal.value))
+        shutil.rmtree(tmp_path / "checkpoints")
+    assert lines == [
+        "--text-columns a b: the run to resume began with a; use the same",
+        "no --drop-unlabelled: the run to resume began with --drop-unlabelled; use the same",
+        "no --encoding: the run to resume began with --encoding cp1252; use the same",
+    ]
