@@ -172,7 +172,7 @@ def misfit(folder: Path) -> str:
         run, update = state["run"], state["update"]
     except (KeyError, TypeError, ValueError):
         return "train.py did not make it"
-    if reason := log.misfit(state) or _misfit_of_run(run):
+    if reason := log.misfit(state) or _misfit_of_run(run) or _misfit_of_parts(folder, run, update):
         return f"it cannot be: {reason}"
     if re.fullmatch("update-[0-9]+", folder.name) and checkpoint.number_of(folder) != update:
         return f"it has been renamed: it was saved after update {update}"
@@ -192,6 +192,30 @@ def _misfit_of_run(run: Mapping[str, Any]) -> str:
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         return "what its run has found is not text"
     return ""
+
+
+def _misfit_of_parts(folder: Path, run: Mapping[str, Any], update: int) -> str:
+    """Why the other parts cannot have been saved with this run: one of them may be another checkpoint's.
+
+    A part that is missing is refused when the state is loaded.
+    """
+    scheduler, loader = (_part(folder, name) for name in ("scheduler", "loader"))
+    at = scheduler.get("last_epoch", update)
+    if at != update and not (run["precision"] == "fp16" and at < update):  # a skipped update does not move a schedule
+        return f"its schedule is at update {at}, and the run at {update}"
+    if peaks := [lr for lr in scheduler.get("base_lrs", ()) if lr != run["lr"]]:
+        return f"its schedule has the learning rate {peaks[0]}, and the run {run['lr']}"
+    if (seed := loader.get("data_seed", run["seed"])) != run["seed"]:
+        return f"its loader has the seed {seed}, and the run {run['seed']}"
+    return ""
+
+
+def _part(folder: Path, name: str) -> Mapping[str, Any]:
+    try:
+        part = checkpoint.read_part(folder, name)
+    except (OSError, KeyError, TypeError, ValueError):
+        return {}
+    return part if isinstance(part, Mapping) else {}
 
 
 def check_place(start: Start, rows: int, rows_per_update: int, updates: int) -> None:

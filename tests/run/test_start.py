@@ -41,6 +41,43 @@ def save(output, number, **changes):
     return folder
 
 
+PARTS_OF_OTHERS = {
+    "an older schedule": ("scheduler", {"last_epoch": 3}, "its schedule is at update 3, and the run at 9"),
+    "a later schedule": ("scheduler", {"last_epoch": 10}, "its schedule is at update 10, and the run at 9"),
+    "another learning rate": (
+        "scheduler",
+        {"base_lrs": [1.0]},
+        "its schedule has the learning rate 1.0, and the run 0.1",
+    ),
+    "another seed": ("loader", {"data_seed": 7}, "its loader has the seed 7, and the run 42"),
+}
+
+
+@pytest.mark.parametrize("part, changes, reason", PARTS_OF_OTHERS.values(), ids=PARTS_OF_OTHERS)
+def test_a_part_of_another_checkpoint_is_passed_over_and_refused_by_name(part, changes, reason, tmp_path):
+    """Its hashes fit: checkpoint.save makes them."""
+
+    def save_parts(update, **parts):
+        whole = state(update)
+        whole["run"] |= {"lr": 0.1, "seed": 42}
+        schedule, loader = {"last_epoch": update, "base_lrs": [0.1, 0.1]}, {"data_seed": 42, "epoch": 0, "rows": 0}
+        own = {"custom": whole, "scheduler": schedule, "loader": loader}
+        folder = tmp_path / "checkpoints" / f"update-{update:08d}"
+        checkpoint.save(folder, {name: own[name] | parts.get(name, {}) for name in own})
+        return folder
+
+    asks = arguments(tmp_path)
+    asks.lr, asks.seed = 0.1, 42
+    older, newest = save_parts(5), save_parts(9, **{part: changes})
+    start = find_start(asks)
+    assert start.folder == older
+    assert start.note.startswith(f"passed over {newest.name}: it cannot be: {reason}; resumed after update 5")
+    asks.resume = str(newest)
+    asks.output = str(tmp_path / "other")
+    with pytest.raises(UsageError, match=f"it cannot be: {reason}; name another checkpoint"):
+        find_start(asks)
+
+
 def test_auto_takes_only_update_n(tmp_path):
     """A copy under another name, a folder of somebody's, other spellings of a number: none is the newest."""
     newest = save(tmp_path, 9)
