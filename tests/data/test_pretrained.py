@@ -97,7 +97,7 @@ def test_a_half_precision_checkpoint_is_trained_in_fp32(dtype, tmp_path):
 @pytest.mark.parametrize("with_head", [False, True], ids=["encoder", "classifier"])
 @pytest.mark.parametrize("kept, said", [(3, ""), (2, "encoder.layer 2"), (1, "encoder.layer 1 to 2")])
 def test_layers_that_the_config_leaves_out_are_said(kept, said, with_head, tmp_path):
-    """transformers loads the shorter model, and reports it as of another task: a note in training, an error to predict with."""
+    """transformers loads the shorter model, and reports it as of another task: here a note, and an error to predict."""
     config = tiny_bert().config
     config.num_hidden_layers = 3
     model: Any = AutoModelForSequenceClassification.from_config(config)
