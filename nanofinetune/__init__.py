@@ -25,7 +25,7 @@ import nanofinetune.ground.process  # noqa: F401 (before torch, which takes seco
 # isort: split
 from nanofinetune.accelerator import Accelerator
 from nanofinetune.dropin.operations import set_seed
-from nanofinetune.ranks.ddp import DistributedDataParallel
+from nanofinetune.dropin.parallel import DistributedDataParallel
 from nanofinetune.ranks.loader import skip_first_batches
 from nanofinetune.step import metrics
 from nanofinetune.step.collate import DataCollatorWithPadding

@@ -57,13 +57,13 @@ from torch.utils.data import DataLoader
 
 from nanofinetune import wrappers
 from nanofinetune.dropin import ATTRIBUTES, METHODS, processes, saving, tracking
+from nanofinetune.dropin.parallel import DistributedDataParallel
 from nanofinetune.dropin.partial_state import type_of
 from nanofinetune.ground.precision import PRECISIONS, checked_precision
 from nanofinetune.ranks import collectives
-from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.loader import DataLoaderShard, Position, prepare_data_loader, skip_first_batches
 from nanofinetune.ranks.world import TIMEOUT, shutdown
-from nanofinetune.run import checkpoint, state
+from nanofinetune.run import checkpoint, same, state
 from nanofinetune.settings import (
     ABSENT,
     AutocastKwargs,
@@ -279,6 +279,7 @@ class Accelerator:
         """This rank's loader. On N > 1 ranks a collective: the order is rank 0's."""
         if isinstance(data_loader, DataLoaderShard) and data_loader.positions is self.positions:
             return data_loader
+        same.check_same(self.world, same.of_loader(data_loader), "prepare the same loader on all ranks")
         config = vars(self.dataloader_config) | {"split_batches": self.split_batches, "even_batches": self.even_batches}
         place = self.device_placement if device_placement is None else device_placement
         shard = prepare_data_loader(

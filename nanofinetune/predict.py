@@ -1,7 +1,8 @@
 """Label texts with a fine-tuned model: `python -m nanofinetune.predict MODEL_DIR [FILE]`.
 
 A FILE of lines, or stdin, holds a text a line, a tab inside a pair: `label TAB probability TAB line` is printed for
-each. A table (csv, tsv, jsonl, parquet, xlsx) is written again, with the columns label and probability.
+each. A table (csv, tsv, jsonl, parquet, xlsx) is written again, with the columns label and probability. Without an
+ending that says what it is, as stdin is, name its --format.
 
 >>> split_line("a cat\\tthe cat", 1, 2), split_line("a cat", 7, 1)
 (('a cat', 'the cat'), ('a cat',))
@@ -19,8 +20,10 @@ tests/test_predict.py.
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -254,6 +257,7 @@ def parse_arguments() -> Any:
     add = parser.add_argument
     add("model", metavar="MODEL_DIR", help="a folder that train.py wrote: DIR/model of its --output DIR")
     add("file", metavar="FILE", nargs="?", default="-", help="lines or a table, by its ending; - is stdin (default -)")
+    add("--format", choices=WRITTEN, help="of a table on stdin, in a pipe, or without an ending that says it")
     add("--output", metavar="FILE", help="write there: a new .csv, .tsv, .jsonl or .parquet, or lines (default stdout)")
     add("--all", action="store_true", help="also the probability of every class")
     add("--threshold", metavar="P", nargs="+", type=threshold,
@@ -269,8 +273,22 @@ def parse_arguments() -> Any:
 def main() -> None:
     """Label every line or row of the file or of stdin."""
     args = parse_arguments()
-    device, how = choose_device(args.device), dialect(args.separator, args.encoding)
     path = None if args.file == "-" else place_of("FILE", args.file)
+    _check_there(path, args.file)
+    if args.format is None:
+        label(args, path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = _with_an_ending(path, Path(folder), args)
+        try:
+            label(args, file)
+        except UsageError as error:  # the user knows it by another name
+            raise UsageError(str(error).replace(str(file), "stdin" if path is None else args.file)) from error
+
+
+def label(args: Any, path: Path | None) -> None:
+    """What the command line asks for; `path` None is stdin with lines."""
+    device, how = choose_device(args.device), dialect(args.separator, args.encoding)
     kind = _kind(path, args)
     output = None if args.output is None else place_of("--output", args.output)
     written = None if output is None else _written_as(output, kind)
@@ -310,19 +328,41 @@ def main() -> None:
             bar.update(len(lines))
 
 
+def _check_there(path: Path | None, name: str) -> None:
+    if path is not None and not path.exists():
+        raise UsageError(f"{name}: there is no such file")
+    if path is not None and path.is_dir():
+        raise UsageError(f"{name}: it is a folder; name a file in it")
+
+
+def _with_an_ending(path: Path | None, folder: Path, args: Any) -> Path:
+    """The file under a name that ends as --format says; a copy of stdin or of a pipe, since a table is read twice."""
+    name = "stdin" if path is None else path.name
+    plain = path is not None and stat.S_ISREG(os.stat(path).st_mode)
+    if path is not None and plain and format_of(path) is not None:
+        raise UsageError(f"--format {args.format}: {args.file} says by its ending what it is; leave it out")
+    file = folder / f"{name}.{args.format}"
+    try:
+        if path is not None and plain:
+            file.symlink_to(path.absolute())
+        else:
+            raw = sys.stdin.fileno() if path is None else path
+            with open(raw, "rb", closefd=path is not None) as source, file.open("wb") as target:
+                shutil.copyfileobj(source, target)
+    except OSError as error:
+        raise UsageError(f"{name}: it cannot be copied to be read ({error.strerror})") from error
+    return file
+
+
 def _kind(path: Path | None, args: Any) -> str | None:
     """The format of a table; None for lines."""
-    if path is not None and not path.exists():
-        raise UsageError(f"{args.file}: there is no such file")
-    if path is not None and path.is_dir():
-        raise UsageError(f"{args.file}: it is a folder; name a file in it")
     kind = None if path is None else format_of(path)
     if kind is None:
         for flag, value in (("--separator", args.separator), ("--text-columns", args.text_columns)):
             if value:
                 raise UsageError(f"{flag}: {args.file} holds lines by its ending, and no columns; leave it out")
     elif path is not None and not stat.S_ISREG(os.stat(path).st_mode):
-        raise UsageError(f"{args.file}: a table is read more than once, and this is no plain file; write it into one")
+        raise UsageError(f"{args.file}: a table is read more than once; for a pipe say which it is with --format")
     return kind
 
 

@@ -105,7 +105,7 @@ class DistributedDataParallelKwargs(KwargsHandler):
                 )
         self._hook()
         return {
-            "broadcast_buffers": self.broadcast_buffers,
+            "broadcast_buffers": None if self.broadcast_buffers else False,  # torch warns of either value
             # underneath: Accelerate hands on what differs from the defaults, so 25 leaves torch its small first bucket
             "bucket_cap_mb": None if self.bucket_cap_mb == 25 else self.bucket_cap_mb,
             "find_unused_parameters": self.find_unused_parameters,

@@ -11,7 +11,9 @@ import gc
 import inspect
 import pickle
 import re
+import tempfile
 import warnings
+import weakref
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import product
@@ -818,6 +820,51 @@ def test_find_unused_parameters_matches_accelerate_on_ranks():
         assert mine == reference and mine[2:] == [None, None]
         assert hook == "bf16_compress_hook"
         assert "unused." not in text  # numbers, no name
+
+
+def kept_by(make, precision, folder):
+    """What is still there once an Accelerator that has trained, and all that it prepared, were deleted."""
+    accelerator = make(cpu=True, mixed_precision=precision)
+    model, rows = line(), DataLoader(torch.randn(8, 3), batch_size=2, shuffle=True)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(model.parameters())
+    there = {"model": weakref.ref(model), "accelerator": weakref.ref(accelerator)}
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1.0)
+    model, optimizer, rows, scheduler = accelerator.prepare(model, optimizer, rows, scheduler)
+    for batch in rows:
+        with accelerator.accumulate(model):
+            loss = model(batch).mean()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    accelerator.save_state(folder)
+    del model, optimizer, rows, scheduler, batch, loss
+    assert there["model"]() is not None, "the Accelerator keeps what it prepared"
+    del accelerator
+    return [name for name, reference in there.items() if reference() is not None]
+
+
+def kept_by_both():
+    from accelerate import Accelerator as Theirs
+
+    warnings.simplefilter("ignore")  # theirs
+    kept = []
+    gc.collect()
+    gc.disable()
+    for precision in ("no", "bf16"):
+        with tempfile.TemporaryDirectory() as folder:
+            kept.append(kept_by(Accelerator, precision, folder))
+            reset()
+            kept.append(kept_by(Theirs, precision, folder))
+    return kept
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_deleting_the_accelerator_frees_the_model_where_accelerates_autocast_keeps_it(world):
+    """Without the garbage collector: nothing of ours holds itself."""
+    pytest.importorskip("accelerate", reason="the reference, extra `test`")
+    assert run_ranks(kept_by_both, world) == [[[], [], [], ["model"]]] * world
 
 
 # ---- one process ----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ FLOORS = {
     3: "ranks/world cpu/lean data/load run/folders run/best",
     4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch",
     5: "ranks/loader settings run/state run/log run/same run/evaluation data/cache launch/job launch/config"
-    " dropin/processes dropin/logs dropin/local_sgd dropin/tracking dropin/available dropin/absent",
+    " dropin/parallel dropin/processes dropin/logs dropin/local_sgd dropin/tracking dropin/available dropin/absent",
     6: "wrappers run/resume data/job dropin/saving dropin/profiling dropin/partial_state dropin/uneven launch/notebook",
     7: "accelerator run/plan run/result predict exercise launch/__main__ dropin/attributes dropin/operations",
     8: "run/run trace/observe",

@@ -327,6 +327,51 @@ def test_a_table_on_stdout_has_the_form_of_the_input(tmp_path, tiny_tokenizer_di
     assert first.startswith('01;"the; cat";x;class ') and second.startswith("02;the dog;y;class ")
 
 
+@pytest.mark.parametrize("by_name", [False, True], ids=["stdin", "a pipe's name"])
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_from_a_pipe_is_answered_as_from_its_file(
+    kind, by_name, tmp_path, tiny_tokenizer_dir, capsysbinary, monkeypatch
+):
+    import pandas
+
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    file = tmp_path / f"a.{kind}"
+    TABLES[kind](file, pandas.DataFrame({"n": [1, 2], "text": ["the cat", "the dog"]}))
+    assert run(monkeypatch, folder, file) == 0
+    expected = capsysbinary.readouterr().out
+    assert b"the dog" in expected
+    if by_name:
+        os.mkfifo(tmp_path / "pipe")
+        writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(file.read_bytes()))
+        writer.start()
+        assert run(monkeypatch, folder, tmp_path / "pipe", "--format", kind) == 0
+        writer.join()
+    else:
+        with file.open() as source:
+            monkeypatch.setattr(sys, "stdin", source)
+            assert run(monkeypatch, folder, "--format", kind) == 0
+    assert capsysbinary.readouterr().out == expected
+
+
+def test_format_is_for_what_has_no_ending_and_errors_name_what_the_user_named(
+    tmp_path, tiny_tokenizer_dir, capsys, monkeypatch
+):
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    (tmp_path / "a.csv").write_text("text\nthe cat\n")
+    assert run(monkeypatch, folder, tmp_path / "a.csv", "--format", "csv") == 2
+    assert "a.csv says by its ending what it is; leave it out" in capsys.readouterr().err
+    (tmp_path / "a.data").write_text("text,n\nthe cat,1\n")
+    assert run(monkeypatch, folder, tmp_path / "a.data", "--format", "csv") == 0
+    assert capsys.readouterr().out.startswith("text,n,label,probability\nthe cat,1,class ")
+    (tmp_path / "odd").write_text("text,n\nthe cat,1,2\n")
+    with (tmp_path / "odd").open() as source:
+        monkeypatch.setattr(sys, "stdin", source)
+        assert run(monkeypatch, folder, "-", "--format", "csv") == 2
+    assert "predict: FILE stdin: " in (said := capsys.readouterr().err) and "line 2" in said
+    assert run(monkeypatch, folder, tmp_path / "odd", "--format", "csv") == 2
+    assert f"predict: FILE {tmp_path / 'odd'}: " in capsys.readouterr().err
+
+
 def test_a_regression_model_writes_a_score(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
     folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"], labels=1)
     (tmp_path / "a.jsonl").write_text('{"text": "the cat"}\n{"text": "\\ud83d\\ude00"}\n')
@@ -448,7 +493,7 @@ def test_a_pipe_is_read_by_name(tmp_path, tiny_tokenizer_dir, capsys, monkeypatc
     assert [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()] == ["the cat", "the dog"]
     os.mkfifo(tmp_path / "pipe.csv")
     assert run(monkeypatch, folder, tmp_path / "pipe.csv") == 2
-    assert "a table is read more than once, and this is no plain file" in capsys.readouterr().err
+    assert "a table is read more than once; for a pipe say which it is with --format" in capsys.readouterr().err
 
 
 def test_emoji_are_written_on_a_stdout_that_is_not_utf8(tmp_path, tiny_tokenizer_dir):

@@ -42,6 +42,7 @@ ENDINGS = {
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 LONGEST = 1_000_000  # characters of a cell: a model reads a few thousand, and a tokenizer takes 100 bytes for each
 LONGEST_LINE = 16 * LONGEST
+LONGEST_LIST = 2**28  # characters of a json list, or of an object with one, which is held as a whole
 MOST_COLUMNS = 5_000
 MOST_ROWS = 100_000_000  # of a parquet file: a kilobyte can claim any number of equal rows
 CELLS = 1_000_000  # that are Python objects at a time
@@ -410,7 +411,11 @@ def objects_of(file: Path, source: Any) -> Iterator[dict[str, Any]]:
             return
         number = first[0]
         if not _is_a_row(first[1]):
-            yield from _rows_in(file, json.loads("".join([first[1], *source])))
+            whole = first[1] + source.read(max(0, LONGEST_LIST + 1 - len(first[1])))
+            if len(whole) > LONGEST_LIST:
+                text = f"one list or object of more than {LONGEST_LIST:,} characters, the most that is read as a whole"
+                raise UsageError(f"--data {file}: it is {text}; write one row a line, as .jsonl")
+            yield from _rows_in(file, json.loads(whole))
             return
         second = next(filled, None)
         if second is None:
@@ -628,11 +633,11 @@ def _distinct(file: Path, names: list[str]) -> list[str]:
 
 
 def _bounded(file: Path, source: Any) -> Iterator[str]:
-    """A file's lines. Raises UsageError for one that is too long, and has read no more of it; a json array is whole."""
+    """A file's lines. Raises UsageError for one that is too long, and has read no more of it; a json list is longer."""
     for number in count(1):
         line = source.readline(LONGEST_LINE)
         if len(line) == LONGEST_LINE and number == 1 and line.startswith("["):
-            line += source.readline()
+            line += source.readline(LONGEST_LIST + 1 - len(line))
         elif len(line) == LONGEST_LINE:
             text = f"line {number} has more than {LONGEST_LINE:,} characters: is it text?"
             raise UsageError(f"--data {file}: it could not be read ({text}); correct the file")

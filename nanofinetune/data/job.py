@@ -99,6 +99,7 @@ class Job(NamedTuple):
         return {
             "the model": self.model_name, "the data set": self.data.name,
             "the hash of the training rows": self.train.digest(), "the optimizer": type(optimizer).__name__,
+            "the hash of the validation rows": " ".join(store.digest() for store in self.validation.values()),
         }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import gc
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -207,7 +207,9 @@ def load_model(
         notes.append(f"the model's config asks for {' and '.join(asked)}: left out, since training does not read it")
     if (weights := weights_of(name)) is not None and weights.name.startswith("pytorch_model"):
         notes.append(f"the weights are a pickle ({weights.name}): read as tensors alone, and saved as safetensors")
-    model, made_anew = _load(name, head, tokenizer)
+    model, made_anew, left_out = _load(name, head, tokenizer)
+    if left_out:
+        notes.append(f"the weights have layers that the config has not ({left_out}): left out")
     lost = [key for key in made_anew if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
     if lost:
         raise UsageError(f"model {name}: {len(lost)} encoder weights are missing from its checkpoint, first {lost[0]}")
@@ -229,7 +231,10 @@ def load_trained(name: str) -> Any:
     # A head may look for the last token that is not padding: without one in the config, it is the tokenizer's.
     padded = getattr(_config(name), "pad_token_id", 0) is not None
     tokenizer = None if padded else load_tokenizer(name)
-    model, made_anew = _load(name, {}, tokenizer)
+    model, made_anew, left_out = _load(name, {}, tokenizer)
+    if left_out:
+        what = f"its weights have layers that its config has not ({left_out}), and it was trained with them"
+        raise UsageError(f"model {name}: {what}; correct the config")
     if tokenizer is not None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if made_anew:
@@ -271,8 +276,8 @@ def length_limit(name: str, tokenizer: Any, asked: int | None = None) -> int:
     return limit
 
 
-def _load(name: str, head: dict[str, Any], tokenizer: Any) -> tuple[Any, list[str]]:
-    """from_pretrained without its reports -> (model in fp32, names of the parameters that are new)."""
+def _load(name: str, head: dict[str, Any], tokenizer: Any) -> tuple[Any, list[str], str]:
+    """from_pretrained without its reports -> (model in fp32, names of the new parameters, `_layers_too_many`)."""
     from transformers import AutoModelForSequenceClassification
 
     source, config = _source(name), _config(name, **head)
@@ -297,7 +302,25 @@ def _load(name: str, head: dict[str, Any], tokenizer: Any) -> tuple[Any, list[st
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise UsageError(f"model {name}: its weights hold NaN or infinity ({key}); name another model")
     # A head of another size (a model that was fine-tuned on another task) is replaced like a missing one.
-    return model, sorted(set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]})
+    made_anew = sorted(set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]})
+    return model, made_anew, _layers_too_many(model, report["unexpected_keys"])
+
+
+def _layers_too_many(model: Any, unexpected: Iterable[str]) -> str:
+    """What a file of weights has of a list of layers beyond the model's end, "encoder.layer 6 to 11"; "" for nothing.
+
+    underneath: transformers loads the shorter model, and mentions it among the weights of a pretraining head.
+    """
+    prefix = f"{model.base_model_prefix}."  # which a file of the encoder alone lacks
+    lists = {name.removeprefix(prefix) for name, each in model.named_modules() if isinstance(each, torch.nn.ModuleList)}
+    beyond: dict[str, set[int]] = {}
+    for key in unexpected:
+        parts = key.removeprefix(prefix).split(".")
+        for nth, part in enumerate(parts):
+            if part.isdecimal() and (layers := ".".join(parts[:nth])) in lists:
+                beyond.setdefault(layers, set()).add(int(part))
+    spans = {layers: sorted({min(numbers), max(numbers)}) for layers, numbers in beyond.items()}
+    return ", ".join(f"{layers} {' to '.join(map(str, span))}" for layers, span in spans.items())
 
 
 def _config(name: str, **head: Any) -> Any:

@@ -3,8 +3,8 @@
 Nothing needs this room to train. METHODS are functions of a few lines whose first argument is the Accelerator, which
 finds them here when it is asked for them, as it does the ATTRIBUTES. Read `processes` (who runs what), `saving`
 (weights without a checkpoint, hooks), `partial_state` and `attributes` (the ranks as Accelerate shows them),
-`operations`, `logs`, `tracking`, `profiling`, `uneven` (ranks with other numbers of batches), `batch_size`,
-`local_sgd`, `available` and `absent`.
+`operations`, `logs`, `tracking`, `profiling`, `parallel` (DDP around `ranks`' own), `uneven` (ranks with other numbers
+of batches), `batch_size`, `local_sgd`, `available` and `absent`.
 """
 
 # What an Accelerator finds here, by the file that has it.

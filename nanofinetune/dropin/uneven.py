@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.distributed.algorithms import Join
 
-from nanofinetune.ranks.ddp import DistributedDataParallel
+from nanofinetune.dropin.parallel import DistributedDataParallel
 from nanofinetune.ranks.shard import BatchSamplerShard
 
 

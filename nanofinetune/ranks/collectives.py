@@ -42,7 +42,9 @@ def gather(data: Any, world: World) -> Any:
     Source: accelerate.utils.operations.gather, as the next functions are accelerate's of the same name.
     """
     if world.size == 1:
-        return data
+        # underneath: what a launcher has started alone gathers as N ranks do, so a 0-d tensor gets a dimension
+        ranks_of_one = world.launched or world.adopted
+        return recursively_apply(lambda leaf: torch.atleast_1d(_tensor(leaf)), data) if ranks_of_one else data
     _agree("gather", data, world)
 
     def gather_one(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ tests/ranks/test_ddp.py.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.utils.weak import WeakIdKeyDictionary
 
 MIB = 2**20
@@ -44,24 +44,26 @@ MIB = 2**20
 OWNER = "gradient_owner"
 
 
-def bucket_plan(parameters: Sequence[torch.Tensor], first_bytes: int, other_bytes: int) -> list[list[int]]:
+def bucket_plan(parameters: Sequence[torch.Tensor], *limits: int) -> list[list[int]]:
     """Indices of `parameters` by bucket, last parameters first: about the order in which backward produces gradients.
 
-    Each dtype and device has buckets of its own. A bucket is closed once it holds `first_bytes` (the first of its kind)
-    or `other_bytes`. The first is small, so that communication starts early.
+    Each dtype and device has buckets of its own. Its first is closed once it holds `limits[0]` bytes, its second at
+    `limits[1]`, and so on; the last limit holds for all that follow. The first is small, so that communication starts
+    early.
     Source: torch.distributed._compute_bucket_assignment_by_size.
     """
     plan: list[list[int]] = []
     open_buckets: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    limits: dict[tuple[torch.dtype, torch.device], int] = {}
+    closed: dict[tuple[torch.dtype, torch.device], int] = {}  # how many
     for index in reversed(range(len(parameters))):
         parameter = parameters[index]
         kind = (parameter.dtype, parameter.device)
         bucket = open_buckets.setdefault(kind, [])
         bucket.append(index)
-        if sum(parameters[i].numel() * parameters[i].element_size() for i in bucket) >= limits.get(kind, first_bytes):
+        held = sum(parameters[i].numel() * parameters[i].element_size() for i in bucket)
+        if held >= limits[min(closed.get(kind, 0), len(limits) - 1)]:
             plan.append(open_buckets.pop(kind))
-            limits[kind] = other_bytes
+            closed[kind] = closed.get(kind, 0) + 1
     plan += open_buckets.values()
     return sorted(plan, key=lambda bucket: -bucket[-1])  # in the order in which they will be full
 
@@ -137,7 +139,7 @@ class Bucket:
             self.flat = None
 
 
-class DistributedDataParallel(nn.Module, Joinable):
+class DistributedDataParallel(nn.Module):
     """Wrap `module`: same forward; after each backward outside `no_sync`, every `.grad` is the mean over the ranks.
 
     Args, as torch's; those that are not named here are refused unless they have torch's default:
@@ -147,9 +149,11 @@ class DistributedDataParallel(nn.Module, Joinable):
         init_sync: check that the ranks' parameters match, and copy rank 0's to all.
         forward_sync_buffers: copy rank 0's buffers to all ranks before the first forward and each after a synchronised
             one.
-        broadcast_buffers: the same; False also leaves them out of `init_sync`.
+        broadcast_buffers: its old name, which counts where the new one is not passed; False also leaves them out of
+            `init_sync`.
         process_group, device_mesh: the ranks; None is the default group.
         bucket_cap_mb: size of a bucket in MiB. None: 25, and 1 for the first.
+        bucket_cap_mb_list: sizes of the first buckets, one by one; the last of them holds for all others.
         find_unused_parameters: allow a parameter to get no gradient on some ranks (it counts as zero there) or on all
             (its `.grad` stays as it is). Costs one small all-reduce a backward.
         static_graph: the same, since that allows all that a graph that never changes does.
@@ -175,17 +179,17 @@ class DistributedDataParallel(nn.Module, Joinable):
         forward_sync_buffers: bool | None = None, *, on_send: Callable[[str], object] = str,
     ) -> None:  # fmt: skip
         super().__init__()
-        Joinable.__init__(self)
         _refuse(
             dim=dim, check_reduction=check_reduction, mixed_precision=mixed_precision,
-            delay_all_reduce_named_params=delay_all_reduce_named_params, bucket_cap_mb_list=bucket_cap_mb_list,
-            param_to_hook_all_reduce=param_to_hook_all_reduce, batched_grad_copy=batched_grad_copy,
+            delay_all_reduce_named_params=delay_all_reduce_named_params, batched_grad_copy=batched_grad_copy,
+            param_to_hook_all_reduce=param_to_hook_all_reduce,
             skip_all_reduce_unused_params=skip_all_reduce_unused_params,
         )  # fmt: skip
         if not dist.is_initialized():
             raise RuntimeError(NO_GROUP)
-        if forward_sync_buffers is not None and broadcast_buffers is not None:
-            raise ValueError("broadcast_buffers is the old name of forward_sync_buffers: pass one of them")
+        if broadcast_buffers is not None:
+            warnings.warn(OLD_NAME, FutureWarning, stacklevel=2)
+            broadcast_buffers = broadcast_buffers if forward_sync_buffers is None else None
         if device_mesh is not None:
             if process_group is not None:
                 raise RuntimeError("Cannot specify both process_group and device_mesh arguments.")
@@ -200,6 +204,7 @@ class DistributedDataParallel(nn.Module, Joinable):
         self.require_backward_grad_sync = True
         self.parameters_to_ignore = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         self._bucket_cap_mb = bucket_cap_mb
+        self.bucket_bytes_cap_list = [int(cap * MIB) for cap in bucket_cap_mb_list or ()]
         self._comm_hook: tuple[Any, Callable[..., Any]] | None = None
         self._on_send = on_send
         self._sync_buffers_next = self.forward_sync_buffers  # one may be replaced before the first forward
@@ -225,8 +230,8 @@ class DistributedDataParallel(nn.Module, Joinable):
         self._trained = [parameter for _, parameter in trained]
         self._known = set(map(id, self._trained))
         other = int((25 if self._bucket_cap_mb is None else self._bucket_cap_mb) * MIB)
-        plan = bucket_plan(self._trained, MIB if self._bucket_cap_mb is None else other, other)
-        plan = large_alone(plan, self._trained, other)
+        limits = self.bucket_bytes_cap_list or [MIB if self._bucket_cap_mb is None else other, other]
+        plan = large_alone(bucket_plan(self._trained, *limits), self._trained, max(limits))
         as_views = self.gradient_as_bucket_view
         self._buckets = [Bucket({i: self._trained[i] for i in indices}, as_views) for indices in plan]
         self._bucket_of = {i: bucket for bucket in self._buckets for i in bucket.parameters}
@@ -242,13 +247,15 @@ class DistributedDataParallel(nn.Module, Joinable):
         """The module's own forward, after its buffers have been made rank 0's."""
         if torch.is_grad_enabled():
             self._get_ready()
-        source = self._source_under_join() if self._join_config.enable else 0
         # underneath: what counts is whether the forward *before* was synchronised. So of the forwards whose gradients
         # add up, only the first one broadcasts.
         if self._sync_buffers_next:
-            self._copy_from(source, parameters=False)
+            self._sync_buffers()
         self._sync_buffers_next = self._will_sync() and self.forward_sync_buffers
         return self.module(*inputs, **kwargs)
+
+    def _sync_buffers(self) -> None:
+        self._copy_from(0, parameters=False)
 
     def _get_ready(self) -> None:
         """Set up what this forward's backward needs."""
@@ -392,7 +399,7 @@ class DistributedDataParallel(nn.Module, Joinable):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along. Hooks stay with the old parameters, and buckets hold these: it sets up its own."""
-        if self.process_group is not None:
+        if self.process_group not in (None, dist.group.WORLD):
             raise RuntimeError("with a process_group of its own it cannot be copied or saved whole: copy its .module")
         fresh: dict[str, Any] = {name: [] for name in ("_buckets", "_trained", "_names", "_got_gradient")}
         fresh |= {"_bucket_of": {}, "_known": set(), "_in_charge": False, "_in_backward": False, "_on_send": str}
@@ -430,10 +437,6 @@ class DistributedDataParallel(nn.Module, Joinable):
     def _will_sync(self) -> bool:
         return torch.is_grad_enabled() and self.require_backward_grad_sync
 
-    @staticmethod
-    def _set_params_and_buffers_to_ignore_for_model(module: nn.Module, names: Any) -> None:
-        module._ddp_params_and_buffers_to_ignore = names  # torch's name, before wrapping
-
     # Communication hooks
 
     def register_comm_hook(self, state: Any, hook: Callable[..., Any]) -> None:
@@ -448,77 +451,11 @@ class DistributedDataParallel(nn.Module, Joinable):
             raise RuntimeError("register_comm_hook can only be called once")
         self._comm_hook, self._share = (state, hook), 1.0
 
-    # Ranks with different numbers of batches: `with model.join():`
-
-    def join(
-        self, divide_by_initial_world_size: bool = True, enable: bool = True, throw_on_early_termination: bool = False
-    ) -> Join:
-        """A block in which ranks may have different numbers of batches (source: torch's `join`).
-
-        A rank that is through with its own joins in what the others send, with zeros, until all are through; then all
-        get the weights of the last one. `divide_by_initial_world_size=False` takes the mean over the others only.
-        """
-        return Join(
-            [self], enable, throw_on_early_termination, divide_by_initial_world_size=divide_by_initial_world_size
-        )
-
-    def join_hook(self, **kwargs: Any) -> JoinHook:
-        self._divide_by_all = kwargs.get("divide_by_initial_world_size", True)
-        return _Joined(self)
-
-    @property
-    def join_device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
-    @property
-    def join_process_group(self) -> Any:
-        return self.process_group or dist.group.WORLD
-
     def _tell(self, *numbers: int) -> list[int]:
         """The greatest of each number over the ranks."""
-        greatest = torch.tensor(numbers, dtype=torch.int32, device=self.join_device)
+        greatest = torch.tensor(numbers, dtype=torch.int32, device=self._trained[0].device)
         dist.all_reduce(greatest, dist.ReduceOp.MAX, group=self.process_group)
         return greatest.tolist()
-
-    def _source_under_join(self) -> int:
-        """Tell ranks without batches what this forward and its backward will send -> the rank whose buffers count."""
-        if (work := Join.notify_join_context(self)) is not None:
-            active = work.get_future().wait()[0]  # how many ranks still have batches
-            if not self._divide_by_all and self._comm_hook is None:
-                self._share = 1 / int(active)
-        return self._tell(self._sync_buffers_next, self._will_sync(), dist.get_rank(self.process_group))[2]
-
-    def _shadow(self) -> None:
-        """On a rank without batches: the collectives of the other ranks' forward and backward, with zeros."""
-        self._get_ready()
-        sync_buffers, sync_gradients, source = self._tell(0, 0, -1)
-        if sync_buffers:
-            self._copy_from(source, parameters=False)
-        self._sync_buffers_next = bool(sync_gradients) and self.forward_sync_buffers  # as on the other ranks
-        if not sync_gradients:
-            return
-        first = [next(iter(bucket.parameters.values())) for bucket in self._buckets]
-        works = [self._reduce(k, first[k].new_zeros(sum(bucket.sizes))) for k, bucket in enumerate(self._buckets)]
-        if self.find_unused_parameters:
-            self._tell(*[0] * len(self._trained))
-        for work in works:
-            work.wait()
-
-
-class _Joined(JoinHook):
-    """What torch's Join calls on a rank that is through with its batches."""
-
-    def __init__(self, ddp: DistributedDataParallel) -> None:
-        self.ddp = ddp
-
-    def main_hook(self) -> None:
-        self.ddp._shadow()
-
-    def post_hook(self, is_last_joiner: bool) -> None:
-        rank = dist.get_rank(self.ddp.process_group)
-        (source,) = self.ddp._tell(rank if is_last_joiner else -1)
-        self.ddp._copy_from(source, buffers=self.ddp.forward_sync_buffers)
-        Joinable.__init__(self.ddp)  # underneath: torch's stays in the block for good, with two all-reduces a forward
 
 
 @dataclass
@@ -577,6 +514,7 @@ def holders(tensor: torch.Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1
 
 
+OLD_NAME = "broadcast_buffers is the old name of forward_sync_buffers, which comes first where both are passed"
 NO_GROUP = "DistributedDataParallel needs a process group: call init_world first"
 TAKEN = "{}: the gradient was taken or replaced before it was averaged; no optimizer can step in backward here"
 

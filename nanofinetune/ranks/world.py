@@ -75,6 +75,7 @@ class World:
     device: torch.device
     backend: str | None
     adopted: bool = False  # the caller made the process group, so the caller destroys it
+    launched: bool = False  # alone, but by a launcher of ranks
     calls: Calls = field(default_factory=Calls, compare=False, repr=False)
 
 
@@ -106,7 +107,7 @@ def init_world(device: str = "auto", timeout: timedelta = TIMEOUT) -> World:
     launch = read_environment(os.environ)
     place = _device_of(launch, device)
     if launch.size == 1:
-        return World(0, 0, 1, 1, place, None)
+        return World(0, 0, 1, 1, place, None, launched=launch.launcher != "none")
     # underneath: torchrun sets OMP_NUM_THREADS=1, with a warning, where it is not set. We cannot tell that 1 from one
     # that the user chose, so `launch.sh` sets cores / ranks before it calls torchrun.
     if not os.environ.get("OMP_NUM_THREADS") and not os.environ.get("MKL_NUM_THREADS"):

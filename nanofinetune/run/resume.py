@@ -39,13 +39,19 @@ from nanofinetune.run.schema import whole
 
 # A resumed run is the same run, so these arguments must be what they were. (Batches may differ: see `batch_plan`.)
 IDENTITY = (
-    "model", "data", "max_length", "text_columns", "label_column", "epochs", "max_steps", "group_by_length", "lr",
-    "weight_decay", "warmup_steps", "schedule", "clip_norm", "precision", "fast_dropout", "seed", "uneven",
-    "class_weights", "keep_best", "patience",
+    "model", "data", "max_length", "text_columns", "label_column", "task", "drop_unlabelled", "separator", "encoding",
+    "epochs", "max_steps", "group_by_length", "lr", "weight_decay", "warmup_steps", "schedule", "clip_norm",
+    "precision", "fast_dropout", "seed", "uneven", "class_weights", "keep_best", "patience",
+)  # fmt: skip
+# These may be others: into how many batches an update is cut, where it is computed, what is kept of it, how long to
+# wait, and what to do about a loss that is not finite (a run that ended there can go on and leave it out).
+MAY_CHANGE = (
+    "batch_size", "accumulate", "eval_batch_size", "device", "output", "save_every", "keep", "resume", "dry_run",
+    "on_nan", "timeout",
 )  # fmt: skip
 # Arguments that older checkpoints lack, and what their runs did.
-LATER: dict[str, Any] = {"schedule": "linear"}
-LATER |= dict.fromkeys(("max_length", "class_weights", "keep_best", "patience"))
+LATER: dict[str, Any] = {"schedule": "linear", "task": "auto", "drop_unlabelled": False}
+LATER |= dict.fromkeys(("max_length", "separator", "encoding", "class_weights", "keep_best", "patience"))
 
 OUTPUTS = ("model", "metrics.jsonl", answers.FILE, "result.json", "checkpoints")  # what --output gets
 COUNTS = ("batch_size", "accumulate", "world", "fits")  # fits: the rows of a process's batch that fitted into memory
@@ -146,8 +152,9 @@ def find_start(args: Any, restarted: bool = False) -> Start:
     run = LATER | state["run"]
     for name in IDENTITY:
         if run[name] != getattr(args, name):
-            flag, was = "--" + name.replace("_", "-"), "not given" if run[name] is None else run[name]
-            raise UsageError(f"{flag} {getattr(args, name)}: the run to resume began with {was}; use the same")
+            now, was = _given(name, getattr(args, name)), _given(name, run[name])
+            was = was.removeprefix(now.partition(" ")[0] + " ")  # the flag is said once
+            raise UsageError(f"{now}: the run to resume began with {was}; use the same")
     if output is not None and named:
         there = checkpoint.numbered(output / "checkpoints", "update-")
         later = [path for path in there if checkpoint.number_of(path) > checkpoint.number_of(folder)]
@@ -168,7 +175,7 @@ def misfit(folder: Path) -> str:
         run, update = state["run"], state["update"]
     except (KeyError, TypeError, ValueError):
         return "train.py did not make it"
-    if reason := log.misfit(state) or _misfit_of_run(run):
+    if reason := log.misfit(state) or _misfit_of_run(run) or _misfit_of_parts(folder, run, update):
         return f"it cannot be: {reason}"
     if re.fullmatch("update-[0-9]+", folder.name) and checkpoint.number_of(folder) != update:
         return f"it has been renamed: it was saved after update {update}"
@@ -190,6 +197,30 @@ def _misfit_of_run(run: Mapping[str, Any]) -> str:
     return ""
 
 
+def _misfit_of_parts(folder: Path, run: Mapping[str, Any], update: int) -> str:
+    """Why the other parts cannot have been saved with this run: one of them may be another checkpoint's.
+
+    A part that is missing is refused when the state is loaded.
+    """
+    scheduler, loader = (_part(folder, name) for name in ("scheduler", "loader"))
+    at = scheduler.get("last_epoch", update)
+    if at != update and not (run["precision"] == "fp16" and at < update):  # a skipped update does not move a schedule
+        return f"its schedule is at update {at}, and the run at {update}"
+    if peaks := [lr for lr in scheduler.get("base_lrs", ()) if lr != run["lr"]]:
+        return f"its schedule has the learning rate {peaks[0]}, and the run {run['lr']}"
+    if (seed := loader.get("data_seed", run["seed"])) != run["seed"]:
+        return f"its loader has the seed {seed}, and the run {run['seed']}"
+    return ""
+
+
+def _part(folder: Path, name: str) -> Mapping[str, Any]:
+    try:
+        part = checkpoint.read_part(folder, name)
+    except (OSError, KeyError, TypeError, ValueError):
+        return {}
+    return part if isinstance(part, Mapping) else {}
+
+
 def check_place(start: Start, rows: int, rows_per_update: int, updates: int) -> None:
     """Raises UsageError if a run of so many updates cannot have been where its checkpoint says that it was."""
     if start.folder is None:
@@ -202,6 +233,14 @@ def check_place(start: Start, rows: int, rows_per_update: int, updates: int) -> 
 
 
 # ---- What --output and --resume name ---------------------------------------------------------------------------------
+
+
+def _given(name: str, value: Any) -> str:
+    """An argument as it is typed: "--lr 0.1", "--group-by-length", "no --group-by-length"."""
+    flag = "--" + name.replace("_", "-")
+    if value is None or isinstance(value, bool):
+        return flag if value else f"no {flag}"
+    return f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def _skipped(reason: str) -> str:

@@ -3,7 +3,7 @@
 >>> alone = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), backend=None)
 >>> check_same(alone, {"--lr": 5e-5})
 >>> difference([{"--lr": 5e-5}, {"--lr": 1e-3}])
-'--lr: rank 0 has 5e-05, rank 1 has 0.001; start all ranks with the same'
+'--lr: rank 0 has 5e-05, rank 1 has 0.001'
 
 Underneath: `torch.nn.parallel.DistributedDataParallel` (torch 2.13) compares the parameters' shapes when it is built,
 and overwrites every rank's values with rank 0's. Nothing compares what the script around it was told.
@@ -21,19 +21,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ranks.collectives import gather_object
 from nanofinetune.ranks.world import World
 
 
-def check_same(world: World, values: Mapping[str, Any]) -> None:
+def check_same(world: World, values: Mapping[str, Any], remedy: str = "start all ranks with the same") -> None:
     """Compare {name: value} over the ranks. A collective. Raises UsageError on all ranks, naming the first difference.
 
     A name is what the user knows the value by; two values are the same if they are printed alike.
     """
     if world.size > 1 and (text := difference(gather_object([dict(values)], world))):
-        raise UsageError(text)
+        raise UsageError(f"{text}; {remedy}")
 
 
 def difference(everyone: Sequence[Mapping[str, Any]]) -> str:
@@ -43,7 +44,7 @@ def difference(everyone: Sequence[Mapping[str, Any]]) -> str:
         first, *others = (_printed(values.get(name)) for values in everyone)
         for rank, other in enumerate(others, 1):
             if other != first:
-                return f"{name}: rank 0 has {first}, rank {rank} has {other}; start all ranks with the same"
+                return f"{name}: rank 0 has {first}, rank {rank} has {other}"
     return ""
 
 
@@ -51,6 +52,18 @@ def told(arguments: Mapping[str, Any], version: str) -> dict[str, Any]:
     """What a rank was started with, for `check_same`: the arguments of the command line, and the package's version."""
     options = {"--" + name.replace("_", "-"): value for name, value in arguments.items()}
     return {"the version of nanofinetune": version, **options}
+
+
+def of_loader(loader: DataLoader) -> dict[str, Any]:
+    """What the ranks' loaders must have in common, for `check_same`: a rank that draws another order reads other rows.
+
+    A stream has neither an order nor a length.
+    """
+    told: dict[str, Any] = {f"the loader's {name}": getattr(loader, name, None) for name in ("batch_size", "drop_last")}
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return told
+    order: Any = getattr(loader.batch_sampler, "sampler", None) or loader.batch_sampler or loader.sampler
+    return told | {"the loader's order": type(order).__name__, "the loader's rows": len(loader.dataset)}  # type: ignore[arg-type]
 
 
 def loaded(world: World, found: Mapping[str, str], model: torch.nn.Module) -> dict[str, Any]:

@@ -442,6 +442,27 @@ def test_json_of_other_shapes_is_refused(value, said, tmp_path):
         read([tmp_path / "a.json"])
 
 
+@pytest.mark.parametrize("indent", [None, 2], ids=["one line", "lines"])
+@pytest.mark.parametrize("under_a_key", [False, True], ids=["list", "object"])
+def test_a_list_that_is_too_long_to_be_held_is_refused(indent, under_a_key, tmp_path, monkeypatch):
+    """And no more of it is read; as one row a line it may have any length."""
+    value = {"data": CONTENT * 20} if under_a_key else CONTENT * 20
+    text = json.dumps(value, indent=indent)
+    (tmp_path / "a.json").write_text(text)
+    monkeypatch.setattr(files_module, "LONGEST_LIST", len(text))
+    assert content_of(tmp_path / "a.json") == CONTENT * 20
+    monkeypatch.setattr(files_module, "LONGEST_LIST", len(text) - 1)
+    monkeypatch.setattr(files_module, "LONGEST_LINE", 64)
+    if under_a_key and indent is None:
+        said = "line 1 has more than 64 characters"
+    else:
+        said = f"one list or object of more than {len(text) - 1:,} characters, .*; write one row a line, as .jsonl"
+    with pytest.raises(UsageError, match=said):
+        read([tmp_path / "a.json"])
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, CONTENT * 20)))
+    assert content_of(tmp_path / "a.jsonl") == CONTENT * 20
+
+
 def test_a_row_with_rows_in_it_is_a_row(tmp_path):
     """SQuAD's answers, a list of objects in each line, are a column that is not used."""
     lines = [{"text": text, "n": i % 2, "answers": [{"start": 1}]} for i, text in enumerate("abc")]

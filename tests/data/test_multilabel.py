@@ -3,19 +3,24 @@
 python -m pytest tests/data/test_multilabel.py
 """
 
+import json
+import sys
 import warnings
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_bert
+from conftest import ROOT, load_script, save_tiny_model, tiny_bert
+from helpers import run_ranks
+from safetensors.torch import load_file
 from tables import write
 
 from nanofinetune.data.columns import read_labels
 from nanofinetune.data.load import label_values, load_data
 from nanofinetune.data.multilabel import METRICS, MultiLabelMetric
 from nanofinetune.data.tokens import tokenize
+from nanofinetune.ground.cli import run_main
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.step.collate import DataCollatorWithPadding
 
@@ -132,3 +137,38 @@ def test_a_column_of_more_than_yes_and_no_is_refused():
 def test_a_class_that_no_training_row_has_is_said():
     rows = datasets.Dataset.from_dict({"a": [0, 1, 1], "b": [0, 0, 0]})
     assert read_labels({"train": rows}, ["a", "b"], None).note == "no training row has b"
+
+
+def train_here(arguments):
+    """train.py's main in this rank -> its exit code."""
+    sys.argv = ["train.py", *map(str, arguments)]
+    return run_main("train.py", load_script(ROOT / "train.py").main)
+
+
+@pytest.mark.parametrize("task", ["multi", "regression"])
+def test_two_ranks_train_and_score_as_one_process(task, tmp_path, tiny_tokenizer_dir):
+    """Of 17 rows in steps of 8, the last step has one: a rank has none, and its stand-in must weigh nothing."""
+    model = save_tiny_model(tmp_path / "model", tiny_tokenizer_dir, dropout=0.0)
+    labels = {"multi": ["toxic", "rude"], "regression": ["score"]}[task]
+    for split, count in (("train", 17), ("validation", 11)):
+        values = [(i % 2, int(i % 3 == 0)) if task == "multi" else (i / 7,) for i in range(count)]
+        rows = ["the cat " + "sat " * (i % 7) + str(i) for i in range(count)]
+        cells = [["text", *labels], *([row, *map(str, each)] for row, each in zip(rows, values, strict=True))]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.csv").write_text("\n".join(map(",".join, cells)) + "\n")
+    found = []
+    for world in (1, 2):
+        output = tmp_path / f"out{world}"
+        arguments = ["--model", model, "--data", tmp_path / "data", "--label-column", *labels, "--task", task]
+        arguments += ["--lr", "1e-3", "--epochs", 2, "--batch-size", 8 // world, "--output", output]
+        assert run_ranks(train_here, world, arguments, timeout=120) == [0] * world
+        steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        result = json.loads((output / "result.json").read_text())
+        scores = {name: result[name] for name in METRICS} if task == "multi" else {"pearson": result["pearson"]}
+        found.append((steps, scores, load_file(output / "model" / "model.safetensors")))
+    (steps, scores, weights), (others, other_scores, other_weights) = found
+    assert [step["rows"] for step in steps] == [step["rows"] for step in others] == [8, 8, 1] * 2
+    assert [step["loss"] for step in others] == pytest.approx([step["loss"] for step in steps], abs=1e-5)
+    assert other_scores == pytest.approx(scores, abs=1e-3)  # the predictions are nearly all one number
+    for name, tensor in weights.items():
+        torch.testing.assert_close(other_weights[name], tensor, rtol=0, atol=1e-4)

@@ -94,6 +94,26 @@ def test_a_half_precision_checkpoint_is_trained_in_fp32(dtype, tmp_path):
         assert_same_weights(model, tiny_bert().to(dtype).float())
 
 
+@pytest.mark.parametrize("with_head", [False, True], ids=["encoder", "classifier"])
+@pytest.mark.parametrize("kept, said", [(3, ""), (2, "encoder.layer 2"), (1, "encoder.layer 1 to 2")])
+def test_layers_that_the_config_leaves_out_are_said(kept, said, with_head, tmp_path):
+    """transformers loads the shorter model, and reports it as of another task: here a note, and an error to predict."""
+    config = tiny_bert().config
+    config.num_hidden_layers = 3
+    model: Any = AutoModelForSequenceClassification.from_config(config)
+    (model if with_head else model.bert).save_pretrained(tmp_path)
+    config.num_hidden_layers = kept
+    config.save_pretrained(tmp_path)
+    assert len(AutoModelForSequenceClassification.from_pretrained(tmp_path).bert.encoder.layer) == kept
+    notes: list[str] = []
+    shorter, _ = load_model(str(tmp_path), ["a", "b"], notes=notes)
+    assert len(shorter.bert.encoder.layer) == kept
+    assert notes == ([f"the weights have layers that the config has not ({said}): left out"] if said else [])
+    if with_head and said:
+        with pytest.raises(UsageError, match=f"layers that its config has not \\({said}\\).*; correct the config"):
+            load_trained(str(tmp_path))
+
+
 def test_missing_encoder_weights_are_refused(tmp_path):
     """The library fills them with random numbers, and says so in a table; the same of a shape that does not fit."""
     one_layer = tiny_bert().config

@@ -91,7 +91,7 @@ def run_case(name: str, whose: str, folder: str) -> str:
     warnings.simplefilter("ignore")
     peer, rank = cases(), int(os.environ["RANK"])
     if whose == "ours":
-        from nanofinetune.ranks.ddp import DistributedDataParallel as ours
+        from nanofinetune import DistributedDataParallel as ours
 
         _put_in(peer, ours)
     else:

@@ -71,6 +71,25 @@ def same(ours, theirs):
             same(a, b)
 
 
+def gathered_alone():
+    from accelerate import Accelerator as Theirs
+
+    data = {"a": torch.tensor(2.0), "b": [torch.ones(3), torch.ones(2, 2)]}
+    launched = init_world("cpu")
+    expected = Theirs(cpu=True).gather(data)
+    for world in (launched, init_world("cpu")):  # the second has adopted Accelerate's group of one
+        same(gather(data, world), expected)
+        assert gather(data, world)["a"].shape == (1,)
+        with pytest.raises(TypeError, match="collectives take tensors"):
+            gather(["text"], world)
+
+
+def test_one_rank_under_torchrun_gathers_as_accelerate_does():
+    """A 0-d tensor has a dimension then; without a launcher it has none, in both."""
+    pytest.importorskip("accelerate", reason="what this is compared with")
+    run_ranks(gathered_alone, 1)
+
+
 def collectives_beside_accelerate(world):
     from accelerate import PartialState
     from accelerate.utils import operations as theirs

@@ -1,7 +1,7 @@
 """ranks/ddp.py beside torch 2.13's `DistributedDataParallel` where a loop does more than forward, backward, step.
 
-Copies, kept gradients, replaced buffers, ignored parameters, every argument, communication hooks, uneven inputs. On 2
-real gloo ranks and bit for bit, where nothing else is said.
+Copies, kept gradients, replaced buffers, ignored parameters, every argument, communication hooks. On 2 real gloo ranks
+and bit for bit, where nothing else is said.
 
     OMP_NUM_THREADS=1 python -m pytest tests/ranks/test_ddp_edges.py
 """
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ddp_pairs import TorchDDP, assert_same, batch, convolution, differs_between_ranks, pair, step
 from helpers import run_world
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -26,7 +27,6 @@ from torch.nn.functional import cross_entropy
 from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.naive_ddp import NaiveDDP
 
-TorchDDP = nn.parallel.DistributedDataParallel
 MANY_BUCKETS = partial(DistributedDataParallel, bucket_cap_mb=1e-4)  # 104 bytes: nearly one bucket a parameter
 
 
@@ -35,44 +35,6 @@ def group_of_one():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def convolution():
-    """With buffers: running statistics and an int64 count."""
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 11))
-
-
-def batch(seed):
-    """Rows and labels, as `seed` says."""
-    torch.manual_seed(seed)
-    return torch.randn(4, 3, 7, 7), torch.randint(0, 11, (4,))
-
-
-def pair(rank, ours=DistributedDataParallel, make=convolution, **options):
-    """The same module, with other weights on each rank, wrapped by us and by torch."""
-    modules = []
-    for _ in range(2):
-        torch.manual_seed(1000 + rank)
-        modules.append(make())
-    return ours(modules[0], **options), TorchDDP(modules[1], **options)
-
-
-def step(model, rows, labels):
-    model.zero_grad()
-    cross_entropy(model(rows), labels).backward()
-    return [parameter.grad.clone() for parameter in model.parameters()]
-
-
-def assert_same(ours, theirs, where=""):
-    for got, expected in zip(ours, theirs, strict=True):
-        assert got.dtype == expected.dtype and torch.equal(got, expected), (where, got, expected)
-
-
-def differs_between_ranks(tensors):
-    flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
-    everyone = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, flat)
-    return any(not torch.equal(other, flat) for other in everyone)
 
 
 # ---- copies ----------------------------------------------------------------------------------------------------------
@@ -387,7 +349,6 @@ def test_arguments_are_torchs_by_name_place_and_default():
         ("param_to_hook_all_reduce", nn.Parameter(torch.ones(1))),
         ("mixed_precision", object()),
         ("skip_all_reduce_unused_params", True),
-        ("bucket_cap_mb_list", [1, 25]),
         ("batched_grad_copy", True),
     ],
 )
@@ -397,9 +358,18 @@ def test_an_argument_that_is_not_supported_is_refused_by_name(group_of_one, name
         DistributedDataParallel(nn.Linear(2, 1), **{name: value})
 
 
-def test_arguments_that_contradict_each_other_are_refused(group_of_one):
-    with pytest.raises(ValueError, match="broadcast_buffers is the old name of forward_sync_buffers"):
-        DistributedDataParallel(nn.Linear(2, 1), broadcast_buffers=True, forward_sync_buffers=True)
+@pytest.mark.parametrize("options", [(True, None), (False, None), (False, True), (True, False), (None, False)])
+def test_the_old_name_of_forward_sync_buffers_is_taken_with_torchs_warning(group_of_one, options):
+    """Where both are passed, the new name counts."""
+    names = dict(zip(("broadcast_buffers", "forward_sync_buffers"), options, strict=True))
+    seen = []
+    for kind in (DistributedDataParallel, TorchDDP):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model = kind(nn.Linear(2, 1), **names)
+        assert [warning.filename for warning in said] == [__file__] * len(said)
+        seen.append(([warning.category for warning in said], model.forward_sync_buffers))
+    assert seen[0] == seen[1]
 
 
 def synchronise(world):
@@ -607,75 +577,3 @@ def test_what_is_no_hook_is_refused_as_in_torch(group_of_one):
     model.register_comm_hook(None, short)
     with pytest.raises(RuntimeError, match="future must give a tensor of 3 elements"):
         model(torch.ones(1, 2)).sum().backward()
-
-
-# ---- ranks with different numbers of batches -------------------------------------------------------------------------
-
-
-class Sometimes(nn.Module):
-    """Uses one of its layers on even rows only."""
-
-    def __init__(self):
-        super().__init__()
-        self.always, self.sometimes = nn.Linear(3, 11), nn.Linear(3, 11)
-        self.norm = nn.BatchNorm1d(11)
-
-    def forward(self, x):  # (rows, 3, 7, 7) -> (rows, 11)
-        x, even = x.mean((2, 3)), x[0, 0, 0, 0] > 0
-        return self.norm(self.always(x) + (self.sometimes(x) if even else 0))
-
-
-def uneven(world):
-    for make, options in ((convolution, {}), (Sometimes, {"find_unused_parameters": True})):
-        for divide in (True, False):
-            mine, reference = pair(world.rank, make=make, **options)
-            for model in (mine, reference):
-                optimizer = torch.optim.SGD(model.parameters(), 0.05)
-                with model.join(divide_by_initial_world_size=divide):
-                    for seed in range(2 + 3 * world.rank):
-                        rows, labels = batch(2 * seed + world.rank)
-                        optimizer.zero_grad()
-                        if seed == 1:
-                            with model.no_sync():
-                                cross_entropy(model(rows), labels).backward()
-                        cross_entropy(model(rows), labels).backward()
-                        optimizer.step()
-                assert not differs_between_ranks(model.parameters())
-            assert_same(mine.state_dict().values(), reference.state_dict().values(), (make, divide))
-            for seed in (0, 2) if make is convolution else ():  # and on after the block
-                grads = [step(model, *batch(seed + world.rank)) for model in (mine, reference)]
-                assert_same(grads[0], grads[1], (make, divide))
-    mine, reference = pair(world.rank)
-    texts = []
-    for model in (mine, reference):
-        with pytest.raises(RuntimeError) as failure, model.join(throw_on_early_termination=True):
-            for seed in range(1 + world.rank):
-                step(model, *batch(seed))
-        texts.append(str(failure.value))
-        with model.join(enable=False):
-            step(model, *batch(world.rank))
-    assert texts[0] == texts[1]
-    return texts[0]
-
-
-def test_join_matches_torch_ddp():
-    zero, one = run_world(uneven, 2)
-    assert zero == "Rank 0 exhausted all inputs."
-    assert one.startswith("Detected at least one rank that exhausted inputs.")
-
-
-def hooked_and_uneven(world):
-    mine, reference = pair(world.rank, MANY_BUCKETS)
-    for model in (mine, reference):
-        model.register_comm_hook(None, default_hooks.fp16_compress_hook)
-        with model.join():
-            for seed in range(1 + 2 * world.rank):
-                step(model, *batch(2 * seed + world.rank))
-        with model.join():  # the other one has more now
-            for seed in range(3 - 2 * world.rank):
-                step(model, *batch(2 * seed + world.rank))
-    assert_same(mine.state_dict().values(), reference.state_dict().values())
-
-
-def test_join_with_a_hook_matches_torch_ddp():
-    run_world(hooked_and_uneven, 2)

@@ -208,22 +208,21 @@ def test_resume_from_a_named_checkpoint_into_another_folder(tiny_model, pairs, t
 
 
 def test_resume_refuses_other_data_under_the_same_name(tiny_model, pairs, tmp_path, capfd):
-    """The arguments are the same, and what they stand for is not: one label of the training rows has changed."""
+    """The arguments are the same, and what they stand for is not: one label of one of the splits has changed."""
     copy = tmp_path / "pairs"
     shutil.copytree(pairs, copy)
     arguments = ["--model", tiny_model, "--data", copy, "--output", tmp_path / "out", "--resume", "auto"]
     assert call(*arguments, stop_after=3) == 143
-    file = next(path for path in copy.iterdir() if path.name.startswith("train"))
-    lines = file.read_text().splitlines()
-    row = json.loads(lines[0])
-    file.write_text("\n".join([json.dumps(row | {"label": 1 - row["label"]}), *lines[1:]]) + "\n")
-    capfd.readouterr()
-    assert call(*arguments) == 2
-    assert re.fullmatch(
-        r"train.py: --resume: the hash of the training rows is \w{16}, and the run began with \w{16}; use the same\n",
-        capfd.readouterr().err,
-    )
-    file.write_text("\n".join(lines) + "\n")
+    for split, rows in {"train": "training", "validation": "validation"}.items():
+        file = next(path for path in copy.iterdir() if path.name.startswith(split))
+        lines = file.read_text().splitlines()
+        row = json.loads(lines[0])
+        file.write_text("\n".join([json.dumps(row | {"label": 1 - row["label"]}), *lines[1:]]) + "\n")
+        capfd.readouterr()
+        assert call(*arguments) == 2
+        was = r"is \w{16}, and the run began with \w{16}; use the same\n"
+        assert re.fullmatch(f"train.py: --resume: the hash of the {rows} rows {was}", capfd.readouterr().err)
+        file.write_text("\n".join(lines) + "\n")
     assert call(*arguments) == 0
 
 

@@ -4,6 +4,7 @@ OMP_NUM_THREADS=1 python -m pytest tests/run/test_same.py
 """
 
 import os
+import re
 import shutil
 import sys
 
@@ -12,7 +13,10 @@ import torch
 from conftest import ROOT, load_script, save_tiny_model
 from helpers import run_ranks
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
+from nanofinetune import Accelerator
+from nanofinetune.ground.errors import UsageError
 from nanofinetune.ranks.world import init_world, shutdown
 from nanofinetune.run.same import _checksum, difference
 
@@ -99,6 +103,42 @@ def test_ddp_trains_on_with_two_learning_rates():
     assert not torch.allclose(first, second)
 
 
+def loader_of(rank, what):
+    """A loader that is rank 1's own in one way."""
+    rows = range(16 + (what == "rows") * rank)
+    sizes = {"batch_size": 2 + (what == "batch_size") * rank, "drop_last": what == "drop_last" and rank == 1}
+    return DataLoader(rows, shuffle=what != "order" or rank == 0, **sizes)  # type: ignore[arg-type]
+
+
+def prepare_others(what):
+    """What becomes of the ranks' other loaders, here and in Accelerate: an error's text, or the rows that came."""
+    from accelerate import Accelerator as Theirs
+
+    accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
+    with pytest.raises(UsageError) as refusal:
+        accelerator.prepare(loader_of(rank, what))
+    shared = accelerator.prepare(loader_of(0, what))  # they still agree on what comes next
+    assert sum(len(batch) for batch in shared) == 8
+    theirs: list[int] = []
+    if what != "order":  # there a rank that shuffles sends its generator to one that does not wait for it
+        theirs = [row for batch in Theirs(cpu=True).prepare(loader_of(rank, what)) for row in batch.tolist()]
+    accelerator.end_training()
+    return str(refusal.value), theirs
+
+
+@pytest.mark.parametrize("what", ["order", "batch_size", "drop_last", "rows"])
+def test_ranks_with_other_loaders_are_refused_where_accelerate_goes_on(what):
+    """With other sizes of batches, Accelerate's ranks read some rows twice and others not at all."""
+    pytest.importorskip("accelerate", reason="what this is compared with")
+    (text, first), (same, second) = run_ranks(prepare_others, 2, what)
+    assert text == same and re.fullmatch(
+        rf"the loader's {what}: rank 0 has \w+, rank 1 has \w+; prepare the same loader on all ranks", text
+    )
+    if what == "batch_size":
+        assert set(first) & set(second) and set(first + second) < set(range(16)), (first, second)
+
+
 # ---- without ranks ----
 
 
@@ -112,7 +152,7 @@ def test_ddp_trains_on_with_two_learning_rates():
     ],
 )
 def test_the_first_difference_is_named(ranks, text):
-    assert difference(ranks) == (f"{text}; start all ranks with the same" if text else "")
+    assert difference(ranks) == text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])

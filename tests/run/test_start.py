@@ -14,10 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT, load_script
 
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.run import checkpoint
-from nanofinetune.run.resume import IDENTITY, find_start
+from nanofinetune.run.resume import IDENTITY, LATER, MAY_CHANGE, find_start
 
 ARGUMENTS = dict.fromkeys(IDENTITY)
 
@@ -38,6 +39,43 @@ def save(output, number, **changes):
     folder = output / "checkpoints" / f"update-{number:08d}"
     checkpoint.save(folder, {"custom": state(number) | changes})
     return folder
+
+
+PARTS_OF_OTHERS = {
+    "an older schedule": ("scheduler", {"last_epoch": 3}, "its schedule is at update 3, and the run at 9"),
+    "a later schedule": ("scheduler", {"last_epoch": 10}, "its schedule is at update 10, and the run at 9"),
+    "another learning rate": (
+        "scheduler",
+        {"base_lrs": [1.0]},
+        "its schedule has the learning rate 1.0, and the run 0.1",
+    ),
+    "another seed": ("loader", {"data_seed": 7}, "its loader has the seed 7, and the run 42"),
+}
+
+
+@pytest.mark.parametrize("part, changes, reason", PARTS_OF_OTHERS.values(), ids=PARTS_OF_OTHERS)
+def test_a_part_of_another_checkpoint_is_passed_over_and_refused_by_name(part, changes, reason, tmp_path):
+    """Its hashes fit: checkpoint.save makes them."""
+
+    def save_parts(update, **parts):
+        whole = state(update)
+        whole["run"] |= {"lr": 0.1, "seed": 42}
+        schedule, loader = {"last_epoch": update, "base_lrs": [0.1, 0.1]}, {"data_seed": 42, "epoch": 0, "rows": 0}
+        own = {"custom": whole, "scheduler": schedule, "loader": loader}
+        folder = tmp_path / "checkpoints" / f"update-{update:08d}"
+        checkpoint.save(folder, {name: own[name] | parts.get(name, {}) for name in own})
+        return folder
+
+    asks = arguments(tmp_path)
+    asks.lr, asks.seed = 0.1, 42
+    older, newest = save_parts(5), save_parts(9, **{part: changes})
+    start = find_start(asks)
+    assert start.folder == older
+    assert start.note.startswith(f"passed over {newest.name}: it cannot be: {reason}; resumed after update 5")
+    asks.resume = str(newest)
+    asks.output = str(tmp_path / "other")
+    with pytest.raises(UsageError, match=f"it cannot be: {reason}; name another checkpoint"):
+        find_start(asks)
 
 
 def test_auto_takes_only_update_n(tmp_path):
@@ -222,3 +260,73 @@ def test_a_run_goes_on_with_its_schedule(saved, asked, same, tmp_path):
         UsageError, match=f"--schedule {asked}: the run to resume began with {saved or 'linear'}; use the same"
     ):
         find_start(asks)
+
+
+train = load_script(ROOT / "train.py")
+
+
+def parsed(*argv):
+    return train.parse_arguments([*map(str, argv)])
+
+
+def test_each_option_of_train_either_may_change_or_is_part_of_what_a_run_is():
+    """A new option must be put into one of the two lists."""
+    assert sorted(vars(parsed())) == sorted((*IDENTITY, *MAY_CHANGE))
+    old = {name: value for name, value in vars(parsed()).items() if name in LATER}
+    assert old == LATER, "what older runs did is the default"
+
+
+OTHER_VALUES = {
+    "model": "roberta-base", "data": "glue/cola", "max_length": 64, "text_columns": ["title", "body"],
+    "label_column": "stars", "task": "multi", "drop_unlabelled": True, "separator": ";", "encoding": "cp1252",
+    "epochs": 4, "max_steps": 9, "group_by_length": True, "lr": 0.1, "weight_decay": 0.01, "warmup_steps": 5,
+    "schedule": "cosine", "clip_norm": 1.0, "precision": "bf16", "fast_dropout": True, "seed": 7, "uneven": "wrap",
+    "class_weights": "balanced", "keep_best": "f1", "patience": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_an_argument_that_makes_another_run_is_refused_by_name(name, tmp_path):
+    """Given now and not before, and the other way round."""
+    flag = "--" + name.replace("_", "-")
+    asks = parsed("--output", tmp_path, "--resume", "auto")
+    before = {key: value for key, value in vars(asks).items() if key in IDENTITY}
+    saved = save(tmp_path, 9, run=state(9)["run"] | before)
+    assert find_start(asks).folder == saved
+    setattr(asks, name, OTHER_VALUES[name])
+    with pytest.raises(UsageError, match=rf"^{flag}\b.*: the run to resume began with .+; use the same$"):
+        find_start(asks)
+    shutil.rmtree(saved)
+    save(tmp_path, 9, run=state(9)["run"] | before | {name: OTHER_VALUES[name]})
+    setattr(asks, name, before[name])
+    with pytest.raises(UsageError, match=rf"^(no )?{flag}\b.*: the run to resume began with .+; use the same$"):
+        find_start(asks)
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_checkpoint_from_before_an_option_existed_goes_on_only_without_it(name, tmp_path):
+    asks = parsed("--output", tmp_path, "--resume", "auto")
+    run = state(9)["run"] | {key: value for key, value in vars(asks).items() if key in IDENTITY}
+    del run[name]
+    saved = save(tmp_path, 9, run=run)
+    assert find_start(asks).folder == saved
+    setattr(asks, name, OTHER_VALUES[name])
+    with pytest.raises(UsageError, match=": the run to resume began with "):
+        find_start(asks)
+
+
+def test_what_was_typed_is_said_as_it_is_typed(tmp_path):
+    asks = parsed("--output", tmp_path, "--resume", "auto", "--text-columns", "a", "b")
+    before = {key: value for key, value in vars(asks).items() if key in IDENTITY}
+    lines = []
+    for changes in ({"text_columns": ["a"]}, {"drop_unlabelled": True}, {"encoding": "cp1252"}):
+        save(tmp_path, 9, run=state(9)["run"] | before | changes)
+        with pytest.raises(UsageError) as refusal:
+            find_start(asks)
+        lines.append(str(refusal.value))
+        shutil.rmtree(tmp_path / "checkpoints")
+    assert lines == [
+        "--text-columns a b: the run to resume began with a; use the same",
+        "no --drop-unlabelled: the run to resume began with --drop-unlabelled; use the same",
+        "no --encoding: the run to resume began with --encoding cp1252; use the same",
+    ]
