@@ -139,7 +139,7 @@ def measured(tensors: Any) -> dict[str, Any]:
     {'shape': [8, 69], 'dtype': 'int64', 'bytes': 4416}
     """
     named = tensors.items() if isinstance(tensors, Mapping) else ((str(i), each) for i, each in enumerate(tensors))
-    each = {
+    each: dict[str, dict[str, Any]] = {
         name: {
             "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."),
             "bytes": tensor.numel() * tensor.element_size(),

@@ -44,7 +44,7 @@ class Bar:
     took: float
     row: int  # 0 what the rank computes, 2 its first bucket
     colour: str
-    words: tuple[str, ...]  # what may be written on it, or beside it; the first that there is room for
+    words: list[str]  # what may be written on it, or beside it; the first that there is room for
 
 
 @dataclass
@@ -127,10 +127,10 @@ def _rank(events: list[Event], zero: float) -> Rank:
         end = wait.begin if event.what == "backward" and wait is not None else event.end  # it contains the wait
         begin, took = (event.begin - zero) * 1e3, (end - event.begin) * 1e3
         if event.what in COLOURS:
-            words = (f"{event.what} {took:.1f} ms", event.what)
+            words = [f"{event.what} {took:.1f} ms", event.what]
             part.bars.append(Bar(event.what, begin, took, 0, COLOURS[event.what], words))
         elif event.what == "all-reduce" and event.bucket is not None:
-            words = (f"{event.text.rpartition(', ')[2]}, {took:.1f} ms",)
+            words = [f"{event.text.rpartition(', ')[2]}, {took:.1f} ms"]
             row, colour = 2 + buckets.index(event.bucket), BUCKETS[event.bucket % len(BUCKETS)]
             part.bars.append(Bar(event.what, begin, took, row, colour, words))
         elif event.what == "gradient" and event.bucket is not None:

@@ -28,7 +28,9 @@ def faults_of(trace):
     found = []
     if not isinstance(trace.get("traceEvents"), list) or trace.get("displayTimeUnit") not in ("ms", "ns"):
         return ["no list of traceEvents, or a unit other than ms and ns"]
-    named, used, last, stacks = {}, set(), -math.inf, {}
+    named: dict[str, set[object]] = {}
+    stacks: dict[object, list[float]] = {}  # of each row, the ends of the slices that are open
+    used, last = set(), -math.inf
     for i, event in enumerate(trace["traceEvents"]):
         kinds = {"ph": str, "name": str, "pid": int, "tid": int, "args": dict}
         found += [
