@@ -183,7 +183,7 @@ def of_exercise(dice: random.Random, place: Path, base: Path) -> Case:
 def of_trace(dice: random.Random, place: Path, base: Path) -> Case:
     """Mostly what it refuses itself: a run of two ranks takes seconds."""
     given_job(dice, place, base)
-    name = dice.choice(("-n", "--updates", "--picture", "--json"))
+    name = dice.choice(("-n", "--updates", "--picture", "--timeline"))
     odd = [name, dice.choice(HOSTILE)] if dice.random() < 0.7 else [dice.choice(HOSTILE)]
     words, writes = ["-n", "1", "--updates", "1", *JOB, *odd], odd[1:]
     if dice.random() < 0.5:

@@ -32,6 +32,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 from nanofinetune.ground.cli import Parser, run_main
@@ -50,7 +52,22 @@ def modules() -> dict[str, Path]:
     """The modules that can be rebuilt alone, by name, in the order to do them: they import of ours `GROUND` only."""
     files = (path for path in sorted(PACKAGE.glob("*/[a-z]*.py")) if path.parent.name in ROOMS)
     alone = {path.stem: path for path in files if _stands_alone(path.read_text())}
-    return dict(sorted(alone.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER)))
+    rooms = {name: ROOMS.index(path.parent.name) for name, path in alone.items()}
+    steps = {name: ORDER.index(name) if name in ORDER else len(ORDER) for name in alone}
+    return {name: alone[name] for name in sorted(alone, key=lambda name: (steps[name], rooms[name], name))}
+
+
+def listed(known: dict[str, Path]) -> Iterator[str]:
+    """The list of modules, in the order to do them: the steps of the course with their numbers, then the others."""
+    for i, (name, path) in enumerate(known.items()):
+        if i in (0, len(ORDER)):
+            yield "The course, in this order:" if i == 0 else "\nWhat else stands alone, in any order:"
+        text = path.read_text()
+        step = f"{i + 1}." if name in ORDER else ""
+        first, *rest = textwrap.wrap((ast.get_docstring(ast.parse(text)) or "").splitlines()[0], 70)
+        yield f"{step:>4} {name:<12} {len(text.splitlines()):>3} lines  {first}"
+        yield from (f"{'':28}{line}" for line in rest)
+    yield "\nnext: python -m nanofinetune.exercise schedule --to mine"
 
 
 def emptied(source: str) -> str:
@@ -120,9 +137,7 @@ def main() -> None:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     known = modules()
     if args.module is None:
-        for name, path in known.items():
-            doc = ast.get_docstring(ast.parse(path.read_text())) or ""
-            print(f"{name:<13} {len(path.read_text().splitlines()):>4} lines   {doc.splitlines()[0]}")
+        print("\n".join(listed(known)))
         return
     if args.module not in known:
         raise UsageError(f"{args.module}: choose one of {', '.join(known)}")

@@ -34,12 +34,22 @@ def exercise(monkeypatch, capfd):
     return call
 
 
-def test_every_module_of_the_first_room_can_be_rebuilt(exercise):
+def test_every_module_of_the_first_room_can_be_rebuilt(exercise, tmp_path):
     """And sharding and DDP, from the second one. They are listed in the order to do them."""
     assert {path.stem for path in (ROOT / "nanofinetune" / "step").glob("[a-z]*.py")} <= set(modules())
     assert list(modules())[:6] == ["schedule", "metrics", "collate", "shard", "naive_ddp", "ddp"]
     code, listed, _ = exercise()
-    assert code == 0 and [line.split()[0] for line in listed.splitlines()] == list(modules())
+    lines = listed.splitlines()
+    assert code == 0 and max(map(len, lines)) <= 100
+    found = [re.match(r" {1,2}(\d\.| {2}) (\w+) +(\d+) lines  \S", line) for line in lines]
+    assert [match[2] for match in found if match] == list(modules()), "each module once, with its first sentence"
+    assert [match[1].strip() for match in found if match][:7] == ["1.", "2.", "3.", "4.", "5.", "6.", ""]
+    assert re.findall(r"^## (\d\. \w+)", (ROOT / "docs" / "exercise.md").read_text(), re.MULTILINE) == [
+        f"{match[1]} {match[2]}" for match in found if match and match[1].strip()
+    ]
+    first = lines[-1].removeprefix("next: ").split()
+    assert first[:3] == ["python", "-m", "nanofinetune.exercise"]
+    assert exercise(first[3], "--to", tmp_path)[0] == 0 and (tmp_path / f"{first[3]}.py").is_file()
 
 
 @pytest.mark.parametrize(

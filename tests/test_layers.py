@@ -38,7 +38,7 @@ FLOORS = {
     7: "accelerator run/plan run/result predict exercise launch/__main__ dropin/attributes dropin/operations",
     8: "run/run trace/observe",
     9: "trace/told dropin/batch_size run/trial",
-    10: "trace/picture",
+    10: "trace/picture trace/timeline",
     11: "trace/__main__",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

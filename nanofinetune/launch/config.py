@@ -18,7 +18,9 @@ tests/launch/test_config.py.
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,6 +98,7 @@ def configure(path: Path) -> None:
             sure = Question("", f"{shown(str(path))} exists: write over it (yes, no)?", "no", one_of("yes", "no"))
             if sure.ask() == "no":
                 print(f"{shown(str(path))} is as it was")
+                print(f"next: {shown(command_after(path))}")
                 return
         answers: dict[str, str] = {}
         for question in QUESTIONS:
@@ -111,3 +114,16 @@ def configure(path: Path) -> None:
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error.strerror})") from error
     print(f"wrote {shown(str(path))}")
+    if answers["NNODES"] != "1":
+        print(f"on each of the {answers['NNODES']} nodes, which have a launch.env of their own:")
+    print(f"next: {shown(command_after(path))}")
+
+
+def command_after(path: Path) -> str:
+    """What to type to train with these settings, as the shell of the working folder takes it."""
+    here, root = Path.cwd(), Path(__file__).resolve().parents[2]
+    script = os.path.relpath(root / "launch.sh", here) if root.is_relative_to(here) else str(root / "launch.sh")
+    script = script if "/" in script else f"./{script}"
+    words = [script, "--output", "runs/first"]
+    own = path.absolute() == root / "launch.env"  # which launch.sh reads by itself
+    return ("" if own else f"NANOFINETUNE_LAUNCH_ENV={shlex.quote(str(path.absolute()))} ") + shlex.join(words)

@@ -1,4 +1,4 @@
-"""Train two updates on two ranks, print what ran in them and when, and draw the last update.
+"""Train two updates on two ranks and print what ran in them and when; draw the last one, write all for a viewer.
 
 >>> world = Event("world", 0, 1, "rank 0 of 1, None, cpu, 2 threads", "")
 >>> batch = Event("collate", 1, 2, "8 rows of 5 to 9 tokens", "")
@@ -9,19 +9,21 @@
 Underneath: `accelerate.Accelerator.profile` (accelerate 1.15) is called from within your script.
   - Here the job is train.py itself, unchanged, started by launch.sh.
   - Arguments that are not this command's go to train.py.
+  - Files are written over only if this command made them.
 
 Proof: test_losses_are_those_of_an_unwatched_run, test_the_report_names_places_that_exist in tests/trace/test_trace.py.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -30,7 +32,10 @@ from nanofinetune.ground.cli import MOST, Parser, number, run_main
 from nanofinetune.ground.errors import UsageError, shown
 from nanofinetune.ground.names import place_of
 from nanofinetune.trace.observe import ROOT, Event
-from nanofinetune.trace.picture import picture
+from nanofinetune.trace.picture import MISSING, check_matplotlib, picture
+from nanofinetune.trace.picture import OURS as picture_file
+from nanofinetune.trace.timeline import OURS as timeline_file
+from nanofinetune.trace.timeline import check, events_of, save, timeline
 from nanofinetune.trace.told import Ranks, phases, told
 
 
@@ -45,10 +50,14 @@ def traced(arguments: Sequence[str], processes: int) -> Ranks:
         script.write_text("from nanofinetune.trace.observe import rank\n\nrank()\n")
         environment = os.environ | {
             "PYTHON": sys.executable, "NANOFINETUNE_SCRIPT": str(script), "NANOFINETUNE_TRACE": folder,
-            "NANOFINETUNE_LAUNCH_ENV": os.devnull,  # launch.env may speak of several nodes
+            "NANOFINETUNE_LAUNCH_ENV": os.devnull, "NNODES": "1",  # launch.env or Kubeflow may speak of several
         }  # fmt: skip
         command = [str(ROOT / "launch.sh"), "-n", str(processes), "--", *arguments]
-        code = subprocess.run(command, env=environment, check=False).returncode
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the job would outlive this process
+        try:
+            code = subprocess.run(command, env=environment, check=False).returncode
+        finally:
+            signal.signal(signal.SIGTERM, before)
         if code:
             sys.exit(code)
         files = [Path(folder, f"{r}.json") for r in range(processes)]
@@ -62,28 +71,39 @@ def main() -> None:
         "-n", metavar="N", dest="processes", type=number(int, 1, MOST), default=2, help="ranks (default 2)"
     )
     parser.add_argument("--updates", metavar="N", type=number(int, 1, MOST), default=2, help="how many (default 2)")
-    parser.add_argument("--picture", metavar="FILE", default="trace.svg", help="of the last update (default trace.svg)")
-    parser.add_argument("--json", metavar="FILE", help="what was measured, to draw it again")
+    parser.add_argument("--picture", metavar="FILE", help="of the last update (default trace.svg; needs matplotlib)")
+    parser.add_argument("--timeline", metavar="FILE", help="all of it as JSON, for ui.perfetto.dev or chrome://tracing")
     parser.epilog = "every other argument goes to train.py: --model, --data, --batch-size, --accumulate ..."
     args, others = parser.parse_known_args()
     if not (ROOT / "train.py").is_file():
         raise UsageError("train.py is not beside the package: clone the repository")
-    for option, name in (("--picture", args.picture), ("--json", args.json)):
-        if name is not None and not place_of(option, name).absolute().parent.is_dir():
-            raise UsageError(f"{option} {name}: there is no such folder")  # before the training
+    drawn = args.picture is not None or importlib.util.find_spec("matplotlib") is not None
+    if args.picture is not None:
+        check_matplotlib(f"--picture {args.picture}")
+    files = [("--picture", "trace.svg" if args.picture is None else args.picture, picture_file)] if drawn else []
+    files += [("--timeline", args.timeline, timeline_file)] if args.timeline is not None else []
+    for option, name, begins in files:
+        check(place_of(option, name), begins, option)  # before the training
+    if len({place_of(option, name).resolve() for option, name, _ in files}) < len(files):
+        raise UsageError(f"--timeline {args.timeline}: this is the file of the picture; name another one")
     if "--dry-run" in others:
         raise UsageError("--dry-run: there is nothing to trace in a run that stops before its first step")
+    if os.environ.get("NNODES", "1") != "1":
+        raise UsageError(f"NNODES is {os.environ['NNODES']}: a trace is of the ranks of one machine; unset it")
     ranks = traced([*others, "--max-steps", str(args.updates)], args.processes)
     print("\n".join(map(shown, told(ranks))))
     title = title_of(ranks)
-    try:
-        if args.json:
-            events = [[asdict(event) for event in rank] for rank in ranks]
-            place_of("--json", args.json).write_text(json.dumps({"title": title, "ranks": events}) + "\n")
-        place_of("--picture", args.picture).write_text(picture(ranks, title))
-    except OSError as error:
-        raise UsageError(f"{error.filename} cannot be written ({error.strerror})") from error
-    print(f"\nwrote {shown(args.picture)}: the last update, all ranks on one axis")
+    print()
+    whole = timeline(ranks, title)
+    for option, name, begins in files:
+        text = picture(*events_of(whole)) if option == "--picture" else whole
+        save(place_of(option, name), text, begins, option)
+    if drawn:
+        print(f"wrote {shown(files[0][1])}: the last update, all ranks on one axis")
+    else:
+        print(f"no picture: {MISSING}")
+    if args.timeline is not None:
+        print(f"wrote {shown(args.timeline)}: open it in ui.perfetto.dev or chrome://tracing")
 
 
 def title_of(ranks: Ranks) -> str:

@@ -4,8 +4,8 @@
 >>> observer.observe(json, "dumps", "write", lambda text, data: f"{len(data)} items, {len(text)} letters")
 >>> json.dumps([1, 2, 3])
 '[1, 2, 3]'
->>> observer.events[-1].what, observer.events[-1].text, observer.events[-1].place
-('write', '3 items, 9 letters', 'json.py::dumps')
+>>> observer.events[-1].what, observer.events[-1].text, observer.events[-1].function
+('write', '3 items, 9 letters', 'dumps')
 >>> observer.close()
 
 Underneath: `torch.profiler.profile` (torch 2.13), which `accelerate.Accelerator.profile` (accelerate 1.15) starts.
@@ -21,12 +21,14 @@ Proof: test_losses_are_those_of_an_unwatched_run, test_observing_ends in tests/t
 from __future__ import annotations
 
 import functools
+import inspect
 import json
+import linecache
 import os
 import runpy
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ from nanofinetune.step import collate, metrics, optim, schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
+MOST_NAMED = 16  # tensors of one call whose shapes are noted one by one
+Said = str | tuple[str, dict[str, Any]]  # what a call did, and what `measured` says of its tensors (it keeps none)
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,10 @@ class Event:
     begin: float  # seconds on the machine's monotonic clock
     end: float
     text: str
-    place: str  # of the function: room/file.py::symbol
+    place: str  # of the function, as seen from the folder that holds its package: nanofinetune/ranks/ddp.py:279
     bucket: int | None = None  # its number, from 0
+    function: str = ""  # its name: Bucket.open
+    args: dict[str, Any] = field(default_factory=dict)  # shapes, dtypes and bytes of what it worked on
 
 
 class Observer:
@@ -59,8 +65,8 @@ class Observer:
         self.events: list[Event] = []
         self._originals: list[tuple[Any, str, Any]] = []
 
-    def observe(self, owner: Any, name: str, what: str, describe: Callable[..., str]) -> None:
-        """Note every call of `owner.name`. `describe` makes the text from its result and its arguments."""
+    def observe(self, owner: Any, name: str, what: str, describe: Callable[..., Said]) -> None:
+        """Note every call of `owner.name`. `describe` says what it did, from its result and its arguments."""
         inner = getattr(owner, name)
 
         @functools.wraps(inner)
@@ -72,9 +78,10 @@ class Observer:
 
         self.replace(owner, name, observed)
 
-    def note(self, what: str, begin: float, end: float, text: str, function: Any, bucket: int | None = None) -> None:
+    def note(self, what: str, begin: float, end: float, said: Said, function: Any, bucket: int | None = None) -> None:
         """Add an event; `begin` and `end` in seconds of time.monotonic()."""
-        self.events.append(Event(what, begin, end, text, f"{_file_of(function)}::{function.__qualname__}", bucket))
+        text, args = (said, {}) if isinstance(said, str) else said
+        self.events.append(Event(what, begin, end, text, _place_of(function), bucket, function.__qualname__, args))
 
     def replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
         self._originals.append((owner, name, getattr(owner, name)))
@@ -90,22 +97,22 @@ def observe_all(observer: Observer) -> None:
     facade = accelerator.Accelerator
     for owner, name, what, describe in (
         (settings, "init_world", "world", _world),
-        (ddp, "broadcast_from_rank", "broadcast", lambda _, tensors, *__: f"rank 0's {described(tensors)}"),
+        (ddp, "broadcast_from_rank", "broadcast", _broadcast),
         (facade, "prepare_model", "prepare", _model),
         (facade, "prepare_data_loader", "prepare", _loader),
         (facade, "prepare_optimizer", "prepare", lambda ours, *_: f"{_kind(ours)} around {_kind(ours.optimizer)}"),
         (facade, "prepare_scheduler", "prepare", lambda ours, *_: f"{_kind(ours)} around {_kind(ours.scheduler)}"),
         (collate.DataCollatorWithPadding, "__call__", "collate", _batch),
-        (loader, "send_to_device", "to device", lambda batch, *_: described(getattr(batch, "values", list)())),
+        (loader, "send_to_device", "to device", _moved),
         (facade, "_weigh", "weigh", _weight),
         (facade, "backward", "backward", lambda *_: "every gradient, from the last layer to the first"),
         (facade, "clip_grad_norm_", "clip", lambda norm, *_, **__: f"the norm was {norm.item():.4g}"),
         (schedule.Schedule, "step", "schedule", _rate),
         (wrappers.AcceleratedOptimizer, "zero_grad", "zero_grad", _reset),
-        (metrics.Metric, "add_batch", "count", lambda _, self, **batch: f"{len(batch['references'])} rows"),
-        (collectives, "gather", "gather", lambda _, data, *__: described([data])),
-        (collectives, "reduce", "reduce", lambda _, data, *__: described([data])),
-        (collectives, "gather_object", "gather", lambda _, objects, *__: f"{len(objects)} objects"),
+        (metrics.Metric, "add_batch", "count", lambda _, self, **of: _counted(len(of["references"]), "row")),
+        (collectives, "gather", "gather", _sent),
+        (collectives, "reduce", "reduce", _sent),
+        (collectives, "gather_object", "gather", lambda _, objects, *__: _counted(len(objects), "object")),
         (collectives, "wait_for_everyone", "barrier", lambda *_: "every rank has got here"),
     ):
         observer.observe(owner, name, what, describe)
@@ -123,14 +130,49 @@ def described(tensors: Any) -> str:
     return f"{len(found)} tensors, {sum(tensor.numel() for tensor in found):,} numbers, {size}"
 
 
+def measured(tensors: Any) -> dict[str, Any]:
+    """The same for a program: shape, dtype and bytes of one tensor; of several how many, and each one's if few.
+
+    >>> measured([torch.zeros(8, 2)])
+    {'shape': [8, 2], 'dtype': 'float32', 'bytes': 64}
+    >>> measured({"ids": torch.zeros(8, 69, dtype=torch.int64), "labels": torch.zeros(8, dtype=torch.int64)})["ids"]
+    {'shape': [8, 69], 'dtype': 'int64', 'bytes': 4416}
+    """
+    named = tensors.items() if isinstance(tensors, Mapping) else ((str(i), each) for i, each in enumerate(tensors))
+    each: dict[str, dict[str, Any]] = {
+        name: {
+            "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."),
+            "bytes": tensor.numel() * tensor.element_size(),
+        }
+        for name, tensor in named
+        if isinstance(tensor, torch.Tensor)
+    }  # fmt: skip
+    if len(each) <= 1:
+        return next(iter(each.values()), {})
+    dtypes = ", ".join(dict.fromkeys(one["dtype"] for one in each.values()))
+    total = {"tensors": len(each), "dtype": dtypes, "bytes": sum(one["bytes"] for one in each.values())}
+    return total | (each if len(each) <= MOST_NAMED and isinstance(tensors, Mapping) else {})
+
+
 def in_bytes(size: int) -> str:
     return f"{size / MIB:.1f} MiB" if size >= MIB else f"{size:,} bytes"
 
 
-def _file_of(function: Any) -> str:
-    """Of ours the path inside the package (ranks/ddp.py), of a library the file's name alone."""
-    package, _, path = function.__module__.partition(".")
-    return f"{path.replace('.', '/') if package == 'nanofinetune' else function.__module__.rpartition('.')[2]}.py"
+@functools.cache
+def _place_of(function: Any) -> str:
+    """The line where a function is defined; of one that is not written in Python the module's name."""
+    module, code = function.__module__, getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        return str(module)
+    line = code.co_firstlineno
+    while linecache.getline(code.co_filename, line).lstrip().startswith("@"):
+        line += 1  # a decorator
+    inside = module.replace(".", "/") + ("/__init__" if Path(code.co_filename).stem == "__init__" else "")
+    return f"{inside}.py:{line}"
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"
 
 
 def _kind(thing: Any) -> str:
@@ -138,7 +180,7 @@ def _kind(thing: Any) -> str:
 
 
 def _world(world: Any, *_: Any) -> str:
-    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    threads = _counted(torch.get_num_threads(), "thread")
     return f"rank {world.rank} of {world.size}, {world.backend}, {world.device}, {threads}"
 
 
@@ -154,12 +196,26 @@ def _loader(shard: Any, *_: Any) -> str:
     return f"{_kind(shard)}: {len(shard)} batches a rank, {shard.total_batch_size} rows a step, {last}"
 
 
-def _batch(batch: Any, _: Any, rows: Any) -> str:
+def _moved(batch: Any, *_: Any) -> Said:
+    named = dict(batch.items()) if hasattr(batch, "items") else {}
+    return described(named.values()), measured(named)
+
+
+def _broadcast(_: Any, tensors: Any, *__: Any) -> Said:
+    return f"rank 0's {described(tensors)}", measured(tensors)
+
+
+def _sent(_: Any, data: Any, *__: Any) -> Said:
+    return described([data]), measured([data])
+
+
+def _batch(batch: Any, _: Any, rows: Any) -> Said:
     lengths = batch["attention_mask"].sum(1).tolist()
     shape = tuple(batch["input_ids"].shape)
     which = f" {', '.join(map(str, rows.indices.tolist()))}" if hasattr(rows, "indices") and len(rows) <= 16 else ""
     padding = 1 - sum(lengths) / (shape[0] * shape[1])
-    return f"{len(lengths)} rows{which} of {min(lengths)} to {max(lengths)} tokens -> {shape}, {padding:.0%} padding"
+    text = f"{len(lengths)} rows{which} of {min(lengths)} to {max(lengths)} tokens -> {shape}, {padding:.0%} padding"
+    return text, measured(dict(batch.items()))
 
 
 def _weight(_: Any, self: Any, __: Any) -> str:
@@ -193,7 +249,8 @@ def _observe_forward(observer: Observer) -> None:
             text = f"logits {described([outputs.logits])}"
             if outputs.loss is not None and outputs.loss.device.type == "cpu":  # reading it would stall a GPU
                 text += f"; loss {outputs.loss.item():.4f}"
-            observer.note("forward", began.pop(), time.monotonic(), text, type(module).forward)
+            said = text, measured([outputs.logits])
+            observer.note("forward", began.pop(), time.monotonic(), said, type(module).forward)
 
         model.register_forward_pre_hook(before)
         model.register_forward_hook(after)
@@ -209,9 +266,9 @@ def _observe_buckets(observer: Observer) -> None:
 
     @functools.wraps(put_into)
     def observed_put(self: Any, bucket: Any, i: int) -> None:
-        begin = time.monotonic()
+        said, begin = (self._names[i], measured([bucket.parameters[i]])), time.monotonic()
         put_into(self, bucket, i)
-        observer.note("gradient", begin, time.monotonic(), self._names[i], put_into, self._buckets.index(bucket))
+        observer.note("gradient", begin, time.monotonic(), said, put_into, self._buckets.index(bucket))
 
     @functools.wraps(send)
     def observed_send(self: Any) -> None:
@@ -220,14 +277,15 @@ def _observe_buckets(observer: Observer) -> None:
         for k in range(first, self._next):
             bucket = self._buckets[k]
             text = f"bucket {k + 1} of {len(self._buckets)}, {described([bucket.flat])}"
+            said = text, measured([bucket.flat])
             if bucket.flat.device.type == "cpu":  # note the moment it is back; on a GPU only the stream knows
 
-                def back(_: Any, k: int = k, text: str = text) -> None:
-                    observer.note("all-reduce", begin, time.monotonic(), text, send, k)
+                def back(_: Any, k: int = k, said: Said = said) -> None:
+                    observer.note("all-reduce", begin, time.monotonic(), said, send, k)
 
                 bucket.work.get_future().then(back)
             else:
-                observer.note("all-reduce", begin, time.monotonic(), text, send, k)
+                observer.note("all-reduce", begin, time.monotonic(), said, send, k)
 
     @functools.wraps(finish)
     def observed_finish(self: Any) -> None:
@@ -253,7 +311,7 @@ def _observe_optimizer(observer: Observer) -> None:
         if self.gradient_state.sync_gradients:
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
             text = f"{_kind(self.optimizer)}{form}, lr {group['lr']:.3g}: {described(parameters)}"
-            observer.note("optimizer", begin, time.monotonic(), text, type(self.optimizer).step)
+            observer.note("optimizer", begin, time.monotonic(), (text, measured(parameters)), type(self.optimizer).step)
         return result
 
     observer.replace(wrappers.AcceleratedOptimizer, "step", observed)

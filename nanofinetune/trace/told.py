@@ -16,11 +16,17 @@ tests/trace/test_trace.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from nanofinetune.trace.observe import Event
+from nanofinetune.trace.observe import ROOT, Event
 
+WIDTH = 100  # columns of the report
+MOST_SHOWN = 2  # ranks beside each other
 Ranks = list[list[Event]]  # the events of each rank
 
 
@@ -41,32 +47,69 @@ def phases(events: list[Event]) -> list[tuple[str, list[Event]]]:
 
 
 def told(ranks: Ranks) -> Iterator[str]:
-    """The lines of the report: one for each thing that happened, with begin and duration on every rank, in ms."""
+    """The lines of the report: one for each thing that happened, with begin and duration on every rank, in ms.
+
+    They are at most WIDTH wide. Of more than two ranks, there is rank 0, and the one on which it took longest.
+    """
     split = [dict(phases(events)) for events in ranks]
     zero = split[0]["update 1"][0].begin if "update 1" in split[0] else split[0]["set-up"][0].begin
-    times = "   ".join(f"{f'rank {r}: at':>12}{'took':>9}" for r in range(len(ranks)))
+    columns = [f"rank {r}: at" for r in range(len(ranks))] if len(ranks) <= MOST_SHOWN else ["rank 0: at", "longest"]
+    heads = "  ".join(f"{head:>10}{'took':>8}" for head in columns)
+    empty, blank = " " * len(heads), " " * 18
+
+    def line(events: Sequence[Event | None], what: str, text: str) -> Iterator[str]:
+        times = "  ".join(
+            f"{(e.begin - zero) * 1e3:10.1f}{(e.end - e.begin) * 1e3:8.1f}" if e else blank for e in events
+        )
+        lead = f"{times or empty}  {what:<10} "
+        words = textwrap.wrap(text, WIDTH - len(lead), break_on_hyphens=False) or [""]
+        yield f"{lead}{words[0]}".rstrip()
+        yield from (f"{' ' * len(lead)}{rest}" for rest in words[1:])
+
     for name in split[0]:
         yield ""
-        yield f"{name:<{len(times)}}   (milliseconds; 0 is the first batch)" if name == "set-up" else name
+        yield name
         if name in ("set-up", "update 1"):
-            yield times
+            yield f"{heads}  (milliseconds; 0 is the first batch)"
         by_rank = [_grouped(phase.get(name, []), name == "afterwards") for phase in split]
         for i, event in enumerate(by_rank[0]):
             same = [rows[i] if i < len(rows) and rows[i].what == event.what else None for rows in by_rank]
-            columns = "   ".join(
-                f"{(e.begin - zero) * 1e3:12.1f}{(e.end - e.begin) * 1e3:9.1f}" if e else " " * 21 for e in same
-            )
-            yield f"{columns}   {event.what:<11} {event.text}"
-            for r, other in enumerate(same[1:], start=1):
-                if other is not None and other.text != event.text:
-                    yield f"{' ' * len(columns)}   {f'  (rank {r})':<11} {other.text}"
+            if len(ranks) <= MOST_SHOWN:
+                yield from line(same, event.what, event.text)
+                for r, other in enumerate(same[1:], start=1):
+                    if other is not None and other.text != event.text:
+                        yield from line([], f"  (rank {r})", other.text)
+            else:
+                slowest, r = max(((e, r) for r, e in enumerate(same) if e), key=lambda one: one[0].end - one[0].begin)
+                yield from line([event, slowest], event.what, event.text)
+                if slowest.text != event.text:
+                    yield from line([], f" (rank {r})", slowest.text)
         for r, phase in enumerate(split):
             if summary := overlap(phase.get(name, [])):
-                yield f"{'':{len(times)}}   rank {r}: {summary}"
+                yield from line([], f"  (rank {r})", summary)
     yield ""
     yield "where that is:"
-    for what, place in dict.fromkeys((event.what, event.place) for event in sorted(ranks[0], key=lambda e: e.begin)):
-        yield f"  {what:<17} {place}"
+    first: dict[tuple[str, str], Event] = {}
+    for event in sorted(ranks[0], key=lambda event: event.begin):
+        first.setdefault((event.what, event.place), event)
+    for event in first.values():
+        lead, tail = f"  {event.what:<10}  ", f"  {event.function}"
+        yield f"{lead}{clickable(event.place, WIDTH - len(lead) - len(tail))}{tail}"
+
+
+def clickable(place: str, most: int) -> str:
+    """A function's file and line as a terminal or an editor opens them from here, if that takes `most` letters at most.
+
+    >>> clickable("no/such/file.py:3", 40)
+    'no/such/file.py:3'
+    """
+    file, _, line = place.partition(":")
+    for folder in map(Path, (str(ROOT), *sys.path)):
+        if (folder / file).is_file():
+            here, found = Path.cwd(), (folder / file).absolute()
+            shown = f"{found.relative_to(here) if found.is_relative_to(here) else found}:{line}"
+            return shown if len(shown) <= most else place
+    return place
 
 
 def overlap(events: list[Event]) -> str:
@@ -113,5 +156,5 @@ def _grouped(events: list[Event], evaluation: bool) -> list[Event]:
         elif len(group) > 1:
             text = f"{len(group)} times, the first: {text}"
             last = first.begin + sum(event.end - event.begin for event in group)
-        rows.append(Event(first.what, first.begin, last, text, first.place, first.bucket))
+        rows.append(replace(first, end=last, text=text))
     return sorted(rows, key=lambda event: event.begin)

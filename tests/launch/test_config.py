@@ -5,14 +5,17 @@ Run: python -m pytest tests/launch/test_config.py
 
 import dataclasses
 import io
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from launching import launch_sh
 
 from nanofinetune.ground.errors import UsageError
-from nanofinetune.launch.config import QUESTIONS, configure
+from nanofinetune.launch.config import QUESTIONS, command_after, configure
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="launch.sh needs bash")
 
@@ -30,7 +33,18 @@ def test_config_asks_and_launch_sh_reads(tmp_path: Path) -> None:
         "NNODES=2", "NODE_RANK=1", "MASTER_ADDR=node0", "GLOO_SOCKET_IFNAME=eth0", "NANOFINETUNE_DEVICE=cpu",
         "NPROC_PER_NODE=4", "OMP_NUM_THREADS=3", "NANOFINETUNE_MIXED_PRECISION=bf16", "MAX_RESTARTS=1",
     ]  # fmt: skip
+    nodes, following = result.stdout.splitlines()[-2:]
+    assert nodes == "on each of the 2 nodes, which have a launch.env of their own:"
+    # What to type next is the last line, and works as it stands; --print shows what it starts.
+    assert following.startswith("next: ") and following.endswith("launch.sh --output runs/first")
+    command, clean = (
+        f"{following.removeprefix('next: ')} --print",
+        {"PATH": os.environ["PATH"], "PYTHON": sys.executable},
+    )
+    typed = subprocess.run(command, shell=True, env=clean, capture_output=True, text=True, timeout=90)
+    assert typed.returncode == 0 and "--output runs/first" in typed.stdout, typed.stderr
     printed = launch_sh("--print", env=env).stdout
+    assert typed.stdout == printed.replace("--device", "--output runs/first --device")
     for word in ("--nnodes=2", "--node-rank=1", "--master-addr=node0", "--nproc-per-node=4", "--precision bf16"):
         assert word in printed
 
@@ -63,6 +77,23 @@ def test_config_never_writes_over_a_file_unasked(answers: str, said: str, tmp_pa
     assert said in capsys.readouterr().out
     lines = [line for line in settings.read_text().splitlines() if not line.startswith("#")]
     assert lines == ([] if said == "wrote" else ["NNODES=2"])
+
+
+@pytest.mark.parametrize(
+    ("inside", "settings", "typed"),
+    [
+        (".", "launch.env", "./launch.sh --output runs/first"),
+        ("..", "launch.env", "clone/launch.sh --output runs/first"),
+        ("docs", "launch.env", "{root}/launch.sh --output runs/first"),
+        (".", "my settings", "NANOFINETUNE_LAUNCH_ENV='{root}/my settings' ./launch.sh --output runs/first"),
+    ],
+)
+def test_the_command_to_type_next_is_as_seen_from_here(inside, settings, typed, tmp_path, monkeypatch) -> None:
+    root = tmp_path / "clone"
+    (root / "docs").mkdir(parents=True)
+    monkeypatch.setattr("nanofinetune.launch.config.__file__", str(root / "nanofinetune" / "launch" / "config.py"))
+    monkeypatch.chdir(root / inside)
+    assert command_after(root / settings) == typed.format(root=root)
 
 
 def test_accelerate_config_fields_are_asked_or_left_out() -> None:

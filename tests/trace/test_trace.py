@@ -6,8 +6,13 @@ Real ranks over gloo with a tiny model; the reference is the same train.py witho
 """
 
 import json
+import os
 import re
+import signal
 import sys
+import time
+from dataclasses import replace
+from threading import Thread
 from xml.etree import ElementTree
 
 import pytest
@@ -19,9 +24,11 @@ from programs import run_program
 from nanofinetune.accelerator import Accelerator
 from nanofinetune.ground.cli import run_main
 from nanofinetune.trace.__main__ import main, title_of
+from nanofinetune.trace.__main__ import traced as run_traced
 from nanofinetune.trace.observe import Event, Observer, observe_all
-from nanofinetune.trace.picture import COLOURS, LEFT, RIGHT, WIDTH, picture
-from nanofinetune.trace.told import phases
+from nanofinetune.trace.picture import BUCKETS, COLOURS, figure, layout, picture
+from nanofinetune.trace.timeline import events_of
+from nanofinetune.trace.told import WIDTH, phases, told
 from nanofinetune.wrappers import AcceleratedOptimizer
 
 UPDATES = 3
@@ -37,11 +44,10 @@ def job(tiny_model, pairs):
 def traced(job, tmp_path_factory):
     """A traced run on two ranks -> (its folder, its report, its events)."""
     folder = tmp_path_factory.mktemp("traced")
-    options = ["--updates", UPDATES, "--json", "trace.json", "--output", "run", "--device", "cpu", *job]
+    options = ["--updates", UPDATES, "--timeline", "trace.json", "--output", "run", "--device", "cpu", *job]
     done = run_program(["-m", "nanofinetune.trace", *map(str, options)], cwd=folder)
     assert done.returncode == 0, done.stderr
-    saved = json.loads((folder / "trace.json").read_text())
-    return folder, done.stdout, [[Event(**event) for event in rank] for rank in saved["ranks"]]
+    return folder, done.stdout, events_of((folder / "trace.json").read_text())[0]
 
 
 def test_losses_are_those_of_an_unwatched_run(job, traced, tmp_path):
@@ -97,39 +103,126 @@ def test_the_two_ranks_validate_every_row_once(traced):
 
 
 def test_the_report_names_places_that_exist(traced):
+    """Each is the line of a `def`: a terminal opens it by a click."""
     report = traced[1]
-    places = re.findall(r"([\w/]+\.py)::([\w.]+)$", report.partition("where that is:")[2], re.MULTILINE)
+    places = re.findall(
+        r"^  [\w -]{10}  (\S+\.py):(\d+)  ([\w.]+)$", report.partition("where that is:")[2], re.MULTILINE
+    )
     assert len(places) > 15
-    theirs = {file for file, _ in places if not (ROOT / "nanofinetune" / file).is_file()}
-    assert theirs == {"modeling_bert.py"}, "the model is transformers'; all else is ours"
-    for file, symbol in places:
-        if file not in theirs:
-            text = (ROOT / "nanofinetune" / file).read_text()
-            assert re.search(rf"(def|class) {symbol.rpartition('.')[2]}\b", text), (file, symbol)
+    ours = {(file, line, symbol) for file, line, symbol in places if (ROOT / file).is_file() or file.startswith("/")}
+    theirs = {file for file, _, _ in set(places) - ours}
+    assert theirs <= {"transformers/models/bert/modeling_bert.py"}, "the model is transformers'; all else is ours"
+    for file, line, symbol in ours:
+        text = (ROOT / file).read_text().splitlines()[int(line) - 1]  # an absolute path stays one
+        assert re.search(rf"(def|class) {symbol.rpartition('.')[2]}\b", text), (file, line, symbol)
     for k in range(UPDATES):
         assert f"\nupdate {k + 1}\n" in report
-    assert "while backward still ran" in report and "bucket 1 of 1" in report
+    assert "bucket 1 of 1" in report
+
+
+def test_the_report_is_at_most_100_columns_wide(traced):
+    """For two ranks, one, and five: then it shows rank 0, and the rank on which each thing took longest."""
+    for ranks in (traced[2], traced[2][:1], [*traced[2], *traced[2], traced[2][1]]):
+        lines = list(told(ranks))
+        assert WIDTH == 100 and max(map(len, lines)) <= WIDTH and not any(line.endswith(" ") for line in lines)
+        parameters = [name for name, p in tiny_bert().named_parameters() if p.requires_grad]
+        words = " ".join(" ".join(lines).split())
+        assert f"{len(parameters)} into bucket 1" in words and "while backward still ran" in words
+    slow = [[replace(e, end=e.end + r) if e.what == "forward" else e for e in traced[2][0]] for r in range(3)]
+    rows = [re.match(r" *([-\d.]+) +([\d.]+) +([-\d.]+) +([\d.]+)  forward ", line) for line in told(slow)]
+    times = [[float(number) for number in row.groups()] for row in rows if row]
+    assert len(times) == UPDATES + 1 and times[0][3] == pytest.approx(times[0][1] + 2000, abs=0.2), "2 s on rank 2"
 
 
 def test_the_picture_holds_what_was_measured(traced):
+    """`layout` says what stands where; matplotlib draws just that, the same text each time, from the timeline too."""
     folder, _, ranks = traced
     svg = (folder / "trace.svg").read_text()
-    root = ElementTree.fromstring(svg)
-    assert svg == picture(ranks, title_of(ranks))
-    space = {"": "http://www.w3.org/2000/svg"}
-    bars = [bar for bar in root.findall("rect", space) if bar.find("title", space) is not None]
-    hints = [bar.find("title", space).text or "" for bar in bars]  # type: ignore[union-attr]
-    for what in ("forward", "backward", "all-reduce", "wait", "optimizer"):
-        assert sum(hint.startswith(f"{what} ") for hint in hints) == 2, what
-    # One axis: where a bar stands is when its rank did it.
-    begins = [dict(phases(events))[f"update {UPDATES}"] for events in ranks]
-    forwards = [next(e.begin for e in events if e.what == "forward") for events in begins]
-    lefts = [float(bar.get("x", 0)) for bar, hint in zip(bars, hints, strict=True) if hint.startswith("forward")]
-    shown = [e for events in begins for e in events if e.what in COLOURS or e.bucket is not None]
-    first, last = min(e.begin for e in shown), max(e.end for e in shown)
-    scale = (WIDTH - LEFT - RIGHT) / (last - first)
-    assert lefts == [float(f"{LEFT + (begin - first) * scale:.1f}") for begin in forwards]
-    assert all(float(bar.get("x", 0)) + float(bar.get("width", 0)) <= WIDTH for bar in bars)
+    assert svg == picture(ranks, title_of(ranks)) == picture(ranks, title_of(ranks))
+    words = ["".join(text.itertext()) for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert title_of(ranks) in words and {"rank 0", "rank 1", "gradients", "bucket 1"} <= set(words)
+    updates = [dict(phases(events))[f"update {UPDATES}"] for events in ranks]
+    shown = [[e for e in events if e.what in COLOURS or e.bucket is not None] for events in updates]
+    zero = min(e.begin for events in shown for e in events)
+    parts = layout(ranks)
+    for events, part in zip(shown, parts, strict=True):  # one axis: where a bar stands is when its rank did it
+        for what in ("forward", "all-reduce", "wait", "optimizer"):
+            (event,), (bar,) = [e for e in events if e.what == what], [bar for bar in part.bars if bar.what == what]
+            assert (bar.begin, bar.took) == pytest.approx(((event.begin - zero) * 1e3, (event.end - event.begin) * 1e3))
+            assert bar.row == (2 if what == "all-reduce" else 0)
+        backward, wait = (next(bar for bar in part.bars if bar.what == what) for what in ("backward", "wait"))
+        assert backward.begin + backward.took == pytest.approx(wait.begin)
+        ready = sorted((e.end - zero) * 1e3 for e in events if e.what == "gradient")
+        assert [moment for moment, _ in sorted(part.marks)] == pytest.approx(ready)
+        assert {colour for _, colour in part.marks} == {BUCKETS[0]}
+    for part, panel in zip(parts, figure(parts, "").axes, strict=True):
+        drawn = sorted((box.get_x(), box.get_width()) for box in panel.patches)
+        low, high = panel.get_xlim()
+        assert [x for x, _ in drawn] == pytest.approx(sorted(bar.begin for bar in part.bars))
+        assert low <= drawn[0][0] and all(x + width <= high for x, width in drawn)
+
+
+def test_a_picture_needs_matplotlib_and_says_so_before_the_training(run_here, tmp_path, monkeypatch, job):
+    """Named, it is a mistake; else the report comes without one."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("nanofinetune.trace.__main__.traced", lambda *_: [UPDATE])
+    code, out, err = run_here("--picture", "mine.svg")
+    assert (code, out) == (2, "") and err.startswith("nanofinetune.trace: --picture mine.svg: matplotlib draws it, and")
+    assert err.endswith(" is not installed: pip install -e '.[report]'\n")
+    code, out, err = run_here("--timeline", "all.json")
+    assert (code, err) == (0, "") and "no picture: matplotlib draws it" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["all.json"]
+
+
+UPDATE = [
+    Event("world", 0, 0, "rank 0 of 1, None, cpu, 1 thread", ""), Event("collate", 1, 1, "8 rows of 5 tokens", ""),
+    Event("forward", 1, 2, "", ""), Event("backward", 2, 3, "", ""),
+    Event("optimizer", 3, 4, "AdamW: 2 tensors, 5 numbers, 20 bytes", ""), Event("zero_grad", 4, 4, "", ""),
+]  # fmt: skip
+
+
+def test_a_file_of_somebody_else_is_never_written_over(run_here, tmp_path, monkeypatch):
+    """Not by its default name either; said before the training. What the command made before, it may make again."""
+    monkeypatch.setattr("nanofinetune.trace.__main__.traced", lambda *_: [UPDATE])
+    for _ in range(2):
+        assert run_here("--timeline", "all.json")[0] == 0
+    made = {name: (tmp_path / name).read_text() for name in ("trace.svg", "all.json")}
+    monkeypatch.setattr("nanofinetune.trace.__main__.traced", lambda *_: pytest.fail("it trained"))
+    for name, words in (("trace.svg", []), ("all.json", ["--timeline", "all.json"])):
+        (tmp_path / name).write_text("mine")
+        code, out, err = run_here(*words)
+        assert code == 2 and f"{name}: this file is not from nanofinetune.trace; name another one" in err and not out
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).write_text(made[name])
+    for words, said in (
+        (["--picture", "x", "--timeline", "x"], "--timeline x: this is the file of the picture"),
+        (["--timeline", "no/such/x.json"], "--timeline no/such/x.json: there is no such folder"),
+        (["--timeline", ""], "--timeline is empty"),
+    ):
+        code, _, err = run_here(*words)
+        assert code == 2 and said in err and len(err.splitlines()) == 1, err
+    monkeypatch.setenv("NNODES", "2")
+    code, _, err = run_here()
+    assert code == 2 and "NNODES is 2: a trace is of the ranks of one machine" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and scripts of a POSIX system")
+def test_the_job_does_not_outlive_a_trace_that_is_ended(tmp_path, monkeypatch):
+    (tmp_path / "launch.sh").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 100\n")
+    (tmp_path / "launch.sh").chmod(0o755)
+    monkeypatch.setattr("nanofinetune.trace.__main__.ROOT", tmp_path)
+
+    def end():
+        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text().endswith("\n"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=end, daemon=True).start()
+    with pytest.raises(SystemExit) as ended:
+        run_traced([], 1)
+    assert ended.value.code == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 @pytest.fixture
@@ -182,9 +275,10 @@ def test_any_optimizer_is_told_at_the_end_of_its_window(kind):
     finally:
         observer.close()
         ours.end_training()
-    told = [event for event in observer.events if event.what == "optimizer"]
-    assert [event.text for event in told] == [f"{kind.__name__}, lr 0.5: 2 tensors, 5 numbers, 20 bytes"] * 2
-    assert told[0].place.endswith(f"py::{kind.__name__}.step")
+    steps = [event for event in observer.events if event.what == "optimizer"]
+    assert [event.text for event in steps] == [f"{kind.__name__}, lr 0.5: 2 tensors, 5 numbers, 20 bytes"] * 2
+    assert steps[0].function == f"{kind.__name__}.step"
+    assert re.fullmatch(rf"torch/optim/{kind.__name__.lower()}\.py:\d+", steps[0].place.replace("_", ""))
     prepared = max(event.end for event in observer.events if event.what == "prepare")
     observer.note("collate", prepared, prepared, "a batch, before the updates", kind.step)
     assert [name for name, _ in phases(observer.events)] == ["set-up", "update 1", "update 2", "afterwards"]
