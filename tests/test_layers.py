@@ -131,6 +131,7 @@ OTHER_TESTS = {
     ("ranks", "equal_ranks"), ("ranks", "nodes"), ("ranks", "ddp_edges"), ("ground", "xla_calls"),
     ("step", "step_properties"), ("run", "start"), ("run", "damage"), ("data", "architectures"), ("data", "sizes"),
     ("dropin", "public_names"), ("dropin", "scripts"), ("cpu", "other_encoders"),
+    ("report", "browser"), ("report", "main"),
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from nanofinetune.report import plots
 from nanofinetune.report.judge import BINS
 from nanofinetune.report.pieces import figure, number, swatches, table, text
-from nanofinetune.report.read import Record
+from nanofinetune.report.read import TOOK, Record
 from nanofinetune.report.style import SHEET, policy
 from nanofinetune.report.tables import class_rows, classes, confusion, hard, matrix_of
 
@@ -127,7 +127,8 @@ def _curves(runs: Sequence[Record]) -> str:
     figures = [figure(plots.loss(runs), "Loss", bucket)]
     figures.append(figure(plots.learning_rate(runs), "Learning rate"))
     if any(len(plots.rates(run)[0]) for run in logged):
-        note = "The band is from the slowest to the fastest update of a stretch."
+        timed = any(run.log.known[:, TOOK].any() for run in logged)
+        note = "The band is from the slowest to the fastest update of a stretch." if timed else ""
         figures.append(figure(plots.speed(runs), "Rows a second", note))
     return f'<h2>Over updates</h2>\n{_legend(runs)}<div class="grid three">{"".join(figures)}</div>'
 

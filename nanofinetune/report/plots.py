@@ -61,7 +61,6 @@ def learning_rate(runs: Sequence[Record]) -> str:
     with _Drawing("lr", "Learning rate over updates") as drawing:
         for k, run in enumerate(runs):
             drawing.line(run.log.mean[:, STEP], run.log.mean[:, LR], k)
-        drawing.axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     return drawing.text
 
 
@@ -133,6 +132,8 @@ def smooth(values: Table, weights: Table, share: float = 0.04) -> Table:
 def rates(run: Record) -> tuple[Table, Table, Table, Table]:
     """(steps, rows a second, the slowest update, the fastest) of stretches of the run; none where it has no times."""
     log = run.log
+    if not log.known[:, TOOK].any():
+        return _paces(run)
     edges = np.unique(np.linspace(0, len(log.low), min(POINTS, len(log.low)) + 1).astype(int))
     found = []
     for begin, end in pairwise(edges.tolist()):
@@ -145,6 +146,17 @@ def rates(run: Record) -> tuple[Table, Table, Table, Table]:
     return table[:, 0], table[:, 1], table[:, 2], table[:, 3]
 
 
+def _paces(run: Record) -> tuple[Table, Table, Table, Table]:
+    """The same of a log without times, from those that result.json has: its "speed", pairs of (update, seconds)."""
+    times = run.times
+    times = times[np.unique(np.linspace(0, max(0, len(times) - 1), min(len(times), 4 * POINTS)).astype(int))]
+    # (of each bucket, its last update and how many rows there were until then)
+    done = np.interp(times[:, 0], np.append(0, run.log.high[:, STEP]), np.append(0, run.log.total[:, ROWS].cumsum()))
+    moved = np.diff(times[:, 1], prepend=0.0)
+    rate = np.divide(np.diff(done, prepend=0.0), moved, out=np.full(len(times), np.nan), where=moved > 0)
+    return times[:, 0], rate, rate, rate
+
+
 # ---- matplotlib ------------------------------------------------------------------------------------------------------
 
 
@@ -153,9 +165,10 @@ class _Drawing:
 
     def __init__(self, name: str, label: str, over: str = "update") -> None:
         from matplotlib import rc_context
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
 
-        self.name, self.label, self.text = name, label, ""
+        self.name, self.label, self.text, self.canvas = name, label, "", FigureCanvasSVG
         self.settings = rc_context({
             "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 11,
             "font.family": "DejaVu Sans", "axes.edgecolor": paint("line"), "axes.linewidth": 0.8,
@@ -164,9 +177,12 @@ class _Drawing:
             "axes.spines.top": False, "axes.spines.right": False, "path.simplify": True,
         })  # fmt: skip
         self.settings.__enter__()
-        self.figure = Figure(figsize=SIZE, dpi=72, layout="constrained")
+        self.figure = Figure(figsize=SIZE, dpi=72)  # margins by hand: finding them takes as long as drawing
+        self.figure.subplots_adjust(left=0.12, right=0.96, top=0.92, bottom=0.16)
         self.axes: Any = self.figure.add_subplot()
         self.axes.set_xlabel(over)
+        self.axes.locator_params(nbins=6)
+        self.axes.ticklabel_format(scilimits=(-3, 5))
         self.axes.grid(color=paint("line"), linewidth=0.6)
         self.axes.set_axisbelow(True)
         self.axes.patch.set_visible(False)
@@ -181,7 +197,7 @@ class _Drawing:
                 file = io.StringIO()
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of a hostile log: an axis that begins where it ends
-                    self.figure.savefig(file, format="svg", metadata={"Date": None})
+                    self.canvas(self.figure).print_svg(file, metadata={"Date": None})
                 self.text = inline(file.getvalue(), self.name, self.label)
         finally:
             self.settings.__exit__(None, None, None)

@@ -59,6 +59,18 @@ class Record:
     remarks: list[str] = field(default_factory=list)  # what could not be read
 
     @property
+    def times(self) -> Table:
+        """(update, seconds of training until it), (n, 2), of a result.json that has them; (0, 2) of any other."""
+        found = self.result.get("speed")
+        try:
+            table = np.array(found[:MOST_ROWS] if isinstance(found, list) else [], dtype=np.float64)
+        except (TypeError, ValueError, OverflowError):
+            table = np.empty(0)
+        if table.ndim == 2 and table.shape[1] == 2 and (np.diff(table, axis=0, prepend=0.0) > 0).all():
+            return table[(table <= HIGHEST).all(axis=1)]
+        return np.empty((0, 2))
+
+    @property
     def evaluations(self) -> list[Mapping[str, Any]]:
         """The scores of each epoch."""
         found = self.result.get("evaluations")

@@ -64,12 +64,13 @@ def matrix_of(run: Record) -> tuple[list[str], Any] | None:
 def confusion(names: Sequence[str], counts: Any) -> str:
     """The matrix, darker where a class's rows go; of many classes the pairs that are mistaken most often."""
     if len(names) > MOST_CELLS:
-        flat = np.argsort(-np.where(np.eye(len(names)), 0, counts), axis=None, kind="stable")[:MOST_CELLS]
-        pairs = [divmod(int(place), len(names)) for place in flat]
+        wrong = np.where(np.eye(len(names)), 0, counts)
+        most = np.argsort(-wrong, axis=None, kind="stable")[:MOST_CELLS]
+        pairs = [divmod(int(place), len(names)) for place in most]
         rows = [
-            (names[true], [text(names[found], 80), f"{int(counts[true, found]):,}"])
+            (names[true], [text(names[found], 80), f"{int(wrong[true, found]):,}"])
             for true, found in pairs
-            if counts[true, found]
+            if wrong[true, found]
         ]
         return table(["true", "taken for", "rows"], rows, caption="The mistakes that are made most often.")
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
