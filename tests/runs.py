@@ -33,8 +33,11 @@ def answers(rows: int, kind: str = "single", text: str = "the cat sat") -> list[
             said = [name for name, p in zip(NAMES, sure, strict=True) if p > 0.5]
             line |= {"label": label, "prediction": said, "probabilities": sure}
         else:
-            label = NAMES[dice.random() < sure[1]]
-            line |= {"label": label, "prediction": NAMES[sure[1] > sure[0]], "probabilities": sure}
+            line |= {
+                "label": NAMES[dice.random() < sure[1]],
+                "prediction": NAMES[sure[1] > sure[0]],
+                "probabilities": sure,
+            }
         found.append(line)
     return found
 

@@ -27,7 +27,7 @@ FLOORS = {
     1: "ground/cli ground/xla ground/process ground/precision step/collate step/optim step/schedule step/metrics"
     " step/order ranks/shard ranks/naive_ddp ranks/ddp data/tasks data/files data/padding data/limits cpu/memory"
     " data/multilabel data/leaks launch/rendezvous ground/names cpu/dropout report/thin report/judge report/style"
-    " report/svg",
+    " report/svg ground/machine",
     2: "ground/device ground/environment cpu/embedding data/stdlib_pairs data/pretrained data/columns data/rows"
     " run/schema run/scores report/read report/pieces",
     3: "ranks/world cpu/lean data/load run/folders run/best report/plots report/tables",

@@ -33,7 +33,12 @@ NAME = "report.html"
 
 
 def write_report(folder: Path) -> None:
-    """Write a run's page into its folder, as train.py does at its end; where that fails, say why on stderr."""
+    """Write a run's page into its folder, as train.py does at its end; where that fails, say why on stderr.
+
+    With NANOFINETUNE_REPORT=no in the environment there is none, and nothing is said.
+    """
+    if os.environ.get("NANOFINETUNE_REPORT") == "no":
+        return
     try:
         report([folder], folder / NAME)
     except Exception as error:  # the run is complete and its model saved: nothing here is worth its exit code

@@ -28,8 +28,10 @@ from safetensors import SafetensorError
 
 from nanofinetune.data.job import Job
 from nanofinetune.ground.errors import Halt, first_line
+from nanofinetune.ground.machine import machine, versions
 from nanofinetune.ground.process import peak_rss_mb, seconds_since_start
 from nanofinetune.ground.xla import state_on_host
+from nanofinetune.report.write import write_report
 from nanofinetune.run.best import best
 
 
@@ -67,6 +69,7 @@ def save(output: Path, model: Any, tokenizer: Any, result: dict[str, Any], evalu
     whole = result | {name: value for name, value in tables.items() if isinstance(value, list)}
     whole |= {"evaluations": evaluations, "arguments": vars(args)}
     unfinished = output / ".result.json"
+    whole |= {"versions": versions(), "machine": machine()}
     try:
         model.save_pretrained(output / "model", state_dict=state_on_host(model))
         tokenizer.save_pretrained(output / "model")
@@ -75,3 +78,4 @@ def save(output: Path, model: Any, tokenizer: Any, result: dict[str, Any], evalu
     except (OSError, SafetensorError) as error:
         why = f"--output {output}: the model cannot be written ({first_line(error)})"
         raise Halt(1, f"{why}; make room, and --resume auto goes on from the newest checkpoint") from error
+    write_report(output)

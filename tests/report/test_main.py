@@ -34,7 +34,7 @@ def test_the_command_writes_one_page(call, tmp_path, monkeypatch):
     assert call("one") == (0, "wrote one/report.html\n", "")
     assert sorted(path.name for path in one.iterdir()) == sorted([*before, "report.html"])
     assert call(one, other) == (0, "wrote report.html\n", "")
-    shown = []
+    shown: list[str] = []
     monkeypatch.setattr(webbrowser, "open", shown.append)  # None: it has not been opened
     code, _, err = call("one", "--output", "x.html", "--open")
     assert (code, err) == (0, "note: --open: there is no browser here; open the file in one\n")

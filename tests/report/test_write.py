@@ -6,6 +6,7 @@ python -m pytest tests/report/test_write.py
 import os
 
 import pytest
+from conftest import ROOT, load_script
 from runs import write_run
 
 from nanofinetune.ground.errors import UsageError
@@ -71,7 +72,22 @@ def test_a_full_disk_leaves_the_old_page(tmp_path, monkeypatch):
     assert (tmp_path / "report.html").read_text() == OURS and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_training_writes_its_page(tiny_model, pairs, call_main, tmp_path, monkeypatch):
+    train = load_script(ROOT / "train.py")
+    options = ("--model", tiny_model, "--data", pairs, "--epochs", "1")
+    monkeypatch.delenv("NANOFINETUNE_REPORT")
+    code, _, err = call_main(train, *options, "--output", tmp_path / "one")
+    text = (tmp_path / "one" / "report.html").read_text()
+    assert code == 0 and "no report.html" not in err and text.startswith(OPENING)
+    for part in ("Over updates", "Over epochs", "Classes", "Machine", "Versions"):
+        assert f"<h2>{part}</h2>" in text
+    monkeypatch.setenv("NANOFINETUNE_REPORT", "no")
+    assert call_main(train, *options, "--output", tmp_path / "other")[0] == 0
+    assert not (tmp_path / "other" / "report.html").exists()
+
+
 def test_a_training_never_fails_for_its_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("NANOFINETUNE_REPORT")
     write_run(tmp_path / "run")
     (tmp_path / "run" / "report.html").write_text("mine")
     write_report(tmp_path / "run")
