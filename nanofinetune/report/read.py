@@ -25,7 +25,8 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,11 +38,13 @@ from nanofinetune.report.thin import Buckets, Table, Thinned
 
 FILES = ("metrics.jsonl", "result.json", "validation.jsonl")
 STEP, LR, LOSS, ROWS, TOOK, SPEED = range(6)  # columns of a log; TOOK, SPEED: seconds, and rows a second
+UNTIMED = itemgetter("step", "epoch", "lr", "loss", "rows")  # of a line
+NUMBERS = itemgetter("step", "epoch", "lr", "loss", "rows", "seconds")
 LARGEST = 2**25  # bytes of result.json; a hundred epochs of a hundred classes have 15 million
 LONGEST = 2**18  # bytes of a line; 4,000 characters have 48 thousand at most
 MOST_ROWS = 10_000  # of validation.jsonl
 MOST_BYTES = 2**29  # of validation.jsonl
-CHUNK = 4096  # lines of a log that are in memory at a time
+BLOCK = 2**19  # bytes that are in memory at a time
 HIGHEST = 1e30  # of any number; a drawing's axis knows no greater ones
 
 
@@ -102,8 +105,7 @@ def _read_log(path: Path, run: Record) -> None:
     strange, thinned = 0, Thinned(6)
     last, epoch, rows, since = -1.0, 0.0, 0.0, 0.0  # of the lines so far: step, epoch; and see `_speeds`
     with _opened(path) as file:
-        lines = _lines(file)
-        while chunk := list(islice(lines, CHUNK)):
+        for chunk in _blocks(file):
             table, missing = _numbers(chunk)  # (n, 6): step, epoch, lr, loss, rows, seconds
             strange += missing
             steps = table[:, 0]  # those that do not go up are no log's
@@ -146,13 +148,20 @@ def _speeds(done: Table, seconds: Table, rows: float, since: float) -> tuple[Tab
 def _numbers(lines: Sequence[bytes]) -> tuple[Table, int]:
     """Lines -> (table (n, 6) of those that are a log's, how many are not)."""
     try:  # all at once, which is what a log of ours allows
-        if any(line.count(b"{") != 1 for line in lines):
-            raise ValueError
-        items = json.loads(b"[" + b",".join(lines) + b"]")
-        if len(items) != len(lines):
+        text = b"[" + b",".join(lines) + b"]"
+        items = json.loads(text)
+        if not len(items) == len(lines) == text.count(b"{"):
             raise ValueError
     except (ValueError, RecursionError):
         items = [_parsed(line) for line in lines]
+    try:  # all at once, and most of the time it is so
+        rows = list(map(NUMBERS if any("seconds" in item for item in items) else UNTIMED, items))
+        table = np.array(rows, dtype=np.float64)
+        if set(map(type, chain.from_iterable(rows))) <= {int, float} and ((table >= 0) & (table <= HIGHEST)).all():
+            untimed = np.full((len(table), 6 - table.shape[1]), np.nan)
+            return np.concatenate([table, untimed], axis=1), 0
+    except (TypeError, KeyError, IndexError, ValueError, OverflowError):
+        pass
     found = [row for row in map(_row, items) if row is not None]
     return np.array(found, dtype=np.float64).reshape(-1, 6), len(items) - len(found)
 
@@ -189,7 +198,7 @@ def _read_result(path: Path, run: Record) -> None:
 def _read_rows(path: Path, run: Record) -> None:
     judged, strange, read = Judged(_classes(run, path.parent)), 0, 0
     with _opened(path) as file:
-        for number, line in enumerate(_lines(file)):
+        for number, line in enumerate(chain.from_iterable(_blocks(file))):
             read += len(line)
             if number >= MOST_ROWS or read > MOST_BYTES:
                 run.remarks.append(f"validation.jsonl: it goes on after {number:,} rows, which are what is shown")
@@ -229,14 +238,15 @@ def _opened(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def _lines(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file, without empty ones; one that is too long is cut, and so is no line of ours any more."""
-    while line := file.readline(LONGEST):
-        whole = line.endswith(b"\n")
-        while not whole and len(line) == LONGEST and (more := file.readline(LONGEST)):
-            whole = more.endswith(b"\n")
-        if line := line.strip():
-            yield line
+def _blocks(file: IO[bytes]) -> Iterator[list[bytes]]:
+    """The lines of a file, many at a time, without empty ones. Of one that is too long a `?` is left."""
+    rest = b""
+    while block := file.read(BLOCK):
+        *lines, rest = (rest + block).split(b"\n")
+        rest = rest[: LONGEST + 1]
+        yield [line if len(line) <= LONGEST else b"?" for line in lines if line and not line.isspace()]
+    if rest and not rest.isspace():
+        yield [rest if len(rest) <= LONGEST else b"?"]
 
 
 def _parsed(text: bytes) -> Any:

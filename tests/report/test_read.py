@@ -42,11 +42,11 @@ def test_one_time_for_many_updates_is_that_of_all_their_rows(tmp_path):
     assert known[1:].tolist() == [40.0] * 3, "80 rows in 2 seconds; the first time comes before 9 of its rows"
 
 
-def test_a_log_in_chunks_is_the_log_at_once(tmp_path, monkeypatch):
+def test_a_log_in_blocks_is_the_log_at_once(tmp_path, monkeypatch):
     write_log(tmp_path, 100, seconds=True)
     whole = read_run(tmp_path)
-    for chunk in (1, 7, 99):
-        monkeypatch.setattr(read, "CHUNK", chunk)
+    for size in (1, 70, 999):
+        monkeypatch.setattr(read, "BLOCK", size)
         run = read_run(tmp_path)
         for one, other in zip(run.log, whole.log, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-9)
@@ -86,8 +86,11 @@ def test_a_line_without_end_is_one_strange_line(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "LONGEST", 200)
     write_log(tmp_path, 5)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write("x" * 10_000 + "\n" + "y" * 200 + "\n")
-    assert "metrics.jsonl: 2 line(s) are not of a log and are left out" in read_run(tmp_path).remarks
+        file.write("x" * 10_000 + "\n" + LINE[:-1].replace("3", "6") + " " * 200 + "}\n")
+    for size in (2**19, 30):
+        monkeypatch.setattr(read, "BLOCK", size)
+        run = read_run(tmp_path)
+        assert "metrics.jsonl: 2 line(s) are not of a log and are left out" in run.remarks and run.updates == 5
 
 
 # any bytes, and JSON of any form, which comes further
