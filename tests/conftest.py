@@ -22,6 +22,7 @@ os.environ.setdefault(
     "TOKENIZERS_PARALLELISM", "false"
 )  # tests fork and spawn; the tokenizer's pool would warn each time
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("NANOFINETUNE_REPORT", "no")  # drawing a page takes longer than most trainings here
 
 _CACHE = tempfile.TemporaryDirectory(prefix="nanofinetune-tests-")  # nobody's own cache grows by running the tests
 os.environ.setdefault("HF_DATASETS_CACHE", _CACHE.name)

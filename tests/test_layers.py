@@ -26,15 +26,17 @@ FLOORS = {
     0: "ground/errors data/outline data/head data/balance data/unpack",
     1: "ground/cli ground/xla ground/process ground/precision step/collate step/optim step/schedule step/metrics"
     " step/order ranks/shard ranks/naive_ddp ranks/ddp data/tasks data/files data/padding data/limits cpu/memory"
-    " data/multilabel data/leaks launch/rendezvous ground/names cpu/dropout"
-    " ground/progress run/answers",
+    " data/multilabel data/leaks launch/rendezvous ground/names cpu/dropout report/thin report/judge report/style"
+    " report/svg ground/machine ground/progress run/answers",
     2: "ground/device ground/environment cpu/embedding data/stdlib_pairs data/pretrained data/columns data/rows"
-    " run/schema run/scores",
-    3: "ranks/world cpu/lean data/load run/folders run/best",
-    4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch",
+    " run/schema run/scores report/read report/pieces",
+    3: "ranks/world cpu/lean data/load run/folders run/best report/plots report/tables",
+    4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch report/page",
     5: "ranks/loader settings run/state run/log run/same run/evaluation data/cache launch/job launch/config"
-    " dropin/parallel dropin/processes dropin/logs dropin/local_sgd dropin/tracking dropin/available dropin/absent",
-    6: "wrappers run/resume data/job dropin/saving dropin/profiling dropin/partial_state dropin/uneven launch/notebook",
+    " dropin/parallel dropin/processes dropin/logs dropin/local_sgd dropin/tracking dropin/available dropin/absent"
+    " report/write",
+    6: "wrappers run/resume data/job dropin/saving dropin/profiling dropin/partial_state dropin/uneven launch/notebook"
+    " report/__main__",
     7: "accelerator run/plan run/result predict exercise launch/__main__ dropin/attributes dropin/operations",
     8: "run/run trace/observe",
     9: "trace/told dropin/batch_size run/trial",
@@ -130,6 +132,7 @@ OTHER_TESTS = {
     ("ranks", "equal_ranks"), ("ranks", "nodes"), ("ranks", "ddp_edges"), ("ground", "xla_calls"),
     ("step", "step_properties"), ("run", "start"), ("run", "damage"), ("data", "architectures"), ("data", "sizes"),
     ("dropin", "public_names"), ("dropin", "scripts"), ("cpu", "other_encoders"),
+    ("report", "browser"), ("report", "main"),
 }  # fmt: skip
 
 

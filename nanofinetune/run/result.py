@@ -31,9 +31,11 @@ from safetensors import SafetensorError
 
 from nanofinetune.data.job import Job
 from nanofinetune.ground.errors import Halt, first_line, shown
+from nanofinetune.ground.machine import machine, versions
 from nanofinetune.ground.process import peak_rss_mb, seconds_since_start
 from nanofinetune.ground.progress import clock, columns_of, plural, wrapped
 from nanofinetune.ground.xla import state_on_host
+from nanofinetune.report.write import write_report
 from nanofinetune.run.answers import FILE
 from nanofinetune.run.best import best
 
@@ -86,6 +88,7 @@ def save(output: Path, model: Any, job: Job, result: dict[str, Any], run: Any) -
     whole = result | {name: value for name, value in tables.items() if isinstance(value, list)}
     whole |= {"evaluations": run.log.evaluations, "arguments": vars(run.args), "speed": run.log.pace}
     unfinished = output / ".result.json"
+    whole |= {"versions": versions(), "machine": machine()}
     try:
         model.save_pretrained(output / "model", state_dict=state_on_host(model))
         job.tokenizer.save_pretrained(output / "model")
@@ -95,6 +98,7 @@ def save(output: Path, model: Any, job: Job, result: dict[str, Any], run: Any) -
     except (OSError, SafetensorError) as error:
         why = f"--output {output}: the model cannot be written ({first_line(error)})"
         raise Halt(1, f"{why}; make room, and --resume auto goes on from the newest checkpoint") from error
+    write_report(output)
 
 
 def closing(result: Mapping[str, Any], job: Job, run: Any, width: int) -> list[str]:
