@@ -825,7 +825,7 @@ def test_find_unused_parameters_matches_accelerate_on_ranks():
 def kept_by(make, precision, folder):
     """What is still there once an Accelerator that has trained, and all that it prepared, were deleted."""
     accelerator = make(cpu=True, mixed_precision=precision)
-    model, rows = line(), DataLoader(torch.randn(8, 3), batch_size=2, shuffle=True)  # type: ignore[arg-type]
+    model, rows = line(), DataLoader[torch.Tensor](list(torch.randn(8, 3)), batch_size=2, shuffle=True)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters())
     there = {"model": weakref.ref(model), "accelerator": weakref.ref(accelerator)}
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1.0)
