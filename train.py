@@ -206,6 +206,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.schedule == "constant" and args.warmup_steps:
         remedy = "constant has none; choose --schedule constant_with_warmup"
         raise UsageError(f"--warmup-steps {args.warmup_steps}: {remedy}")
+    if args.schedule == "polynomial" and args.lr <= 1e-7:
+        raise UsageError(f"--lr {args.lr:g}: polynomial ends at 1e-07; choose a greater rate, or another --schedule")
     for flag, value in (("--save-every", args.save_every), ("--resume", "auto" if args.resume == "auto" else None)):
         if value is not None and args.output is None:
             raise UsageError(f"{flag} {value} needs --output: name the folder that holds the checkpoints")

@@ -86,7 +86,7 @@ def test_train_py_prints_names_as_text(evil, monkeypatch, capfd):
     assert_text(out, err)
     escaped = re.escape(r"e\x1b[2Jv\x9b1mi\rl\x07\u202e")
     assert re.search(rf"passed over update-00000003: {escaped} does not belong to it", out)
-    assert re.search(rf"{escaped}\S*: 1 line\(s\) in it are not of this run's making", err)
+    assert re.search(rf"{escaped}\S*: 1 line in it not of this run's making", err)
     assert re.search(rf"{escaped}/out/checkpoints/update-00000002 was not saved", err)
     for options in (
         ["--data", EVIL],

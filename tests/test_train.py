@@ -426,3 +426,19 @@ def test_a_warm_up_of_the_constant_schedule_is_refused(run):
     assert code == 2 and err == [
         "train.py: --warmup-steps 3: constant has none; choose --schedule constant_with_warmup"
     ]
+
+
+@pytest.mark.parametrize("name", ["linear", "constant", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"])
+def test_a_tiny_rate_is_taken_or_refused_before_any_work(name, run, tiny_model, pairs):
+    """transformers' polynomial schedule raises an error from its middle for a rate that is not above its end."""
+    import transformers
+
+    code, _, err = run("--model", tiny_model, "--data", pairs, "--schedule", name, "--lr", "1e-7", "--dry-run")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-7)
+    if name != "polynomial":
+        assert code == 0, err
+        return
+    assert code == 2
+    assert err == ["train.py: --lr 1e-07: polynomial ends at 1e-07; choose a greater rate, or another --schedule"]
+    with pytest.raises(ValueError, match="must be smaller than initial lr"):
+        transformers.get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=9)
