@@ -4,17 +4,14 @@ python -m pytest tests/ground/test_machine.py
 """
 
 import json
-from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy
 import torch
 import transformers
-from conftest import tiny_bert
+from conftest import ROOT, load_script
 
 from nanofinetune.ground.machine import machine, versions
-from nanofinetune.run import result
 
 
 def test_versions_are_those_of_the_modules():
@@ -24,12 +21,8 @@ def test_versions_are_those_of_the_modules():
     assert all(type(value) is str for value in found.values()) and json.dumps(machine())
 
 
-def test_a_run_keeps_its_versions_and_machine(tmp_path, tiny_tokenizer, monkeypatch):
-    written: list[Path] = []
-    monkeypatch.setattr(result, "write_report", written.append)
-    evaluation = {"epoch": 1, "loss": 0.5, "accuracy": 0.5}
-    args = SimpleNamespace(lr=0.1)
-    result.save(tmp_path, tiny_bert(), tiny_tokenizer, {"saved_epoch": 1}, [evaluation], args)
-    saved = json.loads((tmp_path / "result.json").read_text())
+def test_a_run_keeps_its_versions_and_machine(tiny_model, pairs, call_main, tmp_path):
+    options = ("--model", tiny_model, "--data", pairs, "--max-steps", "1", "--output", tmp_path / "out")
+    assert call_main(load_script(ROOT / "train.py"), *options)[0] == 0
+    saved = json.loads((tmp_path / "out" / "result.json").read_text())
     assert saved["versions"] == versions() and saved["machine"] == machine()
-    assert written == [tmp_path], "the page comes after result.json"
