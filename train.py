@@ -94,7 +94,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     plan = Plan(args, rows, rows_per_step, accumulate, updates, start, identity, new_loader, job.answers)
     padding = padding_fraction(job.train.lengths, train_loader.batch_sampler, job.multiple)
     if accelerator.is_main_process:
-        print_plan(args, accelerator, job, scheduler, padding, rows_per_step)
+        print_plan(plan, accelerator, job, scheduler, padding)
     if args.dry_run:
         return
     trial(accelerator, job, rows_per_step)  # what cannot work fails now, in one line

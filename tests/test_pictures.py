@@ -17,7 +17,8 @@ def noted():
     """What docs/report.png says it was made from: the hash of a page, and matplotlib's version."""
     from PIL import Image
 
-    return Image.open(pictures.PICTURE).info["made from"].split(" matplotlib ")
+    with Image.open(pictures.PICTURE) as picture:
+        return picture.info["made from"].split(" matplotlib ")
 
 
 def needs_the_same_matplotlib():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Plan:
     identity: Mapping[str, Any]  # what a run must have in common with the one that it resumes: `run_of`
     new_loader: Callable[[int], Any]  # rows of a step -> an unprepared loader of the same rows in the same order
     answers: Any = None  # run/answers.py's Answers: what the model said in the latest evaluation
+    told: dict[str, str] = field(default_factory=dict)  # what `print_plan` has printed, for result.json
 
     @property
     def rows_per_update(self) -> int:
@@ -66,8 +67,9 @@ def padding_fraction(lengths: Any, batches: Iterable[list[int]], multiple: int =
     return float(1 - lengths.sum() / sum(widths))
 
 
-def print_plan(args: Any, accelerator: Any, job: Job, scheduler: Any, padding: float, rows_per_step: int) -> None:
+def print_plan(plan: Plan, accelerator: Any, job: Job, scheduler: Any, padding: float) -> None:
     """Everything that a setting may have got wrong, before the first step, in lines of at most WIDTH columns."""
+    args, rows_per_step = plan.args, plan.rows_per_step
     data, model, train_store, limit = job.data, job.model, job.train, job.limit
     optimizer: torch.optim.Optimizer = scheduler.optimizer
     processes, updates = plural(accelerator.num_processes, "process", "processes"), scheduler.num_training_steps
@@ -103,6 +105,7 @@ def print_plan(args: Any, accelerator: Any, job: Job, scheduler: Any, padding: f
         + dropout,
         "output": "nothing is kept: give --output DIR" if args.output is None else args.output,
     }
+    plan.told.update(lines)
     for name, text in lines.items():
         print(wrapped(f"{name:<10} {shown(text)}", WIDTH, indent=11), flush=True)
 

@@ -88,7 +88,7 @@ def save(output: Path, model: Any, job: Job, result: dict[str, Any], run: Any) -
     whole = result | {name: value for name, value in tables.items() if isinstance(value, list)}
     whole |= {"evaluations": run.log.evaluations, "arguments": vars(run.args), "speed": run.log.pace}
     unfinished = output / ".result.json"
-    whole |= {"versions": versions(), "machine": machine()}
+    whole |= {"plan": run.plan.told, "versions": versions(), "machine": machine()}
     try:
         model.save_pretrained(output / "model", state_dict=state_on_host(model))
         job.tokenizer.save_pretrained(output / "model")

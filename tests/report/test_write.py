@@ -79,7 +79,7 @@ def test_a_training_writes_its_page(tiny_model, pairs, call_main, tmp_path, monk
     code, _, err = call_main(train, *options, "--output", tmp_path / "one")
     text = (tmp_path / "one" / "report.html").read_text()
     assert code == 0 and "no report.html" not in err and text.startswith(OPENING)
-    for part in ("Over updates", "Over epochs", "Classes", "Machine", "Versions"):
+    for part in ("Over updates", "Over epochs", "Classes", "Hardest rows", "What the plan said", "Machine", "Versions"):
         assert f"<h2>{part}</h2>" in text
     monkeypatch.setenv("NANOFINETUNE_REPORT", "no")
     assert call_main(train, *options, "--output", tmp_path / "other")[0] == 0
