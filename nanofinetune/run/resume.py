@@ -208,7 +208,8 @@ def _misfit_of_parts(folder: Path, run: Mapping[str, Any], update: int) -> str:
         return f"its schedule is at update {at}, and the run at {update}"
     if peaks := [lr for lr in scheduler.get("base_lrs", ()) if lr != run["lr"]]:
         return f"its schedule has the learning rate {peaks[0]}, and the run {run['lr']}"
-    if (seed := loader.get("data_seed", run["seed"])) != run["seed"]:
+    # Batches grouped by length have a sampler of their own, whose seed the loader does not keep.
+    if not run["group_by_length"] and (seed := loader.get("data_seed", run["seed"])) != run["seed"]:
         return f"its loader has the seed {seed}, and the run {run['seed']}"
     return ""
 
