@@ -33,6 +33,15 @@ def test_the_five_rows_hold_two_wrong_ones():
     assert rows(answers(logits[:2], [0, 1])) == [0, 1]
 
 
+def test_with_many_classes_fewer_rows_are_kept():
+    """A file of 10,000 rows with 10,000 probabilities each would have a gigabyte."""
+    names, labels = [f"class {i}" for i in range(10_000)], np.zeros(10_000, np.int64)
+    data = SimpleNamespace(texts=[["a text"]] * 10_000, label_names=names, multi=False)
+    assert Answers(data, labels).shape == (200, 10_000)
+    data.label_names = ["no", "yes"]
+    assert Answers(data, labels).shape == (10_000, 2)
+
+
 def test_numbers_show_the_two_that_are_furthest_off():
     assert rows(answers([[float(k)] for k in (1, 2, 9, 3, -7, 1, 1)], [1.0] * 7, None)) == [0, 1, 2, 3, 4]
     assert rows(answers([[float(k)] for k in (1, 2, 2, 3, 1, 9, 9)], [1.0] * 7, None)) == [0, 1, 2, 5, 6]
