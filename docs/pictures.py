@@ -1,8 +1,9 @@
 """Draw the pictures of a run: docs/curve.svg, its loss, and docs/report.png, the top of its page in a browser.
 
     python docs/pictures.py
+    python docs/pictures.py --run runs/a        of another run, which is kept in docs/run/
 
-The run is in docs/run/: what `python train.py --output` left of it, without the model and without most texts. It needs
+The run is what `python train.py --output` left, without the model, and with the last parts of each path only. It needs
 matplotlib (extra `report`) and, for the second picture, Chromium. Both pictures say what they were made from, and
 tests/test_pictures.py says when they are not of the page as it is now.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -72,9 +74,24 @@ def screenshot() -> bytes:
     return out.getvalue()
 
 
+def keep(folder: Path) -> None:
+    """Copy what a page is made of into docs/run/; a path of this machine is cut to its last two parts."""
+    for name in ("metrics.jsonl", "result.json", "validation.jsonl"):
+        if not (folder / name).is_file():
+            raise UsageError(f"--run {folder}: it has no {name}; name the --output of a training that has ended")
+        text = (folder / name).read_text(encoding="utf-8")
+        if name == "result.json":
+            text = re.sub(r'(?<=")(?:/[^/\s",]+)+/([^/\s",]+/[^/\s",]+)', r"\1", text)
+        (RUN / name).write_text(text, encoding="utf-8")
+
+
 def main() -> None:
-    """Draw both. It takes no arguments."""
-    Parser(prog="pictures.py", description=__doc__).parse_args()
+    """Draw both pictures."""
+    parser = Parser(prog="pictures.py", description=__doc__)
+    parser.add_argument("--run", metavar="DIR", type=Path, help="a run to draw instead, which replaces docs/run/")
+    args = parser.parse_args()
+    if args.run is not None:
+        keep(args.run)
     CURVE.write_text(curve(), encoding="utf-8")
     PICTURE.write_bytes(screenshot())
 

@@ -66,6 +66,8 @@ WORDS += ["old", "new", "red", "blue"]
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """A whole run has two workers, if pytest-xdist is installed; named tests run in this process, as `-n 0` does."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker comes through here, too
+        return
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses, config.option.dist = 2, "worksteal"
