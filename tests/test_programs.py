@@ -6,7 +6,9 @@ Run: python -m pytest tests/test_programs.py
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import conftest
 import pytest
 from helpers import run_torchrun
 from programs import ROOT, run_program
@@ -98,3 +100,18 @@ def test_torchruns_ranks_are_forks_that_it_sees_as_its_own(failing, tmp_path):
     assert sorted(done.stdout.splitlines()) == [f"{rank} 2 True ['{failing}']" for rank in (0, 1)]
     assert done.returncode == (1 if failing == "1" else 0)
     assert ("exitcode  : 2" in done.stderr and "rank      : 1" in done.stderr) == (failing == "1")
+
+
+@pytest.mark.parametrize(
+    ("asked", "worker", "expected"),
+    [({}, None, 2), ({}, "gw0", None), ({"args_source": "named"}, None, None), ({"usepdb": True}, None, None)],
+)
+def test_only_a_whole_run_has_two_workers(asked, worker, expected, monkeypatch):
+    """Not one in a worker: each would have two more, without end."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    if worker:
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
+    option = SimpleNamespace(numprocesses=None, dist="no", usepdb=asked.get("usepdb", False))
+    whole = asked.get("args_source", pytest.Config.ArgsSource.TESTPATHS)
+    conftest.pytest_cmdline_main(SimpleNamespace(option=option, args_source=whole))
+    assert option.numprocesses == expected
