@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import conftest
 import pytest
@@ -113,5 +114,6 @@ def test_only_a_whole_run_has_two_workers(asked, worker, expected, monkeypatch):
         monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
     option = SimpleNamespace(numprocesses=None, dist="no", usepdb=asked.get("usepdb", False))
     whole = asked.get("args_source", pytest.Config.ArgsSource.TESTPATHS)
-    conftest.pytest_cmdline_main(SimpleNamespace(option=option, args_source=whole))
+    config: Any = SimpleNamespace(option=option, args_source=whole)
+    conftest.pytest_cmdline_main(config)
     assert option.numprocesses == expected
