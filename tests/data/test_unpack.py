@@ -76,7 +76,7 @@ def test_an_archive_says_what_is_in_it(tmp_path):
         ("a.zip", zipped({"a.doc": b"text"}), r"a.doc in it has no ending that is known: .csv"),
         ("a.csv.zip", b"PK\x03\x04 and no more", r"it could not be read \(File is not a zip file"),
         ("a.csv.gz", b"text,label\n", r"it could not be read \(Not a gzipped file"),
-        ("a.csv.gz", gzip.compress(b"text,label\na,1\n")[:-6], r"it could not be read \(Compressed file ended before"),
+        ("a.csv.gz", gzip.compress(b"text\na\n", mtime=0)[:-6], r"it could not be read \(Compressed file ended before"),
         ("a.csv.xz", b"text,label\n", r"it could not be read \(Input format not supported"),
         ("a.csv.bz2", b"text,label\n", r"it could not be read \(Invalid data stream"),
     ],
