@@ -65,12 +65,15 @@ WORDS += ["old", "new", "red", "blue"]
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """A whole run has two workers, if pytest-xdist is installed; named tests run in this process, as `-n 0` does."""
+    """A whole run has workers, if pytest-xdist is installed; named tests run in this process, as `-n 0` does.
+
+    One more than there are cores, since tests of ranks and launchers wait much of their time.
+    """
     if "PYTEST_XDIST_WORKER" in os.environ:  # each worker comes through here, too
         return
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
-        config.option.numprocesses, config.option.dist = 2, "worksteal"
+        config.option.numprocesses, config.option.dist = min(8, 1 + (os.cpu_count() or 1)), "worksteal"
 
 
 def pytest_collection_finish() -> None:

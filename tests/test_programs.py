@@ -105,10 +105,11 @@ def test_torchruns_ranks_are_forks_that_it_sees_as_its_own(failing, tmp_path):
 
 @pytest.mark.parametrize(
     ("asked", "worker", "expected"),
-    [({}, None, 2), ({}, "gw0", None), ({"args_source": "named"}, None, None), ({"usepdb": True}, None, None)],
+    [({}, None, 3), ({}, "gw0", None), ({"args_source": "named"}, None, None), ({"usepdb": True}, None, None)],
 )
-def test_only_a_whole_run_has_two_workers(asked, worker, expected, monkeypatch):
-    """Not one in a worker: each would have two more, without end."""
+def test_only_a_whole_run_has_workers(asked, worker, expected, monkeypatch):
+    """Not one in a worker: each would have more, without end."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     if worker:
         monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)

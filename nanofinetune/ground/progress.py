@@ -66,9 +66,13 @@ def wrapped(text: str, width: int, indent: int = 6) -> str:
     >>> print(wrapped("data       a word " + "and another " * 6, 60, indent=11))
     data       a word and another and another and another and
                another and another and another
+    >>> print(wrapped("output     a/path/that/is/wider", 20, indent=11))  # it stays beside its name
+    output     a/path/that/is/wider
     """
     form: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(text, width, subsequent_indent=" " * indent, **form)
+    name = text[:indent] if text[:indent].endswith(" ") else ""
+    form |= {"initial_indent": name, "subsequent_indent": " " * indent}
+    return textwrap.fill(text[len(name) :], width, **form)
 
 
 def for_screen(text: str, stream: Any) -> str:
