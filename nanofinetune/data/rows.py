@@ -42,6 +42,7 @@ from nanofinetune.data.files import (
 )
 from nanofinetune.data.unpack import bare, opened
 from nanofinetune.ground.errors import UsageError, first_line
+from nanofinetune.ground.names import give_name
 
 BLOCK = 4096  # rows that are Python objects at a time
 WRITTEN = ("csv", "tsv", "jsonl", "parquet")
@@ -131,11 +132,9 @@ def new_file(path: Path) -> Iterator[Any]:
         os.umask(umask)
         os.chmod(draft, 0o666 & ~umask)  # underneath: mkstemp makes what only its owner can read
         try:
-            os.link(draft, path)  # unlike a rename, it fails where the name is taken meanwhile
+            give_name(Path(draft), path)
         except FileExistsError as error:
             raise UsageError(taken) from error
-        except OSError:  # a file system without links
-            os.rename(draft, path)
     finally:
         with suppress(OSError):
             os.unlink(draft)

@@ -12,6 +12,7 @@ Underneath: `huggingface_hub.utils.validate_repo_id` (huggingface_hub 2.4), and 
   - A Path takes any text. An empty one is the working folder; a name too long, or with a NUL in it, fails wherever it
     is first used.
   - Opening a pipe waits for a writer, and reading a device may never end: `oddity` says so first.
+  - `Path.rename` replaces whatever has the name; `give_name` does not.
 
 Proof: test_any_name_is_taken_or_refused_in_one_line, test_what_is_neither_file_nor_folder_is_named in
 tests/ground/test_names.py.
@@ -22,6 +23,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from nanofinetune.ground.errors import UsageError
@@ -65,6 +69,46 @@ def oddity(place: Path) -> str:
         if check(mode):
             return words
     return ""
+
+
+def begins(place: Path, mark: str) -> bool:
+    """Whether a file begins with a mark that its maker leaves in it. Raises OSError."""
+    with place.open("rb") as file:
+        return file.read(len(mark.encode())) == mark.encode()
+
+
+def write_whole(place: Path, text: str, check: Callable[[], object]) -> None:
+    """Write a file, complete under its name or not there at all.
+
+    Args:
+        place: not a link, which would be replaced by the file.
+        check: raises where the file that is there must stay. It is asked when the text is on the disk.
+
+    Raises:
+        OSError: it cannot be written, or something has taken the name meanwhile.
+    """
+    draft = place.parent / f".{uuid.uuid4().hex[:12]}.part"
+    try:
+        with draft.open("xb") as file:
+            file.write(text.encode())
+        check()
+        (os.replace if os.path.lexists(place) else give_name)(draft, place)
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)  # ours: made above, under a name of this call's own
+
+
+def give_name(draft: Path, place: Path) -> None:
+    """Give a file a name that nothing has: a second one, which the system refuses where there is a file by now.
+
+    The draft may keep its own, to be removed. Raises FileExistsError.
+    """
+    try:
+        os.link(draft, place)  # unlike a rename
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without second names
+        os.replace(draft, place)  # nothing was there a moment ago
 
 
 def check_hub_name(what: str, name: str) -> None:

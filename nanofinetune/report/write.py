@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import os
 import sys
-import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from nanofinetune.ground.errors import UsageError, first_line, shown
+from nanofinetune.ground.names import begins, write_whole
 from nanofinetune.report.page import OPENING, page
 from nanofinetune.report.plots import MISSING, available
 from nanofinetune.report.read import names_of, read_run
@@ -49,8 +49,7 @@ def report(folders: Sequence[Path], output: Path) -> None:
     """Read the runs in these folders and write their page. Raises UsageError where that cannot be."""
     if not available():
         raise UsageError(MISSING)
-    if reason := refusal(output):  # before the work
-        raise UsageError(reason)
+    _refuse(output)  # before the work
     runs = [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
     put(output, page(runs))
 
@@ -60,37 +59,19 @@ def refusal(path: Path) -> str:
     if not os.path.lexists(path):
         return ""
     with suppress(OSError):
-        if path.is_file() and not path.is_symlink():
-            with path.open("rb") as file:
-                if file.read(len(OPENING)) == OPENING.encode():
-                    return ""
+        if path.is_file() and not path.is_symlink() and begins(path, OPENING):
+            return ""
     return f"{path} is there and is no page of ours: it stays; name another --output"
 
 
 def put(path: Path, text: str) -> None:
     """Write a page, complete under its name or not there at all. Raises UsageError for a name that it cannot have."""
-    draft = path.parent / f".{uuid.uuid4().hex[:12]}.html"
     try:
-        with draft.open("xb") as file:
-            file.write(text.encode())
-        if reason := refusal(path):
-            raise UsageError(reason)
-        if os.path.lexists(path):
-            os.replace(draft, path)  # ours, by the check above
-        else:
-            _name(draft, path)
+        write_whole(path, text, lambda: _refuse(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error.strerror}); name another --output") from error
-    finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)  # ours: made above, under a name of this call's own
 
 
-def _name(draft: Path, path: Path) -> None:
-    """Give the draft a name that nothing has: a second name, which the system refuses where there is a file by now."""
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without second names
-        os.replace(draft, path)  # ours, or nothing: it was not there a moment ago
+def _refuse(path: Path) -> None:
+    if reason := refusal(path):
+        raise UsageError(reason)

@@ -19,7 +19,6 @@ Proof: test_the_timeline_keeps_to_the_format, test_clocks_that_differ_are_put_on
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 
 from nanofinetune.ground.errors import UsageError
-from nanofinetune.ground.names import oddity
+from nanofinetune.ground.names import begins, oddity, write_whole
 from nanofinetune.trace.observe import Event
 from nanofinetune.trace.told import Ranks, phases
 
@@ -102,16 +101,8 @@ def save(place: Path, text: str, ours: str, option: str) -> None:
         UsageError: it is somebody else's, or cannot be written.
     """
     check(place, ours, option)
-    target = place.resolve()  # what a link leads to
-    draft = target.with_name(f".{target.name[:200]}.{os.getpid()}")
     try:
-        with draft.open("x", encoding="utf-8") as file:
-            try:
-                file.write(text)
-                file.flush()
-                draft.replace(target)
-            finally:
-                draft.unlink(missing_ok=True)
+        write_whole(place.resolve(), text, lambda: check(place, ours, option))  # of a link what it leads to
     except OSError as error:
         raise UsageError(f"{option} {place}: it cannot be written ({error.strerror})") from error
 
@@ -124,8 +115,7 @@ def check(place: Path, ours: str, option: str) -> None:
         raise UsageError(f"{option} {place}: it is {oddity(place) or 'a folder'}; name a file")
     if place.is_file():
         try:
-            with place.open("rb") as file:
-                known = file.read(len(ours.encode())) == ours.encode()
+            known = begins(place, ours)
         except OSError as error:
             raise UsageError(f"{option} {place}: it cannot be read ({error.strerror}); name another file") from error
         if not known:

@@ -14,7 +14,7 @@ import pytest
 
 from nanofinetune.ground.cli import Parser
 from nanofinetune.ground.errors import UsageError
-from nanofinetune.ground.names import check_hub_name, oddity, place_of
+from nanofinetune.ground.names import begins, check_hub_name, give_name, oddity, place_of, write_whole
 
 hypothesis = pytest.importorskip("hypothesis", reason="draws the names")
 from hypothesis import given  # noqa: E402
@@ -128,3 +128,46 @@ def test_an_option_with_two_dashes_for_a_value_is_refused():
         with pytest.raises(UsageError, match=f"^{words[0][:-3]}: expected one argument"):
             parser.parse_args(words)
         assert parser.parse_args(["--", *words]).file == words[0]
+
+
+# ---- files that get a name ----
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_name_is_given_to_nothing_that_is_taken_where_a_rename_takes_it(links, tmp_path, monkeypatch):
+    """On a file system without second names the name is looked at before."""
+    draft, place = tmp_path / "draft", tmp_path / "place"
+    draft.write_text("new")
+    place.write_text("mine")
+    with pytest.raises(FileExistsError):
+        give_name(draft, place)
+    assert place.read_text() == "mine"
+    draft.rename(place)  # Python's own
+    assert place.read_text() == "new"
+    place.rename(draft)
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: os.listdir(tmp_path / "no"))  # an OSError
+    give_name(draft, place)
+    assert place.read_text() == "new"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    place = tmp_path / "place"
+
+    def refuse():
+        assert [path.read_text() for path in tmp_path.iterdir() if path != place] == ["text"], "it is complete by now"
+        raise UsageError("it stays")
+
+    for before in (None, "mine"):
+        if before is not None:
+            place.write_text(before)
+        with pytest.raises(UsageError, match="it stays"):
+            write_whole(place, "text", refuse)
+        assert [path.name for path in tmp_path.iterdir()] == ([] if before is None else ["place"])
+    write_whole(place, "text", lambda: None)
+    assert place.read_text() == "text" and begins(place, "te") and not begins(place, "xt")
+    place.unlink()
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)
+    with pytest.raises(FileExistsError):  # somebody was faster
+        write_whole(place, "text", lambda: place.write_text("mine"))
+    assert place.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
