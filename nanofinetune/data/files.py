@@ -357,12 +357,14 @@ def _typed(column: Any) -> Any:
     import pyarrow.compute as pc
 
     filled = column.filter(pc.not_equal(column, ""))
-    if len(filled) == 0 or has_codes(filled):
+    if len(filled) == 0:
         return column
 
     for pattern, type_ in ((_WHOLE, pa.int64()), (_FLOAT, pa.float64()), (_BOOLEAN, pa.bool_())):
         few, matches = filled.slice(0, 100), pc.match_substring_regex
         if pc.all(matches(few, pattern)).as_py() and pc.all(matches(filled, pattern)).as_py():
+            if has_codes(filled):
+                return column
             if type_ == pa.float64() and not pc.any(matches(filled, r"\d")).as_py():
                 return column  # the words nan and inf, and no number
             cells = pc.utf8_ltrim(pc.utf8_trim_whitespace(column), "+")
