@@ -57,6 +57,7 @@ from nanofinetune.data.pretrained import length_limit, load_model, load_tokenize
 from nanofinetune.data.tokens import TokenStore, tokenize
 from nanofinetune.ground.cli import Parser, number, run_main
 from nanofinetune.ground.errors import UsageError
+from nanofinetune.ground.machine import processor
 from nanofinetune.ground.process import peak_rss_mb
 from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.naive_ddp import NaiveDDP
@@ -810,11 +811,9 @@ def forever(loader: Any) -> Iterator[Any]:
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on, beside this repository's code."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     found = {
-        "cpu": names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+        "cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
     }  # fmt: skip
     for name in ("torch", "transformers", "accelerate", "datasets"):
         found[name] = version(name) if find_spec(name) else "absent"

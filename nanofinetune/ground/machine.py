@@ -35,12 +35,14 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """The processor, how many cores this process may use, and the system."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"cpu": processor(), "cores": cores, "system": f"{platform.system()} {platform.machine()}"}
+
+
+def processor() -> str:
+    """Its name, as the kernel has it."""
     text = ""
     with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(errors="replace")
     named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {
-        "cpu": named[1] if named else platform.processor() or platform.machine(),
-        "cores": cores, "system": f"{platform.system()} {platform.machine()}",
-    }  # fmt: skip
+    return named[1].strip() if named else platform.processor() or platform.machine()
