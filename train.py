@@ -157,7 +157,7 @@ def evaluate(
         labels = batch.pop("labels")
         found.add(model(**batch).logits.float(), labels)
         end_step(accelerator.device)
-    return found.scores(accelerator, len(store))  # the only communication between ranks: sums of counts
+    return found.scores(accelerator, len(store))  # the only communication between ranks
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

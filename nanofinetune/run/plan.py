@@ -26,6 +26,7 @@ from nanofinetune.data.job import Job
 from nanofinetune.data.pretrained import looks_like_path, packaged_model
 from nanofinetune.ground.errors import shown
 from nanofinetune.ground.progress import plural, wrapped
+from nanofinetune.run.answers import INDENT
 from nanofinetune.run.resume import Start
 from nanofinetune.step.optim import AdamW
 
@@ -107,7 +108,7 @@ def print_plan(plan: Plan, accelerator: Any, job: Job, scheduler: Any, padding: 
     }
     plan.told.update(lines)
     for name, text in lines.items():
-        print(wrapped(f"{name:<10} {shown(text)}", WIDTH, indent=11), flush=True)
+        print(wrapped(f"{name:<10} {shown(text)}", WIDTH, indent=INDENT), flush=True)
 
 
 def short_name(name: str) -> str:

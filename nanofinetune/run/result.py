@@ -36,7 +36,7 @@ from nanofinetune.ground.process import peak_rss_mb, seconds_since_start
 from nanofinetune.ground.progress import clock, columns_of, plural, wrapped
 from nanofinetune.ground.xla import state_on_host
 from nanofinetune.report.write import write_report
-from nanofinetune.run.answers import FILE
+from nanofinetune.run.answers import FILE, INDENT
 from nanofinetune.run.best import best
 
 
@@ -109,7 +109,7 @@ def closing(result: Mapping[str, Any], job: Job, run: Any, width: int) -> list[s
     speed, memory = f"{result['examples_per_second']:.1f} examples a second", f"{result['peak_rss_mb']:,.0f} MiB"
     lines = [
         "",
-        wrapped(f"result     {', '.join(scores)} ({rows})", width, indent=11),
+        wrapped(f"result     {', '.join(scores)} ({rows})", width, indent=INDENT),
         f"           {spent}, {speed}, {memory} of memory",
     ]
     if job.answers.logits is not None:

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 from nanofinetune import accelerator, settings, wrappers
+from nanofinetune.ground.progress import plural
 from nanofinetune.ranks import collectives, ddp, loader
 from nanofinetune.step import collate, metrics, optim, schedule
 
@@ -109,10 +110,10 @@ def observe_all(observer: Observer) -> None:
         (facade, "clip_grad_norm_", "clip", lambda norm, *_, **__: f"the norm was {norm.item():.4g}"),
         (schedule.Schedule, "step", "schedule", _rate),
         (wrappers.AcceleratedOptimizer, "zero_grad", "zero_grad", _reset),
-        (metrics.Metric, "add_batch", "count", lambda _, self, **of: _counted(len(of["references"]), "row")),
+        (metrics.Metric, "add_batch", "count", lambda _, self, **of: plural(len(of["references"]), "row")),
         (collectives, "gather", "gather", _sent),
         (collectives, "reduce", "reduce", _sent),
-        (collectives, "gather_object", "gather", lambda _, objects, *__: _counted(len(objects), "object")),
+        (collectives, "gather_object", "gather", lambda _, objects, *__: plural(len(objects), "object")),
         (collectives, "wait_for_everyone", "barrier", lambda *_: "every rank has got here"),
     ):
         observer.observe(owner, name, what, describe)
@@ -171,16 +172,12 @@ def _place_of(function: Any) -> str:
     return f"{inside}.py:{line}"
 
 
-def _counted(count: int, thing: str) -> str:
-    return f"{count} {thing}{'s' * (count != 1)}"
-
-
 def _kind(thing: Any) -> str:
     return type(thing).__name__
 
 
 def _world(world: Any, *_: Any) -> str:
-    threads = _counted(torch.get_num_threads(), "thread")
+    threads = plural(torch.get_num_threads(), "thread")
     return f"rank {world.rank} of {world.size}, {world.backend}, {world.device}, {threads}"
 
 
