@@ -104,6 +104,16 @@ def call_main(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture
+def group_of_one():
+    """torch.distributed's default group, of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def glue_path() -> Path:
     """The folder that holds real GLUE as parquet (mrpc/, sst2/), or a skip."""

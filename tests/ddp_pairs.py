@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from nanofinetune.ranks.ddp import DistributedDataParallel
 
 TorchDDP = nn.parallel.DistributedDataParallel
+SMALL = 1e-4  # MiB: 104 bytes, nearly one bucket a parameter
 
 
 def convolution():

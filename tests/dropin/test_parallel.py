@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from ddp_pairs import TorchDDP, assert_same, batch, convolution, differs_between_ranks, pair, step
+from ddp_pairs import SMALL, TorchDDP, assert_same, batch, convolution, differs_between_ranks, pair, step
 from helpers import run_world
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -18,14 +18,7 @@ from torch.nn.functional import cross_entropy
 from nanofinetune import DistributedDataParallel
 from nanofinetune.dropin.parallel import POST_FORWARD, PRE_FORWARD
 
-MANY_BUCKETS = partial(DistributedDataParallel, bucket_cap_mb=1e-4)  # 104 bytes: nearly one bucket a parameter
-
-
-@pytest.fixture
-def group_of_one():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+MANY_BUCKETS = partial(DistributedDataParallel, bucket_cap_mb=SMALL)
 
 
 # ---- ranks with different numbers of batches -------------------------------------------------------------------------

@@ -66,13 +66,6 @@ CASES = {
 }
 
 
-@pytest.fixture
-def group_of_one():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def pair(make, rank, ours, **torch_options):
     """The same module, with other weights on each rank, wrapped by us and by torch."""
     modules = []
