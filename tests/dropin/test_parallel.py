@@ -4,6 +4,7 @@ OMP_NUM_THREADS=1 python -m pytest tests/dropin/test_parallel.py
 """
 
 import copy
+import threading
 from functools import partial
 
 import pytest
@@ -152,6 +153,22 @@ def test_a_hook_for_buffers_matches_torch_ddp():
     """Before and after forward, with futures, and with the broadcast that it stands in for."""
     for differs in run_world(hooked_buffers, 2):
         assert differs == [True, False, False, True, False]  # before forward: each rank's batch then makes them differ
+
+
+def test_backward_waits_for_a_hook_for_buffers_as_torch_ddp_does(group_of_one):
+    """For the futures that it returns, however late they are done."""
+    for wrapper in (DistributedDataParallel, TorchDDP):
+        late: list[torch.futures.Future] = []
+
+        def hook(state, buffers, late=late):
+            late.append(torch.futures.Future())
+            threading.Timer(0.5, late[-1].set_result, (None,)).start()
+            return late
+
+        model = wrapper(convolution())
+        model._register_buffer_comm_hook(None, hook)
+        step(model, *batch(0))
+        assert len(late) == 1 and late[0].done()
 
 
 def test_a_hook_for_buffers_must_be_callable_and_does_not_go_with_join(group_of_one):
