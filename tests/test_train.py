@@ -365,6 +365,27 @@ def test_ctrl_c_is_not_a_traceback(tiny_model, pairs):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("options", [[], ["--precision", "bf16"], ["--precision", "bf16", "--fast-dropout"]], ids=str)
+def test_every_forward_of_a_run_leaves_out_what_the_loss_does_not_read(options, run, tiny_model, pairs, monkeypatch):
+    """Training and evaluation, in each precision: a shortcut that falls back gives no error and no wrong number."""
+    from nanofinetune.cpu import lean
+
+    encode, layout_of, calls = lean.encode, lean.layout_of, {"encode": 0, "layout_of": 0}
+
+    def counted(function):
+        def call(*args, **kwargs):
+            calls[function.__name__] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(lean, "encode", counted(encode))
+    monkeypatch.setattr(lean, "layout_of", counted(layout_of))  # which `encode` asks when it computes the tokens alone
+    code, _, err = run("--model", tiny_model, "--data", pairs, "--max-steps", 2, *options)
+    assert code == 0, err
+    assert calls["encode"] == calls["layout_of"] > 3
+
+
 @pytest.mark.slow
 def test_the_default_run_falls_back_and_beats_the_majority_class(packaged_model, tmp_path):
     """README's first command, offline: a fallback that is announced, 1,377 updates, far above the majority."""

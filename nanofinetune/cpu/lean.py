@@ -226,7 +226,13 @@ def build_of(model: Any, encoder: Any) -> list[Any]:
     """What `encode` counts on: each layer's attention, each module's class, and which have a forward of their own."""
     attentions = [module.config._attn_implementation for module in encoder.modules() if hasattr(module, "is_causal")]
     others = (module for module in model.modules() if not isinstance(module, nn.Embedding))
-    return attentions + [(type(module), "forward" in vars(module)) for module in others]
+    return attentions + [(type(module), has_own_forward(module)) for module in others]
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether someone replaced its class's forward; what only calls that one, as autocast's wrapper does, is none."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "forward", None) != type(module).forward.__get__(module)
 
 
 def begin(model: Any, inputs: Any) -> None:
