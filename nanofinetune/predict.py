@@ -224,6 +224,9 @@ def labelled(rows: Rows, columns: Sequence[str], answers: Answers, ask: Any, bar
         yield [row | extra for row, extra in zip(block, told, strict=True)]
         before += len(block)
         bar.update(len(block))
+    if not before:  # a header alone gets the columns as well, so that many files have the same ones
+        empty = answers.columns(np.zeros(len(answers.names), np.float32))
+        rows.names.extend(_free_names(list(empty), rows.names).values())
 
 
 def _as_text(block: Sequence[Row], columns: Sequence[str]) -> list[Row]:

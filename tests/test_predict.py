@@ -327,6 +327,17 @@ def test_a_table_on_stdout_has_the_form_of_the_input(tmp_path, tiny_tokenizer_di
     assert first.startswith('01;"the; cat";x;class ') and second.startswith("02;the dog;y;class ")
 
 
+def test_a_table_without_rows_gets_the_columns_of_one_with_rows(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    for options in ([], ["--all"]):
+        headers = []
+        for rows in ("", "the cat,x\n"):
+            (tmp_path / "a.csv").write_text(f"text,label\n{rows}")
+            assert run(monkeypatch, folder, tmp_path / "a.csv", *options) == 0
+            headers.append(capsys.readouterr().out.splitlines()[0])
+        assert headers[0] == headers[1] and headers[0].startswith("text,label,predicted_label,probability")
+
+
 @pytest.mark.parametrize("by_name", [False, True], ids=["stdin", "a pipe's name"])
 @pytest.mark.parametrize("kind", TABLES)
 def test_a_table_from_a_pipe_is_answered_as_from_its_file(
