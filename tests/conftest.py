@@ -76,6 +76,20 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.numprocesses, config.option.dist = min(8, 1 + (os.cpu_count() or 1)), "worksteal"
 
 
+@pytest.hookimpl(trylast=True)  # of what is left to run
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest tests begin the workers' shares, one each: what starts last would end alone, minutes after the rest.
+
+    underneath: pytest-xdist gives each worker an equal part of the list, in its order.
+    """
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    longest = [item for item in items if item.get_closest_marker("first")]
+    items[:] = [item for item in items if item not in longest]
+    share = len(items) // workers
+    for nth, item in reversed(list(enumerate(longest))):  # from the end, so that no place moves
+        items.insert(nth % workers * share + nth // workers, item)
+
+
 def pytest_collection_finish() -> None:
     """What the imports have made stays: no garbage collection of a test looks through it (accelerate asks for many)."""
     gc.collect()

@@ -118,3 +118,37 @@ def test_only_a_whole_run_has_workers(asked, worker, expected, monkeypatch):
     config: Any = SimpleNamespace(option=option, args_source=whole)
     conftest.pytest_cmdline_main(config)
     assert option.numprocesses == expected
+
+
+@pytest.mark.parametrize(("workers", "longest"), [(1, 2), (3, 3), (3, 2), (2, 3), (4, 0)])
+def test_the_longest_tests_begin_the_workers_shares(workers, longest):
+    """The shares are cut as pytest-xdist's `worksteal` cuts them, and no test is lost."""
+    scheduling = pytest.importorskip("xdist.scheduler.worksteal", reason="pytest-xdist, of the extra `test`")
+    marks = {5 * i + 4: "first" for i in range(longest)}
+    items: Any = [SimpleNamespace(name=i, get_closest_marker=lambda _, i=i: marks.get(i)) for i in range(31)]
+    order = list(items)
+    conftest.pytest_collection_modifyitems(SimpleNamespace(workerinput={"workercount": workers}), items)  # type: ignore[arg-type]
+    assert sorted(item.name for item in items) == [item.name for item in order]
+
+    shares: dict[Any, list[int]] = {}
+
+    class Worker:
+        gateway = SimpleNamespace(id="gw")
+        shutting_down = False
+
+        def send_runtest_some(self, indices):
+            shares.setdefault(self, []).extend(indices)
+
+        def shutdown(self):
+            pass
+
+    config: Any = SimpleNamespace(getvalue=lambda name: ["popen"] * workers, option=SimpleNamespace(maxschedchunk=None))
+    schedule = scheduling.WorkStealingScheduling(config)
+    nodes: list[Any] = [Worker() for _ in range(workers)]
+    for node in nodes:
+        schedule.add_node(node)
+    for node in nodes:
+        schedule.add_node_collection(node, [str(item.name) for item in items])
+    schedule.schedule()
+    first = [items[shares[node][0]] for node in nodes]
+    assert sum(item.get_closest_marker("first") is not None for item in first) == min(longest, workers)

@@ -386,6 +386,7 @@ def test_every_forward_of_a_run_leaves_out_what_the_loss_does_not_read(options, 
     assert calls["encode"] == calls["layout_of"] > 3
 
 
+@pytest.mark.first
 @pytest.mark.slow
 def test_the_default_run_falls_back_and_beats_the_majority_class(packaged_model, tmp_path):
     """README's first command, offline: a fallback that is announced, 1,377 updates, far above the majority."""

@@ -240,6 +240,7 @@ def quick(folder, *setups):
     return [str(script), *setups, "--quick", "--model", str(model), "--data", str(data)]
 
 
+@pytest.mark.first
 @pytest.mark.slow
 def test_the_command_measures_equal_and_best_work_on_one_and_two_processes(tiny_folder):
     pytest.importorskip("accelerate", reason="the course's side (extra `bench`)")

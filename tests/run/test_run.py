@@ -199,6 +199,7 @@ def test_accelerate_shrinks_one_rank_alone():
 # ---- bench/faults.py ----
 
 
+@pytest.mark.first
 @pytest.mark.slow
 def test_every_killed_run_resumes_with_the_same_weights(tmp_path):
     """The table, with fewer kills: ours survives each fault; accelerate does not, as the table says."""
