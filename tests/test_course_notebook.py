@@ -6,6 +6,7 @@ The reference is the notebook itself: the outputs that are kept, and those of a 
 """
 
 import copy
+import html
 import json
 import re
 
@@ -94,6 +95,13 @@ def test_what_the_notebook_claims_is_what_it_shows():
     assert 0.5 < accuracy <= 1
     assert [shape for shape in shape_of(CODE) if ("display_data", "image/png", "text/plain") in shape], "the curve"
     assert shape_of(CODE)[-1] == [("display_data", "text/html")], "the page of a run"
+
+
+def test_the_page_that_is_shown_is_that_of_the_recorded_run():
+    """docs/run changes with each new record; `python docs/notebook.py` runs the notebook again."""
+    shown = html.unescape("".join(CODE[-1]["outputs"][0]["data"]["text/html"]))
+    result = json.loads((ROOT / "docs" / "run" / "result.json").read_text())
+    assert {f"{result[name]:.4f}" for name in ("accuracy", "f1", "loss")} <= set(re.findall(r"\b\d\.\d{4}\b", shown))
 
 
 @pytest.mark.slow  # about two minutes on two cores
