@@ -204,6 +204,7 @@ def test_no_lines_are_no_output(tmp_path, tiny_tokenizer_dir, capsys, monkeypatc
     assert predicted([], folder, capsys, monkeypatch, tmp_path) == []
 
 
+@pytest.mark.slow
 def test_stdin_is_utf8_in_the_c_locale(tmp_path, tiny_tokenizer_dir):
     """Where Python's own stdin lets any byte pass, as half a surrogate pair that no tokenizer takes."""
     folder = save_model(tmp_path / "model", tiny_tokenizer_dir, None)
@@ -507,6 +508,7 @@ def test_a_pipe_is_read_by_name(tmp_path, tiny_tokenizer_dir, capsys, monkeypatc
     assert "a table is read more than once; for a pipe say which it is with --format" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_emoji_are_written_on_a_stdout_that_is_not_utf8(tmp_path, tiny_tokenizer_dir):
     """/dev/stdin by name, too: Python's own print raises UnicodeEncodeError there."""
     folder = save_model(tmp_path / "model", tiny_tokenizer_dir, None)

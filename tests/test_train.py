@@ -346,6 +346,7 @@ def test_under_torchrun_a_mistake_is_said_once(tiny_model, tmp_path):
     assert "exitcode  : 2" in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_not_a_traceback(tiny_model, pairs):
     import signal
     import time

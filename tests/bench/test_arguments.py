@@ -9,6 +9,7 @@ from importlib import import_module, util
 
 import pytest
 from conftest import ROOT, load_script
+from programs import run_program
 
 sys.path.insert(0, str(ROOT / "bench"))
 
@@ -74,8 +75,7 @@ def test_readme_py_writes_nothing_where_it_is_told_something() -> None:
     documents = [ROOT / name for name in import_module("readme").DOCUMENTS]
     before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in documents]
     for words in (["--help"], ["--check"], ["README.md"]):
-        command = [sys.executable, str(ROOT / "bench" / "readme.py"), *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = run_program([ROOT / "bench" / "readme.py", *words])
         assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
     assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in documents] == before
 
@@ -86,8 +86,7 @@ def test_render_py_writes_nothing_where_it_is_told_something() -> None:
     paths = [*render.documents(), ROOT / "docs" / "overlap.svg"]
     before = [path.stat().st_mtime_ns for path in paths]
     for words in (["--help"], ["--check"], ["README.md"]):
-        command = [sys.executable, str(ROOT / "docs" / "render.py"), *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = run_program([ROOT / "docs" / "render.py", *words])
         assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
     assert [path.stat().st_mtime_ns for path in paths] == before
 

@@ -123,6 +123,7 @@ def test_adamw_refuses_another_learning_rate(tiny_job, no_clock, monkeypatch):
         next(pieces.adamw(tiny_job, 5))
 
 
+@pytest.mark.slow
 def test_equal_sides_pass_the_gate(tiny_job, monkeypatch):
     monkeypatch.setattr(pieces, "interleave", lambda *_, **__: [(1.0, 1.0)])
     assert [row.what for row in pieces.collate(tiny_job, 5)] == [
@@ -324,6 +325,7 @@ def test_ranks_agree_and_tell_their_memory(tiny_job):
         pieces.need_equal_losses("ddp", library[0][1], ours[1][1])
 
 
+@pytest.mark.slow
 def test_ddp_passes_its_gates(tiny_job, monkeypatch):
     """Losses of both wrappers beside the library's on two ranks; what is timed afterwards is left out."""
     monkeypatch.setattr(pieces, "interleave", lambda *_, **__: [(1.0, 1.0)])

@@ -30,6 +30,7 @@ FAULTS = """
 """
 
 
+@pytest.mark.slow
 @ON_GLIBC
 def test_keep_freed_memory_stops_page_faults():
     (kept,), (returned,) = run_python(FAULTS, "keep"), run_python(FAULTS, "return")

@@ -38,6 +38,7 @@ print([data.name, list(data.splits), data.text_columns, data.label_names, data.m
 """
 
 
+@pytest.mark.slow
 def test_cached_tokens_are_the_loaded_ones_without_datasets(tmp_path, tiny_tokenizer_dir, monkeypatch):
     write(tmp_path, "jsonl", "train", rows(20))
     monkeypatch.setenv("NANOFINETUNE_CACHE", str(tmp_path / "cache"))

@@ -168,6 +168,7 @@ raise Halt(stop.exit_code, "saved")
 """
 
 
+@pytest.mark.slow
 def test_slurms_warning_reaches_every_rank(tmp_path: Path) -> None:
     """--signal=USR1@90: torchrun alone would be ended by it."""
     result = launch_sh("-n", "2", env=_script(tmp_path, WARNED) | {"SLURM_JOB_ID": "7"})
@@ -319,6 +320,7 @@ def test_no_rank_outlives_its_launcher(tmp_path: Path) -> None:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_sigterm_reaches_the_ranks_and_is_the_exit_code(tmp_path: Path) -> None:
     text = (
         "import os, signal, sys, time\n"

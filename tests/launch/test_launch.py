@@ -302,6 +302,7 @@ def test_the_first_node_is_that_of_the_ranks_own_reading(nodes: str) -> None:
     assert f"--master-addr={first_host(nodes)} " in launch_sh("-n", "1", "--print", env=env).stdout
 
 
+@pytest.mark.slow
 def test_modules_never_come_from_the_working_folder(tmp_path: Path) -> None:
     """`python -m` alone looks there first, for our package and for torch."""
     canary = tmp_path / "canary"

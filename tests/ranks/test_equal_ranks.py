@@ -137,11 +137,12 @@ def assert_equal_to_one_process(ranks, alone):
             assert distance(ranks[0][name], alone[name], vector(start(regression))) < 1e-11, name
 
 
-@pytest.mark.parametrize("world", [3, 4])
+@pytest.mark.parametrize("world", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_equal_one_process(alone, world):
     assert_equal_to_one_process(run_ranks(with_ours, world, timeout=170), alone)
 
 
+@pytest.mark.slow
 def test_ranks_equal_one_process_where_accelerate_does_not(alone):
     pytest.importorskip("accelerate", reason="what this test compares with (extra `test`)")
     ranks = run_ranks(both, 2, timeout=170)

@@ -54,6 +54,7 @@ def on_terminal(command, columns=80, **environment):
     return process.wait(), out.decode(), lines
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_what_people_want_to_know(tiny_model, tmp_path):
     """First that something is going on; in the end the result, five rows, and a command that labels a text.
 
@@ -177,6 +178,7 @@ def test_a_file_of_the_users_is_not_written_over(there, tiny_model, pairs, tmp_p
         assert "its validation.jsonl is not of a run's making; name another folder" in err
 
 
+@pytest.mark.slow
 def test_the_pace_is_in_the_result(tiny_model, pairs, tmp_path, call_main):
     """One point every 50 updates and at each epoch's end, growing in both numbers."""
     code, _, err = call_main(

@@ -301,7 +301,7 @@ def on_ranks(arguments, stop_after):
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["random", "grouped"])
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (4, 3)])
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), pytest.param(4, 3, marks=pytest.mark.slow)])
 def test_ranks_may_change_between_runs(before, after, grouped, still_model, pairs, tmp_path):
     """Stopped in the second epoch: each row once an epoch, and the loss curve of the uninterrupted run."""
     batch = {1: 12, 2: 6, 4: 3}[before]  # 12 rows an update
@@ -550,6 +550,7 @@ sys.exit(train.run_main("train.py", train.main))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_rank_restarts_the_group_which_resumes(tiny_model, pairs, tmp_path):
     """torchrun --max-restarts: without a word more the group goes on from the newest checkpoint, bit for bit."""
     script = tmp_path / "killer.py"
@@ -579,6 +580,7 @@ def test_a_stopped_rank_restarts_the_group_which_resumes(tiny_model, pairs, tmp_
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_sigterm_of_torchrun_saves_the_same_update_on_all_ranks(tiny_model, pairs, tmp_path):
     """What a scheduler sends: torchrun hands it on, and each rank finishes the update."""
     script = tmp_path / "stopper.py"
@@ -598,6 +600,7 @@ def test_sigterm_of_torchrun_saves_the_same_update_on_all_ranks(tiny_model, pair
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_worker_whose_launcher_died_ends(tiny_model, pairs, tmp_path):
     import time
 

@@ -76,6 +76,7 @@ def elsewhere():
     return text
 
 
+@pytest.mark.slow
 def test_a_rank_elsewhere_says_where():
     text, _ = run_ranks(elsewhere, 2, timeout=60)
     assert re.search(r"rank 0 waits in agree#2, update 2", text), text

@@ -244,6 +244,7 @@ def run_here(tmp_path, monkeypatch, capfd):
     return call
 
 
+@pytest.mark.slow
 def test_one_process_has_no_buckets(job, run_here, tmp_path):
     code, out, err = run_here("-n", "1", "--updates", "1", "--device", "cpu", *job)
     assert code == 0, err
