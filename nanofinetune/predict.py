@@ -24,7 +24,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
@@ -124,29 +124,33 @@ class Answers:
 
     def columns(self, row: np.ndarray) -> Row:
         """(classes,) -> {"label": ..., "probability": ...}; several classes are lists, a regression {"score": ...}."""
-        values = [float(f"{value:.6g}") for value in row.tolist()]
         if self.kind == "regression":
-            return {"score": values[0]}
-        each = {f"probability_{name}": value for name, value in zip(self.names, values, strict=True)}
+            return {"score": _digits(row[0])}
+        has = self._has(row)
+        told: Row = {"label": [self.names[k] for k in has], "probability": [_digits(row[k]) for k in has]}
         if self.kind == "single":
-            best = int(row.argmax())
-            told: Row = {"label": self.names[best], "probability": values[best]}
-        else:
-            has = np.flatnonzero(row > self.thresholds).tolist()
-            told = {"label": [self.names[k] for k in has], "probability": [values[k] for k in has]}
-        return told | (each if self.every else {})
+            told = {name: values[0] for name, values in told.items()}
+        return told | {f"probability_{name}": _digits(value) for name, value in self._each(row)}
 
     def fields(self, row: np.ndarray) -> list[str]:
         """(classes,) -> label, probability, and with `every` class=probability for each: the fields of a line."""
         if self.kind == "regression":
             return ["score", f"{row[0]:.4f}"]
-        told = self.columns(row)
-        labels, values = (told[name] for name in ("label", "probability"))
-        if self.kind == "single":
-            labels, values = [labels], [values]
-        fields = [", ".join(map(shown, labels)), ", ".join(f"{value:.4f}" for value in values)]
-        each = [f"{shown(name)}={value:.4f}" for name, value in zip(self.names, row.tolist(), strict=True)]
-        return fields + (each if self.every else [])
+        has = self._has(row)
+        told = [", ".join(shown(self.names[k]) for k in has), ", ".join(f"{_digits(row[k]):.4f}" for k in has)]
+        return told + [f"{shown(name)}={value:.4f}" for name, value in self._each(row)]
+
+    def _has(self, row: np.ndarray) -> list[int]:
+        """The numbers of the classes that a row has: of a model of single labels one."""
+        return [int(row.argmax())] if self.kind == "single" else np.flatnonzero(row > self.thresholds).tolist()
+
+    def _each(self, row: np.ndarray) -> Iterable[tuple[str, float]]:
+        """All classes and their probabilities, if they are asked for: there may be thousands."""
+        return zip(self.names, row.tolist(), strict=True) if self.every else ()
+
+
+def _digits(value: Any) -> float:
+    return float(f"{float(value):.6g}")
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------

@@ -5,9 +5,12 @@ import importlib.util
 import json
 import os
 import signal
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -240,3 +243,20 @@ def write_pairs(folder, label):
                 row = {"sentence1": " ".join(first), "sentence2": " ".join(second), "label": label(same, rng)}
                 file.write(json.dumps(row) + "\n")
     return str(folder)
+
+
+def calls(function: Callable[[], Any]) -> int:
+    """How many functions are called, Python's and C's."""
+    count = 0
+
+    def note(_: Any, event: str, __: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return count

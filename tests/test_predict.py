@@ -12,11 +12,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WORDS, tiny_bert
+from conftest import ROOT, WORDS, calls, tiny_bert
 
 from nanofinetune import predict
 from nanofinetune.cpu import lean
@@ -592,3 +593,23 @@ def test_prediction_leaves_out_what_training_leaves_out(tmp_path, tiny_tokenizer
     assert len(layouts) == 1 and layouts[0] is not None  # of predict's one batch, and none of the whole model's
     assert [line[0] for line in shown] == [label for label, _ in whole]
     np.testing.assert_allclose([float(line[1]) for line in shown], [p for _, p in whole], atol=PRINTED + TOLERANCE)
+
+
+@pytest.mark.parametrize("problem", ["single", "multi"])
+def test_a_row_costs_what_is_told_of_it_and_not_a_call_for_each_class(problem):
+    def answers(classes: int, every: bool = False) -> predict.Answers:
+        names = {k: f"class {k}" for k in range(classes)}
+        kind = f"{problem}_label_classification"
+        config = SimpleNamespace(num_labels=classes, problem_type=kind, id2label=names)
+        return predict.Answers(SimpleNamespace(config=config), every)
+
+    work = []
+    for classes in (10, 1000):
+        one, row = answers(classes), np.zeros(classes, np.float32)
+        row[7] = 0.7000004
+        told = {"label": "class 7", "probability": 0.7}
+        assert one.columns(row) == (told if problem == "single" else {name: [value] for name, value in told.items()})
+        assert one.fields(row) == ["class 7", "0.7000"]
+        assert len(answers(classes, every=True).fields(row)) == 2 + classes
+        work.append(calls(lambda one=one, row=row: (one.columns(row), one.fields(row))))
+    assert work[0] == work[1]

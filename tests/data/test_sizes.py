@@ -7,14 +7,13 @@ Work is counted in Python's calls, not in seconds; reading a cell through datase
 
 import json
 import os
-import sys
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from conftest import calls
 from pyarrow import parquet
 
 from nanofinetune.data.files import LONGEST
@@ -22,23 +21,6 @@ from nanofinetune.data.load import load_data
 from nanofinetune.ground.errors import UsageError
 
 BIG = 30_000_000  # characters
-
-
-def calls(function: Callable[[], Any]) -> int:
-    """How many functions are called, Python's and C's."""
-    count = 0
-
-    def note(_: Any, event: str, __: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(before)
-    return count
 
 
 def written(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
