@@ -21,6 +21,7 @@ tests/data/test_tokens.py.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -58,9 +59,12 @@ class TokenStore(Dataset[dict[str, Any]]):
         """A hash of all tokens and labels, which differs where the data or the tokenizer has changed."""
         hashed = hashlib.sha256()
         for name, (flat, offsets) in sorted(self.ragged.items()):
-            hashed.update(name.encode() + flat.tobytes() + offsets.tobytes())
+            hashed.update(name.encode())
+            for array_ in (flat, offsets):  # as they lie, without a copy
+                hashed.update(np.ascontiguousarray(array_).data)
         for name, column in sorted(self.dense.items()):
-            hashed.update(name.encode() + column.tobytes())
+            hashed.update(name.encode())
+            hashed.update(np.ascontiguousarray(column).data)
         return hashed.hexdigest()[:16]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -99,18 +103,21 @@ def _ragged(
     blocks: Iterable[Sequence[Sequence[str]]], tokenizer: Any, max_length: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Blocks of [texts] or [texts, second texts] -> for each of the model's inputs its flat array and its offsets."""
-    flat: dict[str, list[np.ndarray]] = {}
-    lengths: dict[str, list[np.ndarray]] = {}
+    flat: dict[str, array[int]] = {}  # each grows in place: at no time are there two copies of the tokens
+    lengths: dict[str, array[int]] = {}
     for texts in chain.from_iterable(map(_bounded, blocks)):
         for name, lists in tokenizer(*texts, truncation=True, max_length=max_length).items():
-            lengths.setdefault(name, []).append(np.fromiter(map(len, lists), np.int64, len(lists)))
-            flat.setdefault(name, []).append(np.fromiter(chain.from_iterable(lists), np.int32, lengths[name][-1].sum()))
+            counts = np.fromiter(map(len, lists), np.int64, len(lists))
+            tokens = np.fromiter(chain.from_iterable(lists), np.int32, counts.sum())
+            lengths.setdefault(name, array("q")).frombytes(counts.tobytes())
+            flat.setdefault(name, array("i")).frombytes(tokens.tobytes())
     ragged: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name in flat:
-        offsets = np.cumsum([0, *np.concatenate(lengths[name])])
+        offsets = np.zeros(len(lengths[name]) + 1, np.int64)
+        np.cumsum(lengths.pop(name), out=offsets[1:])
         # all inputs of a model have one value a token, so they share one offsets array
         same = [other for _, other in ragged.values() if np.array_equal(other, offsets)]
-        ragged[name] = (np.concatenate(flat[name]), same[0] if same else offsets)
+        ragged[name] = (np.asarray(flat[name]), same[0] if same else offsets)
     return ragged
 
 

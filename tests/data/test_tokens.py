@@ -3,11 +3,14 @@
 python -m pytest tests/data/test_tokens.py
 """
 
+import tracemalloc
+
+import datasets
 import numpy as np
 import pytest
 from tables import rows, write
 
-from nanofinetune.data.load import load_data
+from nanofinetune.data.load import Data, load_data
 from nanofinetune.data.tokens import TokenStore, tokenize, tokenize_texts
 from nanofinetune.step.collate import DataCollatorWithPadding
 
@@ -61,3 +64,32 @@ def test_a_row_index_below_zero_is_refused():
     store = TokenStore({"input_ids": (np.array([1, 2, 3], np.int32), np.array([0, 1, 3]))})
     with pytest.raises(IndexError, match="count from 0"):
         store.__getitems__([-1])
+
+
+def test_tokens_are_in_memory_once_while_they_are_made():
+    """They were there twice: as one array a block, and as all of these joined."""
+    row = list(range(100))
+
+    def tokenizer(texts, **_):
+        return {name: [row] * len(texts) for name in ("input_ids", "attention_mask")}
+
+    split = datasets.Dataset.from_dict({"text": ["a"] * 30_000, "label": [0] * 30_000})
+    data = Data("rows", {"train": split}, ("text",), "label", ["0", "1"], ("accuracy",))
+    tracemalloc.start()
+    try:
+        store = tokenize(data, tokenizer, 100)["train"]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert store[29_999]["input_ids"].tolist() == row
+    assert peak < 1.3 * sum(flat.nbytes for flat, _ in store.ragged.values())
+
+
+def test_a_digest_is_one_of_the_arrays_one_after_the_other():
+    """Training rows are told from others by it, in checkpoints that are years old."""
+    import hashlib
+
+    flat, offsets, labels = np.array([1, 2, 3], np.int32), np.array([0, 3, 3]), np.array([1, 0])
+    store = TokenStore({"input_ids": (flat, offsets)}, labels)
+    whole = b"input_ids" + flat.tobytes() + offsets.tobytes() + b"label" + labels.tobytes()
+    assert store.digest() == hashlib.sha256(whole).hexdigest()[:16]
