@@ -44,6 +44,7 @@ from nanofinetune.ground.names import check_hub_name, oddity, place_of
 DEFAULT_DATA = "glue/mrpc"
 LABELS = "labels"  # the column that several are put into
 FIRST_ROWS, FIRST_CHARACTERS = 10_000, 2_000  # of the first validation split, and of each of its texts: `Data.texts`
+MOST_GATHERED = 2**31  # bytes of a table: pyarrow counts the characters of a column in 31 bits
 HELD_OUT = 0.1  # the share of a single file's rows that become its validation split
 
 # How people spell a split's name.
@@ -302,7 +303,20 @@ def _hold_out(whole: Any, name: str, seed: int) -> tuple[dict[str, Any], str]:
         raise UsageError(f"--data {name}: {len(whole)} rows are too few to hold a tenth out; add some or name a folder")
     parts = whole.train_test_split(test_size=HELD_OUT, seed=seed)
     held_out = f"{len(parts['test']):,} of its {len(whole):,} rows are held out for validation"
-    return {"train": parts["train"], "validation": parts["test"]}, f"{Path(name).name} is one file: {held_out}"
+    splits = {"train": _gathered(parts["train"]), "validation": _gathered(parts["test"])}
+    return splits, f"{Path(name).name} is one file: {held_out}"
+
+
+def _gathered(rows: Any) -> Any:
+    """A selection of rows as a table of its own."""
+    import datasets
+
+    # underneath: datasets keeps a list of row numbers, and each later look at the rows cuts them out one by one
+    table = rows.data.table
+    if rows._indices is None or table.nbytes >= MOST_GATHERED:
+        return rows
+    table = table.combine_chunks().take(rows._indices.column(0).combine_chunks())
+    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=rows._fingerprint)
 
 
 def _split_of(file: Path) -> str:

@@ -25,6 +25,19 @@ def test_a_single_file_holds_a_tenth_out_by_the_seed(tmp_path):
     assert load_data(name, seed=1).splits["validation"].to_list() != data.splits["validation"].to_list()
 
 
+def test_held_out_rows_are_a_table_of_their_own_where_datasets_cuts_out_each_row(tmp_path):
+    """One piece a split; the library's selection of rows comes in as many pieces as it has rows, whoever looks."""
+    import datasets
+
+    write(tmp_path, "csv", "reviews", rows(400, pair=False))
+    splits = load_data(str(tmp_path / "reviews.csv")).splits
+    reference = datasets.Dataset.from_list(rows(400, pair=False)).train_test_split(test_size=0.1, seed=42)
+    for key, other in (("train", "train"), ("validation", "test")):
+        texts = splits[key].with_format("arrow")[:]["sentence1"]
+        assert texts.num_chunks == 1 and texts.to_pylist() == reference[other]["sentence1"][:]
+        assert reference[other].with_format("arrow")[:]["sentence1"].num_chunks > len(texts) / 2
+
+
 @pytest.mark.parametrize(
     ("train", "validation"),
     [
