@@ -370,13 +370,15 @@ def _check_classes(cells: Mapping[str, np.ndarray], column: str, kind: str) -> N
     if len(classes) == 1:
         raise UsageError(f"--label-column {column}: there is only one class ({classes[0]}) in the training split")
     is_number = kind == "regression" or (kind == "auto" and train.dtype.kind == "f")
-    if not is_number and (len(classes) > MOST_CLASSES or len(classes) > max(10, len(train) / 2)):
+    many = len(classes) > MOST_CLASSES and kind != "single"  # it may well be a number, but not if the user says so
+    if not is_number and (many or len(classes) > max(10, len(train) / 2)):
         few = f"{len(classes):,} different labels in {len(train):,} rows are no classes"
+        remedies = ["say that they are with --task single"] if 2 * len(classes) <= len(train) else []
         if train.dtype.kind != "O":
-            remedy = ", or predict a number with --task regression"
-        else:
-            commas = all(re.fullmatch(r"[+-]?\d+,\d+", value) for value in classes)
-            remedy = f", or if {classes[0]} is a number, write it with a point" if commas else ""
+            remedies.append("predict a number with --task regression")
+        elif all(re.fullmatch(r"[+-]?\d+,\d+", value) for value in classes):
+            remedies.append(f"if {classes[0]} is a number, write it with a point")
+        remedy = "".join(f", or {text}" for text in remedies)
         raise UsageError(f"--label-column {column}: {few}; name another column{remedy}")
 
 

@@ -376,3 +376,16 @@ def test_a_text_that_no_model_reads_to_its_end_is_refused(tmp_path):
         write(tmp_path, kind, "a", [{"text": "a" * (1_000_001 if i == 0 else 9), "label": i % 2} for i in range(12)])
         with pytest.raises(UsageError, match=said):
             load_data(str(tmp_path / f"a.{kind}"))
+
+
+@pytest.mark.parametrize("kind", ["words", "numbers"])
+def test_more_than_a_thousand_classes_are_taken_where_the_user_says_so(kind):
+    values = [f"class {i:04}" if kind == "words" else i for i in range(1500)] * 2
+    remedy = "name another column, or say that they are with --task single"
+    with pytest.raises(UsageError, match=f"1,500 different labels in 3,000 rows are no classes; {remedy}") as failure:
+        labels_of(values, values[:3])
+    assert ("--task regression" in str(failure.value)) == (kind == "numbers")
+    labels = labels_of(values, values[:3], kind="single")
+    assert len(labels.names) == 1500 and labels.values["validation"].tolist() == [0, 1, 2]
+    with pytest.raises(UsageError, match="1,500 different labels in 1,500 rows are no classes; name another column"):
+        labels_of(values[:1500], values[:3], kind="single")
