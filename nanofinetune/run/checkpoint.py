@@ -31,6 +31,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,9 @@ def write(folder: Path, packed: Mapping[str, tuple[Any, dict[str, torch.Tensor]]
 
 def _delete_older(folder: Path, keep: int) -> None:
     """Of the folders named like this one, with lower numbers, leave the newest `keep` - 1 that are complete."""
-    left = keep - 1
-    for nth, path in enumerate(numbered(folder.parent, series_of(folder))):
-        if number_of(path) < number_of(folder):
+    left, newest_number = keep - 1, number_of(folder)
+    for nth, (number, path) in enumerate(_numbered(folder.parent, series_of(folder))):
+        if number < newest_number:
             if left > 0 and _is_complete(path, again=nth < NEWEST):
                 left -= 1
             else:
@@ -199,12 +200,22 @@ def number_of(folder: Path) -> int:
 
 def numbered(parent: Path, series: str) -> list[Path]:
     """The folders in `parent` whose names are the series' and a number, the highest first."""
+    return [path for _, path in _numbered(parent, series)]
+
+
+def _numbered(parent: Path, series: str) -> list[tuple[int, Path]]:
     if not parent.is_dir():
         return []
-    form = re.compile(re.escape(series) + "[0-9]+")
-    with os.scandir(parent) as entries:  # os.path: `entry.is_dir` raises for a link that leads to itself
-        names = [entry.name for entry in entries if form.fullmatch(entry.name) and os.path.isdir(entry.path)]
-    return sorted((parent / name for name in names), key=number_of, reverse=True)
+    form = re.compile(re.escape(series) + "([0-9]+)")
+    with os.scandir(parent) as entries:
+        named = [(form.fullmatch(entry.name), entry) for entry in entries]
+        found = [(int(name[1]), entry.name) for name, entry in named if name and _is_dir(entry)]
+    return [(number, parent / name) for number, name in sorted(found, key=itemgetter(0), reverse=True)]
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or leads to one. `os.path`: `entry.is_dir` raises for a link that leads to itself."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def newest(

@@ -192,7 +192,9 @@ def delete(folder: Path) -> None:
 
 def sweep(parent: Path) -> None:
     """Delete what a kill has left half-written or half-deleted, and put back what it has left half-replaced."""
-    for path in list(parent.iterdir()):
+    with os.scandir(parent) as entries:
+        hidden = [parent / entry.name for entry in entries if entry.name.startswith(".")]  # few beside all that is kept
+    for path in hidden:
         found = HIDDEN.fullmatch(path.name)
         if found is None or path.is_symlink() or not path.is_dir() or not _abandoned(path):
             continue

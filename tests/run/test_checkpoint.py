@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from both_libraries import Ours, training
-from conftest import tiny_bert
+from conftest import calls, tiny_bert
 from programs import run_program
 from torch import nn
 
@@ -511,3 +511,17 @@ def test_a_save_reads_the_manifests_of_what_has_changed(tmp_path, monkeypatch):
     assert names == {f"update-{update}" for update in range(53, 62)} | {"update-5"}
     left = {int(path.name[7:]) for path in tmp_path.iterdir()}
     assert left == set(range(63)) - {5, 60}  # damaged ones do not count among those kept
+
+
+def test_a_kept_checkpoint_costs_a_save_a_few_calls(tmp_path):
+    """Each has to be looked at, since it counts to those that are kept; its files have not changed."""
+
+    def work(kept: int) -> int:
+        parent = tmp_path / str(kept)
+        for update in range(kept):
+            checkpoint.save(parent / f"update-{update:08}", {"schedule": {"last_epoch": update}})
+        save = [parent / f"update-{kept + nth:08}" for nth in range(2)]
+        checkpoint.save(save[0], parts(), keep=kept + 2)  # the first look is at every file
+        return calls(lambda: checkpoint.save(save[1], parts(), keep=kept + 2))
+
+    assert work(60) - work(30) <= 50 * 30  # it was 71 for each
