@@ -262,9 +262,36 @@ def faults_short(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def scale(folder: Path) -> str:
+    """The table of `python bench/scale.py --record scale`: cost against size; nothing where there is no record."""
+    if not list(RECORDS.glob("*_scale.json")):
+        return ""
+    path, record = newest("scale")
+    lines = [
+        "At each size, from the smallest on: what the library takes | what we take, and the slope, the exponent of a"
+        " power law through the larger sizes (1 is linear, 0 constant). Seconds are of the work alone, and MiB what it"
+        f" holds beyond what was there before it, median of {record['repeats']}. Some work no library does.",
+        machine_line(path, record["machine"], folder),
+        "",
+        "| what | sizes | library | ours | slope, library | slope, ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        what = " ".join(filter(None, (row["piece"], row["what"]))) + f": {row['figure']}"
+        sizes = f"{', '.join(f'{size:,}' for size in row['sizes'])} {row['of']}"
+        costs, slopes = [], []
+        for side in ("library", "ours"):
+            found, steep = row.get(side, []), row.get(f"{side} slope")
+            costs.append(", ".join(f"{value:,.4g}" for value in found))
+            slopes.append("" if steep is None else f"{steep:.2f}")
+        lines.append(f"| {' | '.join([what, sizes, *costs, *slopes])} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "numbers": numbers, "commands": commands, "peers": peers, "speed_short": speed_short, "faults_short": faults_short,
     "pieces": pieces, "mrpc": mrpc, "speed": speed, "faults": faults, "fuzz": fuzz,
+    "scale": scale,
 }  # fmt: skip
 
 

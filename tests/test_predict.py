@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -611,5 +612,5 @@ def test_a_row_costs_what_is_told_of_it_and_not_a_call_for_each_class(problem):
         assert one.columns(row) == (told if problem == "single" else {name: [value] for name, value in told.items()})
         assert one.fields(row) == ["class 7", "0.7000"]
         assert len(answers(classes, every=True).fields(row)) == 2 + classes
-        work.append(calls(lambda one=one, row=row: (one.columns(row), one.fields(row))))
+        work.append(calls(partial(one.columns, row)) + calls(partial(one.fields, row)))
     assert work[0] == work[1]
