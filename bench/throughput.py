@@ -1,16 +1,20 @@
-"""The course's job through Accelerate (bench/peer.py) and through train.py, in turns, each turn a fresh process.
+"""The course's job with what a user would take instead, and with train.py, in turns, each turn a fresh process.
 
     python bench/throughput.py                            every setup, on the packaged checkpoint and stdlib-pairs
     python bench/throughput.py fp32 bf16 --data ./mrpc --record speed
-    python bench/throughput.py best --pairs 9 --steps 100
+    python bench/throughput.py best trainerbest fabricbest --pairs 9 --steps 100
 
-Before a setup of equal work is timed, both sides run a few steps with the same initial weights, batches and dropout
-seeds, and their losses have to agree; otherwise nothing is timed, the difference is named and the exit code is 1. Then
-they take turns. A pair's ratio is Accelerate's time over ours: above 1 we are faster. For memory and for the time to
-the first step it is ours over Accelerate's: below 1 is better. Shown are the median, the lowest and the highest ratio.
+The peers: Accelerate (bench/peer.py), transformers' Trainer (bench/peer_trainer.py), Lightning Fabric
+(bench/peer_fabric.py), and for prediction transformers' pipeline (bench/peer_pipeline.py).
+
+Before a setup is timed, both sides run a few steps with the same initial weights, batches and dropout seeds, and their
+losses have to agree; otherwise nothing is timed, the difference is named and the exit code is 1. Then they take turns.
+A pair's ratio is the peer's time over ours: above 1 we are faster. For memory and for the time to the first step it is
+ours over the peer's: below 1 is better. Shown are the median, the lowest and the highest ratio.
 
 Each run gives all figures of its setup: time per 1,000 tokens (padding does not count), evaluation, time from the
-command to the end of the first step, and the peak memory of the process and its children.
+command to the end of the first step, and the peak memory of the process and its children. Of prediction: the time from
+the command to its end, and memory; there the labels and probabilities of all rows have to agree, in each pair.
 
 The last line of stdout is one JSON object. `--record NAME` writes bench/records/DATE_DEVICE_NAME.json, .md and .png;
 setups that are in today's record already and not measured again stay in it, each with its own pairs.
@@ -28,11 +32,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from made import ENCODERS, SEED, SIZES, bert_of, encoder_of, pairs_of, rows_of, with_head
 from pieces import NotEqual, machine, model_of
 from readme import machine_text, measured, reached
 
@@ -42,13 +48,33 @@ from nanofinetune.ground.errors import UsageError
 from nanofinetune.ground.process import peak_rss_mb
 
 ROOT = Path(__file__).resolve().parent.parent
-SEED = 42
 GATE_STEPS = 5  # whose losses both sides must agree on
 WARM_UP = 4  # steps of a run that do not count for the time of a step
-SIDES = {"library": ROOT / "bench" / "peer.py", "ours": ROOT / "bench" / "ours.py"}
+SIDES = ("library", "ours")  # as records call them
+OURS = ROOT / "bench" / "ours.py"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What train.py is compared with."""
+
+    script: str  # in bench/
+    needs: dict[str, str]  # module -> the package that brings it
+    options: tuple[str, ...] = ()  # that each run of it gets
+
+
+SKLEARN = {"sklearn": "scikit-learn"}
+# Trainer spares biases and LayerNorm as train.py does, and both get the rate that is AdamW's default in the others.
+PEERS = {
+    "Accelerate": Peer("peer.py", {"accelerate": "accelerate"} | SKLEARN),
+    "Trainer": Peer("peer_trainer.py", {"accelerate": "accelerate"} | SKLEARN, ("--weight-decay", "0.01")),
+    "Fabric": Peer("peer_fabric.py", {"lightning_fabric": "lightning-fabric"} | SKLEARN),
+    "pipeline": Peer("peer_pipeline.py", {}),  # predicts; all others train
+}
 # How far the losses of equal work may lie apart. In fp32 the two AdamW forms round differently, and train.py decays no
 # bias and no LayerNorm; in bf16 such a difference in the seventh digit of a weight may turn over its third.
 TOLERANCE = {"no": 2e-5, "bf16": 5e-3}
+ALIKE = 1e-5  # how far two probabilities of a prediction may lie apart
 
 
 @dataclass(frozen=True)
@@ -62,11 +88,17 @@ class Setup:
     batch: int = 8
     steps: int = 40
     same_work: bool = True
-    library: tuple[str, ...] = ()  # options of bench/peer.py
+    library: tuple[str, ...] = ()  # options of the peer's script
     ours: tuple[str, ...] = ()  # options of train.py
     targets: tuple[tuple[str, str], ...] = ()  # (measure, target)
     length: int = 0  # tokens of every row of made-up data; 0: the data as they are
     size: str = ""  # of a model with random weights; "": the model as it is
+    peer: str = "Accelerate"  # a key of PEERS
+    encoder: str = ""  # another model with random weights: a key of ENCODERS
+
+    @property
+    def predicts(self) -> bool:
+        return self.peer == "pipeline"
 
 
 # measure -> (what, unit)
@@ -75,28 +107,43 @@ MEASURES = {
     "evaluation": ("evaluation", "s"),
     "first step": ("command to first step", "s"),
     "memory": ("peak memory, process tree", "MiB"),
+    "whole": ("command to end", "s"),  # of a prediction
 }
 OURS_OVER_THEIRS = ("first step", "memory")  # whose ratio is ours over the library's
-SIZES = {"2 x 128": (2, 128), "6 x 384": (6, 384), "12 x 768": (12, 768)}  # layers x width
+BEST = ("--group-by-length", "--fast-dropout")  # train.py's own choice
 
 
 def setups(nproc: Sequence[int], precisions: Sequence[str], steps: int) -> dict[str, Setup]:
     """All that can be measured, by name."""
     equal = "the same work"
     found: list[Setup] = []
-    whole = (("evaluation", ">= 1.5"), ("first step", "<= 0.7"), ("memory", "<= 0.95"))
+    whole = (("evaluation", ">= 1.5"), ("first step", "<= 0.6"), ("memory", "<= 0.7"))
     if "no" in precisions and 1 in nproc:
-        found.append(Setup("fp32", f"{equal}, fp32", targets=(("step", ">= 1.25"), *whole)))
+        fp32 = Setup("fp32", f"{equal}, fp32", targets=(("step", ">= 1.8"), *whole))
+        found += [fp32, *(replace(fp32, name=peer.lower(), peer=peer, targets=()) for peer in ("Trainer", "Fabric"))]
     if "bf16" in precisions and 1 in nproc:
-        found.append(Setup("bf16", f"{equal}, bf16", "bf16", targets=(("step", ">= 1.35"),)))
+        found.append(Setup("bf16", f"{equal}, bf16", "bf16", targets=(("step", ">= 2.1"),)))
         best = Setup(
             "best", "best against best", "bf16", same_work=False, library=("--fused", "--eval-batch-size", "64"),
-            ours=BEST, targets=(("step", ">= 1.8"),),
+            ours=BEST, targets=(("step", ">= 2.2"),),
         )  # fmt: skip
-        found += [best, replace(best, name="bestplain", what="best against bf16 as the course has it", library=())]
+        trainers = ("--group-by-length", "--eval-batch-size", "64")
+        found += [
+            best, replace(best, name="bestplain", what="best against bf16 as the course has it", library=()),
+            replace(best, name="trainerbest", peer="Trainer", library=trainers, targets=(("step", ">= 1.5"),)),
+            replace(best, name="fabricbest", peer="Fabric", targets=(("step", ">= 1.5"),)),
+        ]  # fmt: skip
     for n in nproc:
         if n > 1:
-            found.append(Setup(f"ranks{n}", f"{equal}, fp32, {n} processes", nproc=n, targets=(("step", ">= 1.2"),)))
+            target = ">= 1.8" if n == 2 else ">= 1.2"
+            found.append(Setup(f"ranks{n}", f"{equal}, fp32, {n} processes", nproc=n, targets=(("step", target),)))
+    if "no" in precisions and 1 in nproc:
+        for kind in ENCODERS:
+            name, targets = kind.replace("-", ""), (("step", ">= 1.4"),)
+            encoder = Setup(name, f"{equal}, fp32, {kind}", encoder=kind, targets=targets)
+            found.append(encoder if kind != "mpnet" else replace(encoder, targets=()))  # nothing is left out of it
+        pairs = Setup("predict", "prediction of a file of pairs", peer="pipeline", targets=(("whole", ">= 1.6"),))
+        found.append(pairs)
     cost = Setup("", "", length=64)
     for batch in (4, 8, 16, 32):
         found.append(replace(cost, name=f"batch{batch}", what=f"batches of {batch} rows of 64 tokens", batch=batch))
@@ -111,7 +158,10 @@ def setups(nproc: Sequence[int], precisions: Sequence[str], steps: int) -> dict[
     return {s.name: replace(s, steps=steps if not s.length else max(GATE_STEPS + WARM_UP, steps // 4)) for s in found}
 
 
-BEST = ("--group-by-length", "--fast-dropout")
+def missing(setup: Setup) -> str:
+    """What to install for the setup's peer; "" where all is there."""
+    absent = [package for module, package in PEERS[setup.peer].needs.items() if find_spec(module) is None]
+    return f"{setup.peer} needs {' and '.join(absent)}: pip install {' '.join(absent)}" if absent else ""
 
 
 # --- one run of one side ----------------------------------------------------------------------------------------------
@@ -128,27 +178,38 @@ class Place:
 
 
 def command(side: str, setup: Setup, place: Place, steps: int, trace: Path) -> list[str]:
-    """The command line of one run."""
-    model = made_model(setup, place) if setup.size else place.model
-    data = made_data(setup, place) if setup.length else place.data
+    """The command line of one run, whose losses and times, or answers, go into `trace`."""
+    peer, here = PEERS[setup.peer], ["--cpu"] if place.device == "cpu" else []
+    if setup.predicts:
+        asked = [with_head(place.model, place.folder), pairs_of(place.data, place.folder)]
+        if side == "library":
+            return [sys.executable, str(ROOT / "bench" / peer.script), *asked, str(trace), *here]
+        options = ["--text-columns", "sentence1", "sentence2", "--device", place.device, "--output", str(trace)]
+        return [sys.executable, "-m", "nanofinetune.predict", *asked, *options]
+    model = place.model
+    if setup.size:
+        model = bert_of(setup.size, model, place.folder)
+    elif setup.encoder:
+        model = encoder_of(setup.encoder, model, place.folder)
+    data = rows_of(setup.length, place.folder) if setup.length else place.data
     launch = [sys.executable]
     if setup.nproc > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={setup.nproc}"]
     common = ["--model", model, "--data", data, "--seed", str(SEED), "--max-steps", str(steps), "--batch-size"]
     common += [str(setup.batch), "--precision", setup.precision]
     if side == "library":
-        options = ["--trace", str(trace), *common, *setup.library, *(["--same-work"] if setup.same_work else [])]
-        options += ["--cpu"] if place.device == "cpu" else []
-    else:
-        # AdamW's own default in the course's listing; on biases and LayerNorm, too, which train.py leaves out.
-        options = [str(trace), *common, *setup.ours, "--weight-decay", "0.01", "--device", place.device]
-        options += ["--uneven", "wrap"] if setup.nproc > 1 else []
-    return [*launch, str(SIDES[side]), *options]
+        same = ["--same-work"] if setup.same_work else []
+        options = ["--trace", str(trace), *common, *peer.options, *setup.library, *same, *here]
+        return [*launch, str(ROOT / "bench" / peer.script), *options]
+    # AdamW's own default in the course's listing; on biases and LayerNorm, too, which train.py leaves out.
+    options = [str(trace), *common, *setup.ours, "--weight-decay", "0.01", "--device", place.device]
+    options += ["--uneven", "wrap"] if setup.nproc > 1 else []
+    return [*launch, str(OURS), *options]
 
 
 def measure(side: str, setup: Setup, place: Place, steps: int) -> dict[str, Any]:
-    """Run one side in fresh processes -> its figures and its losses."""
-    trace = place.folder / f"{side}.json"
+    """Run one side in fresh processes -> its figures, and its losses or answers."""
+    trace = place.folder / f"{side}.{'jsonl' if setup.predicts else 'json'}"
     trace.unlink(missing_ok=True)
     threads = max(1, (os.cpu_count() or 1) // setup.nproc)
     environment = os.environ | {
@@ -161,10 +222,14 @@ def measure(side: str, setup: Setup, place: Place, steps: int) -> dict[str, Any]
         began = time.time()
         process = subprocess.Popen(line, stdout=log, stderr=log, env=environment, cwd=place.folder)
         peak = watch(process)
+        seconds = time.time() - began
         if process.returncode != 0 or not trace.exists():
             log.seek(0)
             last = "\n".join(log.read().splitlines()[-15:])
             raise RuntimeError(f"{setup.name}: {side} ended with {process.returncode}:\n{last}")
+    if setup.predicts:
+        answers = [json.loads(row) for row in trace.read_text().splitlines()]
+        return {"whole": seconds, "memory": peak, "answers": [(row["label"], row["probability"]) for row in answers]}
     return figures(json.loads(trace.read_text()), began, peak)
 
 
@@ -205,56 +270,37 @@ def tree(pid: int) -> Iterator[int]:
             yield from tree(int(child))
 
 
-# --- made-up models and data, for the cost of one thing at a time -----------------------------------------------------
-
-
-def made_data(setup: Setup, place: Place) -> str:
-    """A folder of rows that all have `length` tokens: as many words as fit beside the two special tokens."""
-    folder = place.folder / f"rows-{setup.length}"
-    if not folder.exists():
-        folder.mkdir()
-        for split, rows in (("train", 64 * 32), ("validation", 16)):
-            words = ["the", "of", "and", "in", "to"]  # each one a token
-            with open(folder / f"{split}.jsonl", "w") as file:
-                for i in range(rows):
-                    text = " ".join(words[(i + k) % len(words)] for k in range(setup.length - 2))
-                    file.write(json.dumps({"sentence": text, "label": i % 2}) + "\n")
-    return str(folder)
-
-
-def made_model(setup: Setup, place: Place) -> str:
-    """A BERT of that size with random weights, beside the tokenizer of the model."""
-    folder = place.folder / f"model-{setup.size.replace(' ', '')}"
-    if not folder.exists():
-        import torch
-        from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
-
-        layers, width = SIZES[setup.size]
-        tokenizer = AutoTokenizer.from_pretrained(place.model)
-        torch.manual_seed(SEED)
-        config = BertConfig(
-            vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers,
-            num_attention_heads=max(2, width // 64), intermediate_size=4 * width,
-        )  # fmt: skip
-        BertForSequenceClassification(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 # --- the gate, and the pairs ------------------------------------------------------------------------------------------
 
 Measure = Callable[[str, Setup, Place, int], dict[str, Any]]
 
 
 def need_equal_work(setup: Setup, library: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raise NotEqual where the first losses of the two sides lie further apart than rounding explains."""
+    """Raise NotEqual where the first losses, or any answers, lie further apart than rounding explains."""
+    if setup.predicts:
+        need_equal_answers(setup, library["answers"], ours["answers"])
+        return
     pairs = list(zip(library["losses"][:GATE_STEPS], ours["losses"][:GATE_STEPS], strict=True))
     if not pairs:
         raise NotEqual(f"{setup.name}: no step was taken")
     for step, (a, b) in enumerate(pairs, 1):
         # The first loss is computed before any update: there only the batch, the weights and dropout count.
         if not abs(a - b) <= (1e-6 if step == 1 else TOLERANCE[setup.precision]):
-            raise NotEqual(f"{setup.name}: the loss of step {step} is {a:.7f} with the library and {b:.7f} with us")
+            who = f"{a:.7f} with {setup.peer} and {b:.7f} with us"
+            raise NotEqual(f"{setup.name}: the loss of step {step} is {who}")
+
+
+Answer = tuple[str, float]  # label, probability
+
+
+def need_equal_answers(setup: Setup, library: Sequence[Answer], ours: Sequence[Answer]) -> None:
+    """Raise NotEqual where two predictions differ in a label, or in a probability by more than ALIKE."""
+    if not library or len(library) != len(ours):
+        raise NotEqual(f"{setup.name}: {setup.peer} answers for {len(library)} rows, and we for {len(ours)}")
+    for row, ((label, p), (our_label, our_p)) in enumerate(zip(library, ours, strict=True), 1):
+        if label != our_label or not abs(p - our_p) <= ALIKE:
+            who = f"{label} ({p:.6f}) with {setup.peer} and {our_label} ({our_p:.6f}) with us"
+            raise NotEqual(f"{setup.name}: row {row} is {who}")
 
 
 def compare(setup: Setup, place: Place, pairs: int, take: Measure = measure) -> dict[str, Any]:
@@ -270,12 +316,19 @@ def compare(setup: Setup, place: Place, pairs: int, take: Measure = measure) -> 
         if setup.same_work:
             need_equal_work(setup, pair["library"], pair["ours"])
         taken.append(pair)
+    if setup.predicts:  # a record keeps how many rows there were, not what each of them got
+        taken = [{side: found | {"answers": len(found["answers"])} for side, found in pair.items()} for pair in taken]
     return {
         "setup": asdict(setup),
-        "gate": {side: found["losses"] for side, found in first.items()},
+        "gate": {side: compared(found) for side, found in first.items()},
         "pairs": taken,
         "rows": rows(setup, taken),
     }
+
+
+def compared(found: dict[str, Any]) -> list[float]:
+    """What a record keeps of a side's run in the gate: losses, or the first probabilities."""
+    return found["losses"] if "losses" in found else [p for _, p in found["answers"][:GATE_STEPS]]
 
 
 def rows(setup: Setup, taken: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -284,6 +337,8 @@ def rows(setup: Setup, taken: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for name, (what, unit) in MEASURES.items():
         if setup.length and name != "step":
             continue  # 16 rows to evaluate: only the step is measured
+        if any(name not in pair[side] for pair in taken for side in SIDES):
+            continue  # of another job
         sides = {side: [pair[side][name] for pair in taken] for side in SIDES}
         if not all(sides["library"]) or not all(sides["ours"]):
             continue  # the system does not tell
@@ -301,76 +356,84 @@ def rows(setup: Setup, taken: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
-HEADER = f"{'what':<66} {'library':>12} {'ours':>12}  {'ratio (lowest to highest)':<26} target"
+HEADER = f"{'peer':<11} {'what':<66} {'the peer':>12} {'ours':>12}  {'ratio (lowest to highest)':<26} target"
 
 
-def line(row: dict[str, Any]) -> str:
+def peer_of(found: dict[str, Any]) -> str:
+    """The peer of a setup's part of a record; the first records had but one."""
+    return found["setup"].get("peer", "Accelerate")
+
+
+def line(peer: str, row: dict[str, Any]) -> str:
     values = " ".join(f"{row[side]:>8.4g} {row['unit']:<3}" for side in SIDES)
     ratio = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
-    return f"{row['what']:<66} {values}  {ratio:<26} {row['target']}".rstrip()
-
-
-def all_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for found in record["setups"].values() for row in found["rows"]]
+    return f"{peer:<11} {row['what']:<66} {values}  {ratio:<26} {row['target']}".rstrip()
 
 
 def markdown(record: dict[str, Any], picture: str) -> str:
     """The report of a record: made from it alone, so that it can be made again."""
+    peers = list(dict.fromkeys(map(peer_of, record["setups"].values())))
     text = [
-        f"# Throughput: Accelerate and nanofinetune, {record['machine']['date']}",
+        f"# Throughput: {', '.join(peers)} and nanofinetune, {record['machine']['date']}",
         "",
         f"{machine_text(record['machine'])};"
         f" model {record['model']}, data {record['data']}, device {record['device']}.",
         "Each pair is a run of either side in fresh processes, in turns. A ratio above 1 is ours ahead; of memory and"
-        " of the time to the first step it is ours over the library's, and below 1 is ours ahead.",
+        " of the time to the first step it is ours over the peer's, and below 1 is ours ahead.",
         "",
-        "| what | library | ours | ratio | target | reached | pairs |",
-        "|---|---|---|---|---|---|---|",
+        "| peer | what | the peer | ours | ratio | target | reached | pairs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for found in record["setups"].values():
         for row in found["rows"]:
             cells = f"{measured(row)} | {row['target']} | {reached(row)} | {len(found['pairs'])}"
-            text.append(f"| {row['what']} | {cells} |")
+            text.append(f"| {peer_of(found)} | {row['what']} | {cells} |")
     text += ["", f"![ratios and costs]({picture})", "", "## Settings and losses", ""]
     for name, found in record["setups"].items():
-        setup = found["setup"]
+        setup, peer = found["setup"], peer_of(found)
         options = {side: " ".join(setup[side]) or "none" for side in SIDES}
-        losses = {side: ", ".join(f"{loss:.5f}" for loss in found["gate"][side]) for side in SIDES}
+        gate = {side: ", ".join(f"{value:.5f}" for value in found["gate"][side]) for side in SIDES}
+        if peer == "pipeline":
+            text += [
+                f"- **{name}** ({found['measured']}): {found['pairs'][0]['ours']['answers']:,} rows.",
+                f"  First probabilities: {peer} {gate['library']}; ours {gate['ours']}.",
+            ]
+            continue
         ends = {side: statistics.median(pair[side]["losses"][-1] for pair in found["pairs"]) for side in SIDES}
         text += [
             f"- **{name}** ({found['measured']}): {setup['nproc']} process(es), batch {setup['batch']},"
             f" precision {setup['precision']}, {setup['steps']} steps, the first {WARM_UP} left out;"
-            f" options: library {options['library']}, ours {options['ours']}.",
-            f"  Gate: library {losses['library']}; ours {losses['ours']}."
-            f" Last loss: library {ends['library']:.5f}, ours {ends['ours']:.5f}.",
+            f" options: {peer} {options['library']}, ours {options['ours']}.",
+            f"  Gate: {peer} {gate['library']}; ours {gate['ours']}."
+            f" Last loss: {peer} {ends['library']:.5f}, ours {ends['ours']:.5f}.",
         ]
     return "\n".join(text) + "\n"
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Two panels, times and memory: ours as a share of the library's, so that shorter bars are better in both."""
+    """Two panels, times and memory: ours as a share of the peer's, so that shorter bars are better in both."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = all_rows(record)
+    rows = [(peer_of(found), row) for found in record["setups"].values() for row in found["rows"]]
     panels = {
-        "time, train.py / Accelerate": [row for row in rows if row["unit"] != "MiB"],
-        "memory, train.py / Accelerate": [row for row in rows if row["unit"] == "MiB"],
+        "time, ours / the peer's": [(peer, row) for peer, row in rows if row["unit"] != "MiB"],
+        "memory, ours / the peer's": [(peer, row) for peer, row in rows if row["unit"] == "MiB"],
     }
     counts = [max(1, len(shown)) for shown in panels.values()]
     figure, axes = pyplot.subplots(
         2, 1, figsize=(9, 1.6 + 0.24 * sum(counts)), height_ratios=counts, layout="constrained", sharex=True
     )
     for axis, (title, shown) in zip(axes, panels.items(), strict=True):
-        shares = [share(row) for row in shown]
+        shares = [share(row) for _, row in shown]
         middles = [middle for middle, _, _ in shares]
         errors = [[middle - low for middle, low, _ in shares], [high - middle for middle, _, high in shares]]
         axis.barh(range(len(shown)), middles, xerr=errors, color="#4878a8", capsize=2)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(f"{title}: below 1 ours ahead", fontsize=9)
-        axis.set_yticks(range(len(shown)), [row["what"] for row in shown], fontsize=7)
+        axis.set_yticks(range(len(shown)), [f"{peer}, {row['what']}" for peer, row in shown], fontsize=7)
         axis.invert_yaxis()
     axes[-1].set_xlim(left=0)
     figure.savefig(path, dpi=100, metadata={"Software": None})
@@ -378,7 +441,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 
 def share(row: dict[str, Any]) -> tuple[float, float, float]:
-    """Ours over the library's: median, lowest, highest."""
+    """Ours over the peer's: median, lowest, highest."""
     if row["measure"] in OURS_OVER_THEIRS:
         return row["ratio"], row["low"], row["high"]
     return 1 / row["ratio"], 1 / row["high"], 1 / row["low"]
@@ -449,11 +512,13 @@ def main() -> None:
     args = parse()
     known = setups(args.nproc, args.precision, args.steps)
     if args.list:
-        print("\n".join(f"{setup.name:<12} {setup.what}" for setup in known.values()))
+        print("\n".join(f"{setup.name:<12} {setup.peer:<11} {setup.what}" for setup in known.values()))
         return
     for name in args.setups:
         if name not in known:
             raise UsageError(f"{name}: there is no such setup; choose from {', '.join(known)}")
+        if why := missing(known[name]):
+            raise UsageError(f"{name}: {why}")
     names = (model_of(args.model), args.data)
     model, data = (str(Path(name).absolute()) if Path(name).exists() else name for name in names)
     record = {
@@ -467,10 +532,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="nanofinetune-bench-") as folder:
         place = Place(model, data, args.device, Path(folder))
         for name in args.setups or known:
+            if why := missing(known[name]):
+                print(f"{name}: left out; {why}", file=sys.stderr, flush=True)
+                continue
             found = compare(known[name], place, args.pairs)
             record["setups"][name] = found | {"measured": time.strftime("%Y-%m-%d %H:%M")}
             for row in found["rows"]:
-                print(line(row), flush=True)
+                print(line(known[name].peer, row), flush=True)
             if args.record:
                 write(merged(base, record), base)
     print(json.dumps(record))
