@@ -71,19 +71,20 @@ def speed(folder: Path) -> str:
     path, record = newest("speed")
     report, picture = path.with_suffix(".md"), path.with_suffix(".png")
     lines = [
-        f"The whole job, {record['model']} on {record['data']}, each run a fresh process, in turns: the course's script"
-        " with Accelerate (bench/peer.py) against train.py, median of the ratios (lowest to highest). Above 1 is ours"
-        " ahead; of memory and of the time to the first step it is ours over the library's, so less is ours ahead."
-        " Best against best is each side's own choice of options: other batches and dropout masks, so another job."
+        f"The whole job, {record['model']} on {record['data']}, each run a fresh process, in turns: a peer against"
+        " train.py, median of the ratios (lowest to highest). Above 1 is ours ahead; of memory and of the time to the"
+        " first step it is ours over the peer's, so less is ours ahead. Best against best is each side's own choice of"
+        " options: other batches and dropout masks, so another job."
         f" Settings, losses and costs: {link(report, folder)}.",
         machine_line(path, record["machine"], folder),
         "",
-        "| what | library | ours | ratio | target | reached |",
-        "|---|---|---|---|---|---|",
+        "| peer | what | the peer | ours | ratio | target | reached |",
+        "|---|---|---|---|---|---|---|",
     ]
     for found in record["setups"].values():
+        peer = found["setup"].get("peer", "Accelerate")  # the first records had but one
         for row in found["rows"]:
-            lines.append(f"| {row['what']} | {measured(row)} | {row['target']} | {reached(row)} |")
+            lines.append(f"| {peer} | {row['what']} | {measured(row)} | {row['target']} | {reached(row)} |")
     return "\n".join([*lines, "", f"![times and memory, each side]({os.path.relpath(picture, folder)})"])
 
 
@@ -117,6 +118,29 @@ def mrpc(folder: Path) -> str:
             each = ", ".join(f"{value:.3f}" for value in found["seeds"].values())
             cells.append(f"{found['mean']:.3f} ± {found['std']:.3f} ({each})")
         lines.append(f"| {label} | {' | '.join(cells)} |")
+    if list(RECORDS.glob("*_quality.json")):
+        timed, found = newest("quality")
+        lines += ["", time_to_quality(found, link(timed, folder))]
+    return "\n".join(lines)
+
+
+def time_to_quality(record: dict[str, Any], source: str) -> str:
+    """The table of `python bench/quality.py --timed --json`: how long until the scores are there, and which."""
+    sides = record["sides"]
+    lines = [
+        f"The same with each side at its best, {sides['nanofinetune']['steps']:,} updates, one run after the other on"
+        f" all cores; the time is from the command to its end. {machine_text(record['machine'])}; {source}.",
+        "",
+        "| | options | seconds to the scores | accuracy | F1 |",
+        "|---|---|---|---|---|",
+    ]
+    for side, label in {"library": "Accelerate (bench/peer.py)", "nanofinetune": "train.py"}.items():
+        cells = []
+        for name, digits in (("wall", 1), ("accuracy", 3), ("f1", 3)):
+            found = sides[side][name]
+            each = ", ".join(f"{value:.{digits}f}" for value in found["seeds"].values())
+            cells.append(f"{found['mean']:.{digits}f} ± {found['std']:.{digits}f} ({each})")
+        lines.append(f"| {label} | `{sides[side]['options']}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -240,7 +264,19 @@ def speed_short(folder: Path) -> str:
     sentence = f"It loses in `{behind['what'].partition(',')[0]}` ({behind['ratio']:.2f})"
     if equal is not None:
         sentence += f", and gains least where no row is padded and the model is large ({equal['ratio']:.2f})"
+    sentence += others(record)
     return "\n".join([*lines, "", sentence + ". [All of it](docs/speed.md), piece by piece."])
+
+
+def others(record: dict[str, Any]) -> str:
+    """How much faster it trains than the other peers, as far as the record has them, each side at its best."""
+    names = {"trainerbest": "transformers' Trainer", "fabricbest": "Lightning Fabric"}
+    ratios = [
+        f"{row_of(record, name, '1,000 tokens of training')['ratio']:.2f} times the speed of {peer}"
+        for name, peer in names.items()
+        if name in record["setups"]
+    ]
+    return f". Each side at its best, it has {' and '.join(ratios)}" if ratios else ""
 
 
 FAULTS_SHOWN = ("50 runs killed", "newest checkpoint has a flipped bit", "disk full", "SIGTERM on both ranks")

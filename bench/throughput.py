@@ -106,8 +106,8 @@ MEASURES = {
     "step": ("1,000 tokens of training", "ms"),
     "evaluation": ("evaluation", "s"),
     "first step": ("command to first step", "s"),
-    "memory": ("peak memory, process tree", "MiB"),
     "whole": ("command to end", "s"),  # of a prediction
+    "memory": ("peak memory, process tree", "MiB"),
 }
 OURS_OVER_THEIRS = ("first step", "memory")  # whose ratio is ours over the library's
 BEST = ("--group-by-length", "--fast-dropout")  # train.py's own choice

@@ -34,6 +34,9 @@ WRONG = [
     ("quality", "--data x --seeds one", "--seeds: one is not a whole number from 0"),
     ("quality", "--data x --peer-seeds 9", "--peer-seeds 9: it is none of --seeds"),
     ("quality", "--data x --json no/such/file.json", "--json no/such/file.json: there is no such folder"),
+    ("quality", "--data x --timed --peer-seeds 1", "--peer-seeds: with --timed both sides run with each seed"),
+    ("quality", "--data x --max-steps 0", "--max-steps: 0 is not a whole number from 1"),
+    ("quality", "--data x --max-steps 5 --json x.json", "--json: 5 updates are a trial and no record"),
     ("commands", "--bogus", "unrecognized arguments: --bogus"),
     ("commands", "--only 4", "--only: 4 is not a whole number from 1 to 3"),
     ("commands", "--json no/such/file.json", "--json no/such/file.json: there is no such folder"),
@@ -42,6 +45,11 @@ WRONG = [
     ("peer", "--model x --data y --batch 4", "unrecognized arguments: --batch 4"),
     ("peer", "--model x --data y --batch-size 0", "argument --batch-size: invalid positive value: '0'"),
     ("peer", "--model x --data y --precision fp8", "argument --precision: invalid choice: 'fp8'"),
+    ("peer_trainer", "--model x --data y --fused", "unrecognized arguments: --fused"),
+    ("peer_trainer", "--model x --data y --same-work --group-by-length", "--group-by-length: --same-work has an order"),
+    ("peer_fabric", "--model x --data y --group-by-length", "unrecognized arguments: --group-by-length"),
+    ("peer_fabric", "--model x", "the following arguments are required: --data"),
+    ("peer_pipeline", "m x.jsonl y.jsonl --batch-size 0", "argument --batch-size: invalid positive value: '0'"),
     ("readme", "--bogus", "unrecognized arguments: --bogus"),
     ("readme", "x", "unrecognized arguments: x"),
     ("ours", "", "name the file for losses and times first"),
@@ -50,14 +58,17 @@ WRONG = [
 ]
 
 
+NEEDS = {"peer": "accelerate", "peer_trainer": "accelerate", "peer_fabric": "lightning_fabric"}
+
+
 @pytest.mark.parametrize(("script", "words", "said"), WRONG)
 def test_what_a_script_does_not_know_is_one_line_and_exit_2(script, words, said, monkeypatch, capsys, tmp_path) -> None:
-    if script == "peer" and not all(util.find_spec(name) for name in ("accelerate", "sklearn")):
-        pytest.skip("the libraries' side needs accelerate and scikit-learn (extra `test`)")
+    if script in NEEDS and util.find_spec(NEEDS[script]) is None:
+        pytest.skip(f"the libraries' side needs {NEEDS[script]} (extra `bench`)")
     module = import_module(script)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *words.split()])
-    if script in ("peer", "ours"):  # the one imports nothing of ours, the other is train.py
+    if script.startswith(("peer", "ours")):  # these import nothing of ours, and the other is train.py
         try:
             code = module.main()
         except SystemExit as ended:
@@ -68,6 +79,18 @@ def test_what_a_script_does_not_know_is_one_line_and_exit_2(script, words, said,
     assert code == 2 and out == ""
     assert err.startswith(f"{script}.py: {said}") and err.count("\n") == 1, err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["peer_trainer", "peer_fabric"])
+def test_a_peer_that_is_not_written_for_ranks_refuses_them(script, monkeypatch, capsys) -> None:
+    if util.find_spec(NEEDS[script]) is None:
+        pytest.skip(f"the libraries' side needs {NEEDS[script]} (extra `bench`)")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--model", "x", "--data", "y"])
+    with pytest.raises(SystemExit) as ended:
+        import_module(script).main()
+    why = "WORLD_SIZE=2: it runs in one process; use bench/peer.py for several"
+    assert ended.value.code == 2 and capsys.readouterr() == ("", f"{script}.py: {why}\n")
 
 
 def test_readme_py_writes_nothing_where_it_is_told_something() -> None:

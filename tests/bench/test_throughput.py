@@ -4,7 +4,8 @@
     python -m pytest tests/bench/test_throughput.py -m slow    the two real programs on a tiny model
 
 The gate is shown to refuse: a difference in the initial weights, and one in AdamW, end the command before any pair.
-References: accelerate 1.15 and transformers 5.23, through bench/peer.py.
+References: accelerate 1.15 and transformers 5.23 through bench/peer.py, bench/peer_trainer.py and
+bench/peer_pipeline.py, lightning-fabric 2.6 through bench/peer_fabric.py.
 """
 
 import json
@@ -13,6 +14,7 @@ import re
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +25,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import faults
 import fuzz
+import made
 import throughput
 from throughput import NotEqual, Place, Setup
 
@@ -74,7 +77,7 @@ def test_a_difference_is_refused_before_any_pair(step, same_work):
         return made_up(differing)
 
     setup = Setup("x", "", same_work=same_work, ours=("--group-by-length",), library=("--fused",))
-    with pytest.raises(NotEqual, match=f"x: the loss of step {step} is .* with the library and .* with us"):
+    with pytest.raises(NotEqual, match=f"x: the loss of step {step} is .* with Accelerate and .* with us"):
         throughput.compare(setup, PLACE, 5, take)
     assert order == ["library", "ours"]
 
@@ -96,6 +99,39 @@ def test_the_first_loss_is_compared_more_strictly_and_nan_never_agrees():
             throughput.need_equal_work(setup, made_up(), made_up(wrong))
     with pytest.raises(NotEqual, match="no step was taken"):
         throughput.need_equal_work(setup, made_up([]), made_up([]))
+
+
+def answers(*found, **figures):
+    return {"whole": 2.0, "memory": 1.0, "answers": list(found)} | figures
+
+
+SAME, OTHER = ("same", 0.9), ("other", 0.7)
+
+
+def test_a_prediction_is_timed_only_where_all_labels_and_probabilities_agree():
+    setup = Setup("predict", "", peer="pipeline")
+    throughput.need_equal_work(setup, answers(SAME, OTHER), answers(SAME, ("other", 0.700009)))
+    for wrong, why in (
+        ([SAME, ("same", 0.7)], r"predict: row 2 is other \(0.700000\) with pipeline and same \(0.700000\) with us"),
+        ([SAME, ("other", 0.70002)], "row 2 is"),
+        ([("same", float("nan")), OTHER], "row 1 is"),
+        ([SAME], "pipeline answers for 2 rows, and we for 1"),
+    ):
+        with pytest.raises(NotEqual, match=why):
+            throughput.need_equal_work(setup, answers(SAME, OTHER), answers(*wrong))
+    with pytest.raises(NotEqual, match="answers for 0 rows"):
+        throughput.need_equal_work(setup, answers(), answers())
+
+
+def test_a_record_of_a_prediction_counts_its_answers_and_has_two_rows():
+    walls = iter([9.0, 9.0, 6.0, 2.0, 5.0, 2.0])
+    setup = throughput.setups([1], ["no"], 40)["predict"]
+    found = throughput.compare(setup, PLACE, 2, lambda *_: answers(SAME, OTHER, whole=next(walls)))
+    assert [pair[side]["answers"] for pair in found["pairs"] for side in throughput.SIDES] == [2] * 4
+    assert found["gate"] == {"library": [0.9, 0.7], "ours": [0.9, 0.7]}
+    assert [(row["measure"], row["ratio"], row["target"]) for row in found["rows"]] == [
+        ("whole", 2.75, ">= 1.6"), ("memory", 1.0, ""),
+    ]  # fmt: skip
 
 
 # --- the arithmetic ---------------------------------------------------------------------------------------------------
@@ -153,20 +189,139 @@ def test_names_and_settings_of_the_setups():
     assert "--same-work" not in throughput.command("library", known["best"], PLACE, 40, ROOT / "t.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "script", "options"),
+    [
+        ("trainer", "peer_trainer.py", {"--same-work", "--weight-decay"}),
+        ("trainerbest", "peer_trainer.py", {"--group-by-length", "--eval-batch-size", "--weight-decay", "bf16"}),
+        ("fabric", "peer_fabric.py", {"--same-work"}),
+        ("fabricbest", "peer_fabric.py", {"--fused", "--eval-batch-size", "bf16"}),
+        ("best", "peer.py", {"--fused", "--eval-batch-size", "bf16"}),
+    ],
+)
+def test_each_peer_runs_its_own_script_with_its_best_options(name, script, options):
+    setup = throughput.setups([1], ["no", "bf16"], 40)[name]
+    line = throughput.command("library", setup, PLACE, 40, ROOT / "t.json")
+    assert line[1] == str(ROOT / "bench" / script) and options <= set(line)
+    assert ("--same-work" in line) == setup.same_work
+    assert throughput.command("ours", setup, PLACE, 40, ROOT / "t.json")[1] == str(throughput.OURS)
+
+
+def test_targets_of_the_peers():
+    known = throughput.setups([1, 2], ["no", "bf16"], 40)
+    steps = {name: dict(setup.targets).get("step", "") for name, setup in known.items()}
+    assert [steps[name] for name in ("fp32", "bf16", "best", "trainerbest", "fabricbest", "ranks2")] == [
+        ">= 1.8", ">= 2.1", ">= 2.2", ">= 1.5", ">= 1.5", ">= 1.8",
+    ]  # fmt: skip
+    assert {steps[name] for name in ("distilbert", "roberta", "electra", "albert", "xlmroberta")} == {">= 1.4"}
+    assert steps["mpnet"] == ""
+
+
+def test_a_peer_that_is_not_installed_is_refused_by_name_and_left_out_of_all(monkeypatch, capsys):
+    monkeypatch.setattr(throughput, "find_spec", lambda name: None if name == "lightning_fabric" else name)
+    monkeypatch.setattr(throughput, "model_of", lambda name: name)
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "fabric", "--model", "m"])
+    assert throughput.run_main("throughput.py", throughput.main) == 2
+    why = "Fabric needs lightning-fabric: pip install lightning-fabric"
+    assert capsys.readouterr() == ("", f"throughput.py: fabric: {why}\n")
+    known = throughput.setups([1], ["no"], 40)
+    few = {name: known[name] for name in ("fp32", "fabric")}
+    monkeypatch.setattr(throughput, "setups", lambda *_: few)
+    monkeypatch.setattr(throughput, "compare", lambda setup, *_: {"rows": [], "setup": {"peer": setup.peer}})
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--model", "m"])
+    assert throughput.run_main("throughput.py", throughput.main) == 0
+    out, err = capsys.readouterr()
+    assert err == f"fabric: left out; {why}\n" and list(json.loads(out.splitlines()[-1])["setups"]) == ["fp32"]
+
+
+def test_prediction_gets_a_model_with_a_head_and_the_pairs_of_the_test_split(tmp_path, saved_model, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, text in (("train", "a"), ("validation", "b"), ("test", "c")):
+        row = {"sentence1": text, "sentence2": "the cat", "label": 0}
+        (data / f"{split}.jsonl").write_text(2 * (json.dumps(row) + "\n"))
+    place = Place(saved_model, str(data), "cpu", tmp_path)
+    setup = throughput.setups([1], ["no"], 40)["predict"]
+    theirs, ours = (throughput.command(side, setup, place, 9, tmp_path / "t.jsonl") for side in throughput.SIDES)
+    assert theirs[1:5] == [
+        str(ROOT / "bench" / "peer_pipeline.py"), str(tmp_path / "model-with-head"), str(tmp_path / "pairs.jsonl"),
+        str(tmp_path / "t.jsonl"),
+    ]  # fmt: skip
+    assert ours[1:5] == ["-m", "nanofinetune.predict", theirs[2], theirs[3]]
+    lines = (tmp_path / "pairs.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"sentence1": "c", "sentence2": "the cat"}] * 2
+    monkeypatch.setattr(sys, "argv", ["predict", *ours[3:]])
+    from nanofinetune import predict
+
+    predict.parse_arguments()  # it knows every option
+
+
+def test_data_without_pairs_are_refused_for_prediction(tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text('{"sentence": "the cat", "label": 1}\n')
+    with pytest.raises(throughput.UsageError, match="predict needs the columns sentence1 and sentence2"):
+        made.pairs_of(str(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("kind", list(made.ENCODERS))
+def test_an_encoder_is_what_the_model_type_says_and_fits_its_tokenizer(kind, tmp_path, saved_model, monkeypatch):
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    from nanofinetune.cpu.lean import ENCODERS
+
+    small = {name: 24 if "size" in name or "dim" in name else size for name, size in made.ENCODERS[kind].items()}
+    fixed = {name: size for name, size in made.ENCODERS[kind].items() if name in made.SHIFTED}
+    monkeypatch.setitem(made.ENCODERS, kind, small | fixed)
+    folder = made.encoder_of(kind, saved_model, tmp_path)
+    assert made.encoder_of(kind, "not looked at again", tmp_path) == folder
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert config.model_type == kind and config.pad_token_id == tokenizer.pad_token_id
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert (type(model).__name__ in ENCODERS) == (kind != "mpnet")
+    longest = tokenizer(["the " * 600], truncation=True, max_length=512, return_tensors="pt")
+    assert ("token_type_ids" in longest) == (kind not in made.WITHOUT_SEGMENTS)
+    assert model(**longest).logits.shape == (1, 2)
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory, tiny_tokenizer_dir):
+    """A saved tiny BERT with its tokenizer."""
+    from conftest import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("made") / "model", tiny_tokenizer_dir)
+
+
+def test_trainer_is_told_to_do_nothing_but_train(tmp_path):
+    """What a user sets who wants speed; the optimizer stays Trainer's default, torch's fused AdamW."""
+    pytest.importorskip("accelerate", reason="Trainer needs it (extra `bench`)")
+    import peer_trainer
+    from transformers import TrainingArguments
+
+    asked: dict[str, Any] = dict.fromkeys(("seed", "epochs", "batch_size", "eval_batch_size"), 3)
+    asked |= {"lr": 1e-3, "weight_decay": 0.01, "max_steps": None, "cpu": True, "group_by_length": True}
+    found = TrainingArguments(**peer_trainer.settings(Namespace(precision="bf16", **asked), str(tmp_path)))
+    assert (found.optim, found.lr_scheduler_type, found.get_warmup_steps(9)) == ("adamw_torch_fused", "linear", 0)
+    assert found.bf16 and not found.fp16 and found.max_grad_norm == 0 and found.max_steps == -1
+    assert (found.save_strategy, found.logging_strategy, found.eval_strategy, found.report_to) == ("no", "no", "no", [])
+    assert found.train_sampling_strategy == "group_by_length" and found.disable_tqdm
+
+
 def test_train_py_takes_the_options_of_every_setup():
     from conftest import load_script
 
     train = load_script(ROOT / "train.py")
     for setup in throughput.setups([1, 2, 4], ["no", "bf16"], 40).values():
-        plain = replace(setup, length=0, size="")
+        plain = replace(setup, length=0, size="", encoder="")
+        if setup.predicts:
+            continue
         words = throughput.command("ours", plain, PLACE, 9, ROOT / "t.json")
-        train.parse_arguments(words[words.index(str(throughput.SIDES["ours"])) + 2 :])
+        train.parse_arguments(words[words.index(str(throughput.OURS)) + 2 :])
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["fp31"], "fp31: there is no such setup; choose from fp32, bf16,"),
+        (["fp31"], "fp31: there is no such setup; choose from fp32, trainer,"),
         (["--precision", "fp8"], "--precision fp8: choose no, bf16 or no,bf16"),
         (["--quick", "--record", "x"], "--record: a quick run is no measurement; leave --quick out"),
         (["--record", "a/b"], "--record a/b: a name of letters, digits and underscores"),
@@ -193,10 +348,37 @@ def test_a_record_is_merged_setup_by_setup_and_written_three_ways(tmp_path):
     text = base.with_suffix(".md").read_text()
     assert text == throughput.markdown(record, "2026-01-02_cpu_speed.png")
     assert "| >= 99 | **no** | 3 |" in text, "where we lose, it stands there"
-    assert "Gate: library 0.70000, 0.60000" in text
+    assert "Gate: Accelerate 0.70000, 0.60000" in text
     assert base.with_suffix(".png").stat().st_size > 10_000
     with pytest.raises(throughput.UsageError, match="has another model"):
         throughput.merged(base, record_of(other) | {"model": "another"})
+
+
+def test_a_report_names_the_peer_of_each_setup():
+    parts = [taken(throughput.setups([1], ["no", "bf16"], 40)[name]) for name in ("fp32", "trainerbest", "fabric")]
+    walls = iter([4.0, 2.0] * 3)
+    predict = throughput.setups([1], ["no"], 40)["predict"]
+    parts.append(throughput.compare(predict, PLACE, 2, lambda *_: answers(SAME, OTHER, whole=next(walls))))
+    first = parts[0] | {"setup": {k: v for k, v in parts[0]["setup"].items() if k not in ("peer", "encoder")}}
+    text = throughput.markdown(record_of(first, *parts[1:]), "x.png")
+    assert text.startswith("# Throughput: Accelerate, Trainer, Fabric, pipeline and nanofinetune, 2026-01-02\n")
+    assert "| Accelerate | the same work, fp32: 1,000 tokens of training | 5 ms | 2 ms |" in text, "an old record"
+    assert "| Trainer | best against best: 1,000 tokens of training |" in text and ">= 1.5 | yes | 3 |" in text
+    assert "| pipeline | prediction of a file of pairs: command to end | 4 s | 2 s | **2.00** (2.00 to 2.00)" in text
+    assert "options: Trainer --group-by-length --eval-batch-size 64, ours --group-by-length --fast-dropout." in text
+    assert "Gate: Fabric 0.70000" in text and "): 2 rows.\n  First probabilities: pipeline 0.90000, 0.70000;" in text
+    assert throughput.line("Fabric", parts[2]["rows"][0]).startswith("Fabric      the same work, fp32: 1,000 tokens")
+
+
+def test_readme_tells_of_the_other_peers_where_the_record_has_them():
+    import readme
+
+    known = throughput.setups([1], ["no", "bf16"], 40)
+    record = record_of(*(taken(known[name]) for name in ("fp32", "trainerbest", "fabricbest")))
+    told = readme.others(record)
+    one, two = "3.00 times the speed of transformers' Trainer", "3.00 times the speed of Lightning Fabric"
+    assert told == f". Each side at its best, it has {one} and {two}"
+    assert readme.others(record_of(taken(known["fp32"]))) == ""
 
 
 def test_a_record_names_no_place(tmp_path):
@@ -255,10 +437,35 @@ def test_the_command_measures_equal_and_best_work_on_one_and_two_processes(tiny_
         for side in ("library", "ours"):
             assert len(pair[side]["losses"]) == throughput.GATE_STEPS + throughput.WARM_UP
             assert pair[side]["memory"] > 100
-        assert {row["measure"] for row in found["rows"]} == set(throughput.MEASURES)
+        assert {row["measure"] for row in found["rows"]} == set(throughput.MEASURES) - {"whole"}
     same = record["setups"]["bf16"]["pairs"][0]
     assert same["library"]["scores"].keys() == same["ours"]["scores"].keys()
     assert not re.search(r'"(?:\.\.)?/', done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("setup", "needs"), [("trainerbest", "accelerate"), ("fabricbest", "lightning_fabric")])
+def test_trainer_and_fabric_pass_the_gate(setup, needs, tiny_folder):
+    """The gate of their best compares the same work, in bf16; then both sides run as they like."""
+    pytest.importorskip(needs, reason="the peer (extra `bench`)")
+    pytest.importorskip("sklearn", reason="the peer's metric (extra `bench`)")
+    words = [sys.executable, *quick(tiny_folder, setup)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])["setups"][setup]
+    assert len(found["gate"]["library"]) == throughput.GATE_STEPS
+    assert found["gate"]["library"] == pytest.approx(found["gate"]["ours"], abs=throughput.TOLERANCE["bf16"])
+    assert found["pairs"][0]["library"]["scores"].keys() == found["pairs"][0]["ours"]["scores"].keys()
+
+
+@pytest.mark.slow
+def test_the_pipeline_and_we_give_the_same_answers(tiny_folder):
+    words = [sys.executable, *quick(tiny_folder, "predict")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])["setups"]["predict"]
+    assert [found["pairs"][0][side]["answers"] for side in throughput.SIDES] == [30, 30]
+    assert [row["measure"] for row in found["rows"]] == ["whole", "memory"]
 
 
 @pytest.mark.slow
@@ -285,7 +492,7 @@ def test_the_command_refuses_an_injected_difference(change, step, tiny_folder, t
     main = tmp_path / "main.py"
     main.write_text(
         f"import sys\nsys.path[:0] = [{str(ROOT / 'bench')!r}]\nimport throughput\n"
-        f"throughput.SIDES['ours'] = {str(changed)!r}\nsys.argv = {quick(tiny_folder, 'fp32')!r}\n"
+        f"throughput.OURS = {str(changed)!r}\nsys.argv = {quick(tiny_folder, 'fp32')!r}\n"
         "try:\n    throughput.main()\nexcept throughput.NotEqual as error:\n    sys.exit(f'refused: {error}')\n"
     )
     done = subprocess.run([sys.executable, main], capture_output=True, text=True, timeout=600, check=False)
