@@ -96,6 +96,37 @@ def reached(row: dict[str, Any]) -> str:
     return "yes" if met else "**no**"
 
 
+def limit(folder: Path) -> str:
+    """The tables of `python bench/limit.py --record limit`: the distance, and where the time goes; "" without one."""
+    if not any(RECORDS.glob("*_limit.json")):
+        return ""
+    path, record = newest("limit")
+    setups = record["setups"]
+    lines = [
+        f"train.py, {record['model']} on {record['data']}, one process for each setup, in turns, medians (lowest to"
+        " highest). Operations: of the matrix products that must be computed in a step. Limit: the highest rate of"
+        " torch.mm at the model's own sizes, in the setup's precision, in the same run; in brackets that of a large"
+        " square product. Distance: the step's time over operations / limit.",
+        machine_line(path, record["machine"], folder).replace("; ", f", {record['machine']['threads']} threads; ", 1),
+        "",
+        "| setup | a step | operations | limit | operations / limit | distance | target | reached |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for found in setups.values():
+        lines.append(
+            f"| {found['what']} | {found['ms']:.4g} ms | {found['operations'] / 1e9:.3g} Gflop"
+            f" | {found['limit'] / 1e9:.3g} Gflop/s ({found['square'] / 1e9:.3g}) | {found['floor']:.4g} ms"
+            f" | **{found['distance']:.2f}** ({found['low']:.2f} to {found['high']:.2f}) | {found['target']}"
+            f" | {reached(found | {'ratio': found['distance']})} |"
+        )
+    lines += ["", f"| a step's time | {' | '.join(found['what'] for found in setups.values())} |"]
+    lines.append("|---" * (len(setups) + 1) + "|")
+    for part in next(iter(setups.values()))["parts"]:
+        shares = [found["parts"][part] for found in setups.values()]
+        lines.append(f"| {part} | {' | '.join(f'{ms:.3g} ms' for ms in shares)} |")
+    return "\n".join([*lines, "", f"![where a step's time goes]({os.path.relpath(path.with_suffix('.png'), folder)})"])
+
+
 def mrpc(folder: Path) -> str:
     """The accuracy table of `python bench/quality.py --json`."""
     path, record = newest("mrpc")
@@ -328,6 +359,7 @@ TABLES = {
     "numbers": numbers, "commands": commands, "peers": peers, "speed_short": speed_short, "faults_short": faults_short,
     "pieces": pieces, "mrpc": mrpc, "speed": speed, "faults": faults, "fuzz": fuzz,
     "scale": scale,
+    "limit": limit,
 }  # fmt: skip
 
 

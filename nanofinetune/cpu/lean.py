@@ -89,12 +89,13 @@ class Layout:
 
     def unpack(self, x: Tensor) -> Tensor:
         """(1, tokens, width) -> (B, S, width), zero where nothing was computed"""
-        x = x[0] if self.rows is None else _Unpack.apply(x[0], self.rows, self.batch * self.length)
+        x = x.squeeze(0)  # and not x[0], whose backward fills a tensor with zeros and copies into it
+        x = x if self.rows is None else _Unpack.apply(x, self.rows, self.batch * self.length)
         return x.view(self.batch, self.length, -1)
 
     def first(self, x: Tensor) -> Tensor:
         """(1, tokens, width) -> (1, B, width): the first token of each row"""
-        return _Pack.apply(x[0], self.firsts).unsqueeze(0)
+        return _Pack.apply(x.squeeze(0), self.firsts).unsqueeze(0)
 
 
 def layout_of(hidden: Tensor, attention_mask: Tensor | None) -> Layout | None:
