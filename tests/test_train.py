@@ -404,6 +404,16 @@ def test_the_default_run_falls_back_and_beats_the_majority_class(packaged_model,
     assert result["accuracy"] > 0.7 and result["f1"] > 0.72
 
 
+def test_a_job_keeps_no_texts(run, tiny_model, pairs, monkeypatch):
+    """Only how many rows there are: a table of a million texts would stay in memory to the end."""
+    jobs, load = [], job.load
+    monkeypatch.setattr(train, "load", lambda *args, **kwargs: jobs.append(load(*args, **kwargs)) or jobs[0])
+    code, _, err = run("--model", tiny_model, "--data", pairs, "--dry-run")
+    assert code == 0, err
+    sizes = {split: len(rows) for split, rows in jobs[0].data.splits.items() if type(rows) is range}
+    assert sizes == {"train": len(jobs[0].train)} | {name: len(store) for name, store in jobs[0].validation.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_the_default_run_starts_under_torchrun(world, packaged_model, tmp_path):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
 from types import SimpleNamespace  # noqa: F401 (the example above)
@@ -168,6 +169,8 @@ def load(args: Any, accelerator: Any, note: str = "") -> Job:
             args.data, args.text_columns, args.label_column, args.seed, tokenizer, limit, task=args.task,
             drop_unlabelled=args.drop_unlabelled, separator=args.separator, encoding=args.encoding,
         )  # fmt: skip
+        # All that is still asked of the rows is how many there are: their texts would stay in memory to the end.
+        data = replace(data, splits={split: range(len(store)) for split, store in stores.items()})
         check_metric(args, data.metrics, None if data.multi else data.label_names)
         changes: list[str] = []
         torch.manual_seed(args.seed)  # the classification head is new, and random
