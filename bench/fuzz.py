@@ -692,6 +692,9 @@ def import_all() -> None:
         importlib.import_module(f"nanofinetune.{name}")
     from transformers import BertForSequenceClassification, BertTokenizerFast  # noqa: F401
 
+    with suppress(ImportError):  # its first import in a home makes a folder there, and lists the fonts
+        importlib.import_module("matplotlib.font_manager")
+
 
 def fuzz(
     cases: Iterable[tuple[str, int]], seed: int, jobs: int, limit: float, whole: bool = False

@@ -28,9 +28,10 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print("ours.py: name the file for losses and times first; train.py's arguments come after it", file=sys.stderr)
         return 2
-    path = Path(sys.argv.pop(1))
+    name = sys.argv.pop(1)
+    path = Path(name)
     if not path.absolute().parent.is_dir():
-        print(f"ours.py: {shown(str(path))}: there is no such folder", file=sys.stderr)
+        print(f"ours.py: {shown(name)}: there is no such folder", file=sys.stderr)
         return 2
     losses: list[Any] = []
     tokens: list[int] = []  # of each of this rank's batches, without padding; evaluation's come after training's
@@ -41,6 +42,7 @@ def main() -> int:
     class Log(loop.Log):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            tokens.clear()  # of the batch that run/trial.py has tried before the run
             times.append(time.time())
 
         def add(self, loss: Any, rows: int) -> None:

@@ -245,6 +245,7 @@ def figures(trace: dict[str, Any], began: float, peak: float) -> dict[str, Any]:
         "first step": times[1] - began,
         "memory": peak,
         "losses": trace["losses"],
+        "tokens": tokens[:GATE_STEPS],  # without padding
         "scores": {name: trace[name] for name in ("accuracy", "f1")},
     }
 
@@ -288,6 +289,9 @@ def need_equal_work(setup: Setup, library: dict[str, Any], ours: dict[str, Any])
         if not abs(a - b) <= (1e-6 if step == 1 else TOLERANCE[setup.precision]):
             who = f"{a:.7f} with {setup.peer} and {b:.7f} with us"
             raise NotEqual(f"{setup.name}: the loss of step {step} is {who}")
+    theirs, found = (side["tokens"][:GATE_STEPS] for side in (library, ours))
+    if theirs != found:  # then time per token means nothing
+        raise NotEqual(f"{setup.name}: the first steps have {theirs} tokens with {setup.peer} and {found} with us")
 
 
 Answer = tuple[str, float]  # label, probability

@@ -35,6 +35,7 @@ LOSSES = [0.7, 0.6, 0.5, 0.4, 0.3]
 
 def made_up(losses=LOSSES, **figures):
     base = {"step": 1.0, "ms a step": 1.0, "evaluation": 1.0, "first step": 1.0, "memory": 1.0, "scores": {}}
+    base["tokens"] = [40, 50, 60, 70, 80]
     return base | figures | {"losses": losses}
 
 
@@ -99,6 +100,13 @@ def test_the_first_loss_is_compared_more_strictly_and_nan_never_agrees():
             throughput.need_equal_work(setup, made_up(), made_up(wrong))
     with pytest.raises(NotEqual, match="no step was taken"):
         throughput.need_equal_work(setup, made_up([]), made_up([]))
+
+
+def test_batches_of_other_sizes_are_not_equal_work():
+    """Ours once counted the batch that is tried before the run; a time per token then has the wrong tokens."""
+    shifted = made_up(tokens=[99, 40, 50, 60, 70])
+    with pytest.raises(NotEqual, match=r"x: the first steps have \[40, .*\] tokens with Accelerate and \[99, "):
+        throughput.need_equal_work(Setup("x", ""), made_up(), shifted)
 
 
 def answers(*found, **figures):
