@@ -111,6 +111,8 @@ def test_positives_are_what_the_documentation_says(splits):
             thing = modules[module]
             for name in names:
                 thing = inspect.getattr_static(thing, name)
+            if inspect.unwrap(thing).__module__ != module:
+                continue  # torch.package puts a function of its own in place of inspect.getfile
             documentation = inspect.getdoc(thing)
             assert documentation is not None
             assert " ".join(documentation.split()).startswith(row["sentence2"])
