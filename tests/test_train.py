@@ -407,7 +407,12 @@ def test_the_default_run_falls_back_and_beats_the_majority_class(packaged_model,
 def test_a_job_keeps_no_texts(run, tiny_model, pairs, monkeypatch):
     """Only how many rows there are: a table of a million texts would stay in memory to the end."""
     jobs, load = [], job.load
-    monkeypatch.setattr(train, "load", lambda *args, **kwargs: jobs.append(load(*args, **kwargs)) or jobs[0])
+
+    def kept(*args, **kwargs):
+        jobs.append(load(*args, **kwargs))
+        return jobs[-1]
+
+    monkeypatch.setattr(train, "load", kept)
     code, _, err = run("--model", tiny_model, "--data", pairs, "--dry-run")
     assert code == 0, err
     sizes = {split: len(rows) for split, rows in jobs[0].data.splits.items() if type(rows) is range}

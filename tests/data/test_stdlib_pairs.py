@@ -14,6 +14,7 @@ import sys
 import sysconfig
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,7 +109,7 @@ def test_positives_are_what_the_documentation_says(splits):
     for row in rows:
         module, *names = row["sentence1"].split("(")[0].split(".")
         if module in modules:
-            thing = modules[module]
+            thing: Any = modules[module]
             for name in names:
                 thing = inspect.getattr_static(thing, name)
             if inspect.unwrap(thing).__module__ != module:
