@@ -166,12 +166,12 @@ def test_the_command_measures_two_checkouts(tmp_path, tiny_model):
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "nanofinetune", tree / "nanofinetune", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train.py", tree)
-    command = [sys.executable, str(ROOT / "bench" / "scale.py"), "table", "classes", "--sizes", "40", "60"]
+    command = [sys.executable, str(ROOT / "bench" / "scale.py"), "table", "classes", "--sizes", "40"]
     command += ["--model", tiny_model, "--tree", str(tree)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     found = {(row["what"], row["figure"]): row for row in rows}
-    assert all(len(found["command, cold", "seconds"][side]) == 2 for side in ("before", "ours"))
-    assert found["run", "result.json, KiB"]["ours"][1] > 1
+    assert all(found["command, cold", "seconds"][side][0] > 0 for side in ("before", "ours"))
+    assert found["run", "result.json, KiB"]["ours"][0] > 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tree"]
