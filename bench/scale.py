@@ -282,7 +282,9 @@ def run_ours(case: SimpleNamespace) -> Found:
     found: Found = {}
     with measured(found), quiet() as said:
         train.main()
-    sizes = {f"{file.name}, KiB": file.stat().st_size / 2**10 for file in map(output.joinpath, KEPT_FILES)}
+    sizes = {
+        f"{file.name}, KiB": file.stat().st_size / 2**10 for file in map(output.joinpath, KEPT_FILES) if file.exists()
+    }
     plan = said.getvalue().partition("\nepoch ")[0]
     return found | {"plan, KiB": len(plan) / 2**10, **sizes}
 
