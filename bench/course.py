@@ -1,27 +1,27 @@
-"""The course's job, but for its loop: what the peers' scripts have in common, so that only their loops differ.
+"""The course's job: data, loop and evaluation, for the peers' scripts, which differ in who prepares the objects.
 
 `map`, `remove_columns`, `set_format("torch")` and DataCollatorWithPadding prepare the data as the course's section on
 data does. The metric is what evaluate's GLUE script calls (numpy's mean, scikit-learn's f1_score); the script itself is
 on the Hub only. Like `evaluate.load`, `load_metric` imports it after training, before evaluation's clock starts.
 
     bench/peer.py                Accelerate
-    bench/peer_trainer.py        transformers' Trainer
+    bench/peer_trainer.py        transformers' Trainer, which has a loop of its own
     bench/peer_fabric.py         Lightning Fabric
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from datasets import DatasetDict, load_dataset
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, get_scheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -68,6 +68,19 @@ def same_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(mix(seed, step, rank))
 
 
+def loaders(args: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """The course's two loaders, training's and validation's, before anybody prepares them."""
+    tokenized = for_a_loop(prepare_data(args.data, tokenizer))
+    collator = DataCollatorWithPadding(tokenizer=tokenizer)
+    order: dict[str, Any] = {"shuffle": True}
+    if args.same_work:
+        order = {"sampler": same_order(len(tokenized["train"]), args.seed)}
+    return (
+        DataLoader(tokenized["train"], **order, batch_size=args.batch_size, collate_fn=collator),
+        DataLoader(tokenized["validation"], batch_size=args.eval_batch_size, collate_fn=collator),
+    )
+
+
 Metric = Callable[[Sequence[int], Sequence[int]], dict[str, float]]
 
 
@@ -112,43 +125,47 @@ class Trace:
         }  # fmt: skip
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
+# --- the course's loop, for whatever has prepared its objects ---------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """One line and exit code 2, as in nanofinetune.ground.cli. (To import that would count as a peer's time.)"""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message.splitlines()[0]}\n")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def common_options(name: str, doc: str | None) -> Parser:
-    """What all peers take."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=name, description=doc, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--epochs", type=positive, default=3)
-    parser.add_argument("--max-steps", type=positive)
-    parser.add_argument("--lr", type=float, default=5e-5)
-    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
-    parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--eval-batch-size", type=positive, default=8)
-    parser.add_argument("--same-work", action="store_true", help="train.py's batches and dropout seeds")
-    parser.add_argument("--cpu", action="store_true", help="use no GPU")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="gets losses and times, as JSON")
-    return parser
+def train(args: Any, model: Any, optimizer: Any, batches: Any, backward: Callable[[Any], None], rank: int = 0) -> Trace:
+    """The loop; `backward` is the peer's, in place of `loss.backward()`."""
+    num_training_steps = args.max_steps or args.epochs * len(batches)
+    lr_scheduler = get_scheduler(
+        "linear", optimizer=optimizer, num_warmup_steps=0, num_training_steps=num_training_steps
+    )
+    step, trace = 0, Trace()
+    while step < num_training_steps:
+        model.train()
+        for batch in batches:
+            if args.same_work:
+                same_dropout(args.seed, step, rank)
+            outputs = model(**batch)
+            loss = outputs.loss
+            backward(loss)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            trace.add(loss, batch)
+            step += 1
+            if step == num_training_steps:
+                break
+    return trace
 
 
-def need_one_process(parser: Parser) -> None:
-    """The scripts of Trainer and Fabric are not written for ranks: they would draw the same rows on each."""
-    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
-        parser.error(f"WORLD_SIZE={world}: it runs in one process; use bench/peer.py for several")
+def evaluate(
+    model: Any, batches: Any, gather: Callable[[tuple[Any, Any]], tuple[Any, Any]] = lambda both: both
+) -> tuple[dict[str, float], float]:
+    """-> (scores, seconds); `gather` is the peer's, of all ranks' predictions and labels."""
+    metric = load_metric()
+    began = time.time()
+    model.eval()
+    predictions, references = [], []
+    for batch in batches:
+        with torch.no_grad():
+            outputs = model(**batch)
+        found, labels = gather((outputs.logits.argmax(dim=-1), batch["labels"]))
+        predictions += found.tolist()
+        references += labels.tolist()
+    scores = metric(references, predictions)
+    return scores, time.time() - began

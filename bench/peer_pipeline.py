@@ -17,12 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from argparse import RawDescriptionHelpFormatter
 
+from peer_options import Parser, positive
 from transformers import pipeline
 
 
 def main() -> None:
-    from course import Parser, positive
-
     parser = Parser(
         prog="peer_pipeline.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -23,7 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from course import Trace, common_options, load_metric, need_one_process, prepare_data, same_dropout, same_order
+from course import Trace, load_metric, prepare_data, same_dropout, same_order
+from peer_options import common_options, need_one_process
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
