@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import heapq
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -33,7 +32,6 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import date
 from functools import wraps
 from itertools import pairwise
 from pathlib import Path
@@ -44,7 +42,8 @@ from torch.autograd.profiler import record_function
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pieces import machine, model_of
+from pieces import Child, machine, model_of
+from readme import record_base
 from throughput import BEST, short
 
 from nanofinetune.data.pretrained import packaged_model
@@ -399,17 +398,12 @@ def train_watched(pipe: Any, log: str, setup: Setup, arguments: Sequence[str], s
         pipe.send((False, code))
 
 
-class Trainer:
+class Trainer(Child):
     """The process of a setup: it trains as far as its turn goes, then waits."""
 
     def __init__(self, name: str, arguments: Sequence[str], steps: int, folder: Path) -> None:
         self.log = folder / f"{name}.log"
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other_end = context.Pipe()
-        options = other_end, str(self.log), SETUPS[name], arguments, steps
-        self.process = context.Process(target=train_watched, args=options, daemon=True)
-        self.process.start()
-        other_end.close()
+        super().__init__(train_watched, str(self.log), SETUPS[name], arguments, steps)
 
     def answer(self) -> Any:
         """What the process sends. Raises UsageError for what train.py takes for a mistake."""
@@ -428,14 +422,6 @@ class Trainer:
     def turn(self) -> Turn:
         self.pipe.send(True)
         return self.answer()
-
-    def __enter__(self) -> Trainer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pipe.close()  # which ends the process
-        self.process.join(10)
-        self.process.kill()
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
@@ -541,8 +527,7 @@ def parse(argv: list[str] | None = None) -> Any:
     for name in args.setups:
         if name not in SETUPS:
             raise UsageError(f"{name}: there is no such setup; choose from {', '.join(SETUPS)}")
-    if args.record is not None and not args.record.isidentifier():
-        raise UsageError(f"--record {args.record}: a name of letters, digits and underscores")
+    args.base = record_base(args.record, "cpu")
     return args
 
 
@@ -575,8 +560,8 @@ def main() -> None:
     }  # fmt: skip
     for name, part in found.items():
         print("\n".join(lines(name, part)), flush=True)
-    if args.record:
-        write(record, ROOT / "bench" / "records" / f"{date.today().isoformat()}_cpu_{args.record}")
+    if args.base:
+        write(record, args.base)
     print(json.dumps(record))
 
 

@@ -36,7 +36,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from unittest.mock import patch
 
 import torch
@@ -728,15 +728,30 @@ def interleave(
     return [(library(), ours()) for _ in range(repeats)]
 
 
-class Worker:
+class Child:
+    """A process at the other end of a pipe: it calls `target` with that end and the arguments."""
+
+    def __init__(self, target: Callable[..., None], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other_end = context.Pipe()
+        self.process = context.Process(target=target, args=(other_end, *args), daemon=True)
+        self.process.start()
+        other_end.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pipe.close()  # which ends the process
+        self.process.join(10)
+        self.process.kill()
+
+
+class Worker(Child):
     """A side in its own process, which computes only when it is asked for a turn."""
 
     def __init__(self, side: Callable[..., Callable[..., Any]], *args: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other_end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other_end, side, args), daemon=True)
-        self.process.start()
-        other_end.close()
+        super().__init__(_serve, side, args)
 
     def ask(self, *args: Any) -> None:
         with suppress(BrokenPipeError):  # the answer says why
@@ -754,14 +769,6 @@ class Worker:
     def __call__(self, *args: Any) -> Any:
         self.ask(*args)
         return self.answer()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pipe.close()  # which ends the process
-        self.process.join(10)
-        self.process.kill()
 
 
 def _serve(pipe: Any, side: Callable[..., Callable[..., Any]], args: tuple[Any, ...]) -> None:

@@ -109,11 +109,10 @@ def summarise(runs: dict[int, dict[str, dict[str, Any]]], data: str) -> dict[str
     for side in SCRIPTS:
         found = {str(seed): results[side] for seed, results in runs.items() if side in results}
         summary: dict[str, Any] = {"steps": next(iter(found.values()))["steps"]}
-        if all("wall" in result for result in found.values()):
+        timed = all("wall" in result for result in found.values())
+        if timed:
             record["what"], summary["options"] = "quality", " ".join(best()[side])
-        for name in ("accuracy", "f1", "wall"):
-            if name == "wall" and record["what"] != "quality":
-                continue  # nothing was timed
+        for name in ("accuracy", "f1", *(["wall"] if timed else [])):
             seeds = {seed: result[name] for seed, result in found.items()}
             std = statistics.stdev(seeds.values()) if len(seeds) > 1 else 0.0
             summary[name] = {"seeds": seeds, "mean": statistics.mean(seeds.values()), "std": std}

@@ -13,12 +13,14 @@ import json
 import os
 import re
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanofinetune.ground.cli import Parser, run_main
+from nanofinetune.ground.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "bench" / "records"
@@ -29,6 +31,24 @@ def newest(name: str) -> tuple[Path, dict[str, Any]]:
     """The newest record of that name."""
     path = max(RECORDS.glob(f"*_{name}.json"))
     return path, json.loads(path.read_text())
+
+
+def record_base(name: str | None, device: str) -> Path | None:
+    """The path of today's record of that name, without its ending; None for none.
+
+    Raises UsageError for a name that is no word: it becomes a part of a file's name.
+    """
+    if name is None:
+        return None
+    if not name.isidentifier():
+        raise UsageError(f"--record {name}: a name of letters, digits and underscores")
+    return RECORDS / f"{date.today().isoformat()}_{device}_{name}"
+
+
+def peer_of(found: dict[str, Any]) -> str:
+    """The peer of a setup's part of a speed record; the first records had but one."""
+    peer: str = found["setup"].get("peer", "Accelerate")
+    return peer
 
 
 def machine_text(machine: dict[str, Any]) -> str:
@@ -82,9 +102,8 @@ def speed(folder: Path) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for found in record["setups"].values():
-        peer = found["setup"].get("peer", "Accelerate")  # the first records had but one
         for row in found["rows"]:
-            lines.append(f"| {peer} | {row['what']} | {measured(row)} | {row['target']} | {reached(row)} |")
+            lines.append(f"| {peer_of(found)} | {row['what']} | {measured(row)} | {row['target']} | {reached(row)} |")
     return "\n".join([*lines, "", f"![times and memory, each side]({os.path.relpath(picture, folder)})"])
 
 

@@ -31,13 +31,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from datetime import date
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from readme import record_base
 
 from nanofinetune.ground.cli import MOST, Parser, number, run_main
 from nanofinetune.ground.errors import UsageError
@@ -212,13 +213,10 @@ def evaluate_library(case: SimpleNamespace) -> Found:
     from torch.utils.data import DataLoader
     from transformers import DataCollatorWithPadding
 
-    from nanofinetune.step.collate import FlatRows
-
     model, store = free_model(case.size, 2)
     tokenizer, _ = tokenizer_of(case.model)
     accelerator, found = accelerate.Accelerator(cpu=True), Found()
     lists = [{"input_ids": [i], "label": label} for i, label in enumerate(store.dense["label"].tolist())]
-    assert isinstance(store.__getitems__([0]), FlatRows)
     with measured(found):
         loader = accelerator.prepare(DataLoader(lists, batch_size=32, collate_fn=DataCollatorWithPadding(tokenizer)))  # type: ignore[arg-type]
         predictions, labels = [], []
@@ -590,8 +588,7 @@ def parse(argv: list[str] | None = None) -> Any:
             raise UsageError(f"--sizes {said}: {piece} takes numbers from {least} on, each greater than the one before")
     if args.tree is not None and not Path(args.tree, "train.py").is_file():
         raise UsageError(f"--tree {args.tree}: there is no train.py in it; name a checkout of the project")
-    if args.record is not None and not args.record.isidentifier():
-        raise UsageError(f"--record {args.record}: a name of letters, digits and underscores")
+    args.base = record_base(args.record, "cpu")
     return args
 
 
@@ -612,9 +609,8 @@ def main() -> None:
             rows.append(row)
             print(line(row), flush=True)
     record = {"what": "scale", "machine": machine(), "repeats": args.repeats, "rows": rows}
-    if args.record:
-        path = ROOT / "bench" / "records" / f"{date.today().isoformat()}_cpu_{args.record}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    if args.base:
+        args.base.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
 
 

@@ -31,7 +31,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from made import ENCODERS, SEED, SIZES, bert_of, encoder_of, pairs_of, rows_of, with_head
 from pieces import NotEqual, machine, model_of
-from readme import machine_text, measured, reached
+from readme import machine_text, measured, peer_of, reached, record_base
 
 from nanofinetune.data.pretrained import packaged_model
 from nanofinetune.ground.cli import Parser, number, run_main
@@ -363,11 +362,6 @@ def rows(setup: Setup, taken: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 HEADER = f"{'peer':<11} {'what':<66} {'the peer':>12} {'ours':>12}  {'ratio (lowest to highest)':<26} target"
 
 
-def peer_of(found: dict[str, Any]) -> str:
-    """The peer of a setup's part of a record; the first records had but one."""
-    return found["setup"].get("peer", "Accelerate")
-
-
 def line(peer: str, row: dict[str, Any]) -> str:
     values = " ".join(f"{row[side]:>8.4g} {row['unit']:<3}" for side in SIDES)
     ratio = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
@@ -507,8 +501,7 @@ def parse(argv: list[str] | None = None) -> Any:
         args.pairs, args.steps = 1, GATE_STEPS + WARM_UP
         if args.record:
             raise UsageError("--record: a quick run is no measurement; leave --quick out")
-    if args.record is not None and not args.record.isidentifier():
-        raise UsageError(f"--record {args.record}: a name of letters, digits and underscores")
+    args.base = record_base(args.record, args.device)
     return args
 
 
@@ -529,9 +522,8 @@ def main() -> None:
         "what": "throughput", "machine": machine(), "model": short(model, packaged_model()),
         "data": short(data, None), "device": args.device, "setups": {},
     }  # fmt: skip
-    base = ROOT / "bench" / "records" / f"{date.today().isoformat()}_{args.device}_{args.record}"
-    if args.record:
-        merged(base, record)  # refuse now what would be refused after the measuring
+    if args.base:
+        merged(args.base, record)  # refuse now what would be refused after the measuring
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory(prefix="nanofinetune-bench-") as folder:
         place = Place(model, data, args.device, Path(folder))
@@ -543,8 +535,8 @@ def main() -> None:
             record["setups"][name] = found | {"measured": time.strftime("%Y-%m-%d %H:%M")}
             for row in found["rows"]:
                 print(line(known[name].peer, row), flush=True)
-            if args.record:
-                write(merged(base, record), base)
+            if args.base:
+                write(merged(args.base, record), args.base)
     print(json.dumps(record))
 
 

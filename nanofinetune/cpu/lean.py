@@ -89,7 +89,7 @@ class Layout:
 
     def unpack(self, x: Tensor) -> Tensor:
         """(1, tokens, width) -> (B, S, width), zero where nothing was computed"""
-        x = x.squeeze(0)  # and not x[0], whose backward fills a tensor with zeros and copies into it
+        x = x.squeeze(0)  # underneath: the backward of x[0] fills a tensor with zeros and copies into it
         x = x if self.rows is None else _Unpack.apply(x, self.rows, self.batch * self.length)
         return x.view(self.batch, self.length, -1)
 

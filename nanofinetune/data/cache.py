@@ -73,13 +73,13 @@ def load_tokens(
     file = _file(asked, content, tokenizer, max_length)
     if file is not None and (found := read_cache(file)) is not None:
         return found
-    import pyarrow  # not before: tokens from the cache do without
-
     data = load_data(name, text_columns, label_column, seed, **how)
     if content is None and (content := _fingerprints(data)) is not None:
         file = _file(asked, content, tokenizer, max_length)
         if file is not None and (found := read_cache(file)) is not None:
             return found
+    import pyarrow  # not before: tokens from the cache do without
+
     # underneath: Arrow keeps what it has freed, several times the table's size, for the next one
     pyarrow.default_memory_pool().release_unused()
     stores = tokenize(data, tokenizer, max_length)
