@@ -17,8 +17,7 @@ SIZES = {"2 x 128": (2, 128), "6 x 384": (6, 384), "12 x 768": (12, 768)}  # lay
 LAYERS, WIDTH, HEADS = 6, 384, 12  # of the other encoders: those of the packaged BERT
 NO_SEGMENTS = ["input_ids", "attention_mask"]  # what the tokenizers of models without segments give
 
-# The encoders beside BERT: model type -> what its config calls the sizes, and what else it needs. MPNet's is computed
-# by transformers on both sides (nanofinetune/cpu/lean.py does not know it).
+# The encoders beside BERT: model type -> what its config calls the sizes, and what else it needs.
 USUAL = {
     "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 4 * WIDTH,
 }  # fmt: skip

@@ -117,6 +117,11 @@ def torchs_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     return sdpa_attention_forward(*args, **kwargs)
 
 
+def by_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, S, heads x width) -> (B, heads, S, width)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 def exact_attention(
     module: nn.Module,
     query: Tensor,  # (B, heads, queries, width), as key and value are

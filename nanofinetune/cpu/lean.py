@@ -8,7 +8,7 @@
 >>> layout.first(torch.tensor([[[5.0], [6.0], [7.0], [8.0]]])).flatten().tolist()
 [5.0, 8.0]
 
-Underneath: BertEncoder, RobertaEncoder, ElectraEncoder, AlbertTransformer, DistilBERT's Transformer (transformers 5.23)
+Underneath: the encoders of BERT, RoBERTa, ELECTRA, ALBERT, DistilBERT and MPNet (transformers 5.23)
   - compute every position of a padded batch in every layer, though a classifier reads the first token alone;
   - here each layer works on one (1, tokens, width) tensor without padding; only attention sees (B, S) again;
   - in the last layer only keys and values are computed for all tokens;
@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanofinetune.cpu.dropout import ATTENTIONS, TABLE, ExactDropout, attend_with, recorded, torch_noise
+from nanofinetune.cpu import mpnet
+from nanofinetune.cpu.dropout import ATTENTIONS, TABLE, ExactDropout, attend_with, by_heads, recorded, torch_noise
 
 MULTIPLE = 32  # packed tokens are filled up to a multiple: oneDNN compiles a bf16 product for each new number of rows
 LEAST = 0.1  # the share of positions that must be padding before packing pays
@@ -74,7 +75,8 @@ class Layout:
         """`real` is (B, S) bool, True where there is a token; each row begins with one."""
         self.batch, self.length = real.shape
         tokens = -(-int(real.sum()) // multiple) * multiple
-        self.layers = 0  # how many layers are still to come (`encode` and `last_layer` count)
+        self.layers = 0  # how many calls of the last layer are still to come (`encode` and the layer count)
+        self.last: Any = None  # that layer
         self.rows: Tensor | None = None
         self.firsts = torch.arange(self.batch) * self.length  # (B,) where in the packed tensor each row begins
         if tokens <= (1 - least) * real.numel():
@@ -152,11 +154,6 @@ def laid_out(attention: Any) -> Any:
 TABLE.update({f"{name}_lean": laid_out(attention) for name, attention in ATTENTIONS.items()})
 
 
-def by_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, S, heads x width) -> (B, heads, S, width)"""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
 # --- where the models that we know keep what a layer does -------------------------------------------------------------
 
 # The models whose head reads the first token alone, and where their encoder is.
@@ -166,6 +163,7 @@ ENCODERS = {
     "CamembertForSequenceClassification": "roberta.encoder",
     "DistilBertForSequenceClassification": "distilbert.transformer",
     "ElectraForSequenceClassification": "electra.encoder",
+    "MPNetForSequenceClassification": "mpnet.encoder",
     "RobertaForSequenceClassification": "roberta.encoder",
     "XLMRobertaForSequenceClassification": "roberta.encoder",
 }
@@ -261,18 +259,21 @@ def encode(
     # underneath: hooks collect what layers return; and checkpointing computes a layer again when its layout is gone
     full = bool(_active_collector.get()) or getattr(layers[0], "gradient_checkpointing", False)
     full = full or not model.head_reads  # the encoder was called by itself, for its tokens
-    layout = None if full or build_of(model, self) != build else layout_of(hidden_states, attention_mask)
+    full = full or any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))  # MPNet's way
+    full = full or not kwargs.get("return_dict", True)
+    mask = mpnet.padding_mask(attention_mask)
+    layout = None if full or build_of(model, self) != build else layout_of(hidden_states, mask)
     if layout is None:
         return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
-    layout.layers = sum(layer is layers[-1] for layer in layers)
-    dropouts = [module for module in self.modules() if isinstance(module, PackedDropout)]
+    layout.last, layout.layers = layers[-1], sum(layer is layers[-1] for layer in layers)
+    informed = [self, *(module for module in self.modules() if isinstance(module, PackedDropout))]
     try:
-        for dropout in dropouts:
-            dropout.layout = layout
-        out = type(self).forward(self, layout.pack(hidden_states), attention_mask, *args, layout=layout, **kwargs)
+        for module in informed:
+            module.layout = layout
+        out = type(self).forward(self, layout.pack(hidden_states), mask, *args, layout=layout, **kwargs)
     finally:
-        for dropout in dropouts:
-            dropout.layout = None
+        for module in informed:
+            module.layout = None
     out.last_hidden_state = out.last_hidden_state.transpose(0, 1)  # (1, B, width) -> (B, 1, width)
     return out
 
@@ -309,20 +310,27 @@ def use_lean_encoder(model: Any) -> None:
 
     Call it after `use_exact_dropout` or `use_fast_dropout`: it unpacks the tokens for the attention that those chose.
     """
-    name, config = model.config._attn_implementation, model.config
-    known = type(model).__name__ in ENCODERS and name in ATTENTIONS
+    name, config, kind = model.config._attn_implementation, model.config, type(model).__name__
+    apart = kind == "MPNetForSequenceClassification"  # its layers call no attention function: see mpnet.py
+    known = kind in ENCODERS and (name in ATTENTIONS or apart)
     if not known or getattr(config, "is_decoder", False) or getattr(config, "chunk_size_feed_forward", 0):
         return
-    encoder = model.get_submodule(ENCODERS[type(model).__name__])
+    encoder = model.get_submodule(ENCODERS[kind])
+    unpacked = [layer.attention.attn.dropout for layer in encoder.layer] if apart else []  # that drop scores
     for module in encoder.modules():
-        if type(module) is ExactDropout:
+        if type(module) is ExactDropout and module not in unpacked:
             module.__class__ = PackedDropout
-    last = layers_of(encoder)[-1]
-    last.attends_by = name
-    attend_with(model, f"{name}_lean")
     if not hasattr(model, "head_reads"):  # a second call registers nothing twice
         model.register_forward_pre_hook(begin)
         model.register_forward_hook(end, always_call=True)
     model.head_reads = False
-    encoder.forward, last.forward = encode, partial(last_layer, last)  # a partial can be pickled
+    encoder.forward, encoder.layout = encode, None  # a partial can be pickled
+    if apart:
+        encoder.compute_position_bias = partial(mpnet.position_bias, encoder)
+        for layer in encoder.layer:
+            layer.forward = partial(mpnet.layer, layer)
+    else:
+        last = layers_of(encoder)[-1]
+        last.attends_by, last.forward = name, partial(last_layer, last)
+        attend_with(model, f"{name}_lean")
     encoder.forward = partial(encode, encoder, model, build_of(model, encoder))

@@ -30,9 +30,12 @@ VARIANTS = {kind: (kind, OTHERS.get(kind, {})) for kind in KINDS} | {
     "albert, two layers a group": ("albert", {"embedding_size": 16, "inner_group_num": 2}),
     "electra, narrow embeddings": ("electra", {"embedding_size": 16}),
     "one layer": ("roberta", {"num_hidden_layers": 1}),
+    "mpnet": ("mpnet", {}),
+    "mpnet, one layer": ("mpnet", {"num_hidden_layers": 1}),
 }
 LENGTHS = {"much padding": [60, 5, 8, 30], "no padding": [40, 40, 40], "short": [3, 2, 1]}
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
+each_sdpa_variant = pytest.mark.parametrize("variant", [name for name in VARIANTS if "mpnet" not in name])
 
 
 def made(variant, dropout=0.1, labels=3):
@@ -97,7 +100,8 @@ def is_lean(model, batch):
 
 
 def test_every_kind_whose_attention_is_known_has_a_lean_encoder():
-    assert {type(made(variant)).__name__ for variant in KINDS} == set(ENCODERS)
+    """MPNet's calls no attention function, and has layers of its own."""
+    assert {type(made(variant)).__name__ for variant in (*KINDS, "mpnet")} == set(ENCODERS)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5])
@@ -181,8 +185,14 @@ class Mean(nn.Module):
         return self.out(x.mean(1) if x.ndim == 3 else x)
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@each_variant
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        pytest.param(variant, change, id=f"{variant}, {name}")
+        for variant in VARIANTS for name, change in CHANGES.items()
+        if "mpnet" not in variant or "head" in name  # it has but one attention
+    ],
+)  # fmt: skip
 def test_a_model_changed_afterwards_matches_the_whole_one(variant, change):
     batch = batch_of(LENGTHS["much padding"])
     whole, ours = (model.train() for model in pair(variant, 0.5))
@@ -208,7 +218,7 @@ def test_a_copy_and_a_saved_model_match_the_original(variant, tmp_path):
     assert torch.equal(ours(**batch).logits, expected)
 
 
-@each_variant
+@each_sdpa_variant
 def test_exact_attention_is_used_and_not_saved(variant, tmp_path):
     model = made(variant)
     use_exact_dropout(model)
@@ -217,7 +227,7 @@ def test_exact_attention_is_used_and_not_saved(variant, tmp_path):
     assert "nanofinetune" not in (tmp_path / "config.json").read_text()
 
 
-@each_variant
+@each_sdpa_variant
 def test_fast_dropout_draws_masks_of_its_own(variant):
     whole, ours = made(variant, 0.0), made(variant, 0.0)
     use_fast_dropout(ours)
@@ -236,3 +246,66 @@ def test_an_exception_in_the_model_leaves_the_encoder_whole_for_others():
         ours(**batch | {"labels": torch.tensor([0, 1, 2, 9])})
     batch.pop("labels")
     assert ours.base_model(**batch).last_hidden_state.shape[1] == 60
+
+
+# --- MPNet, whose layers are its own ----------------------------------------------------------------------------------
+
+
+LAYER_LISTS = {
+    "fewer layers": lambda layers: layers[:2],
+    "one more": lambda layers: [*layers, copy.deepcopy(layers[0])],
+    "the last one again": lambda layers: [*layers, layers[-1]],
+    "turned around": lambda layers: list(layers)[::-1],
+}
+
+
+@pytest.mark.parametrize("change", LAYER_LISTS.values(), ids=LAYER_LISTS)
+def test_an_mpnet_with_other_layers_matches_the_whole_one(change):
+    """In fp64 to 12 digits, dropout included: which layer is the last is asked for in each forward."""
+    whole, ours = (model.double().train() for model in pair("mpnet", 0.5))
+    for model in (whole, ours):
+        model.mpnet.encoder.layer = nn.ModuleList(change(model.mpnet.encoder.layer))
+    assert_same(whole, ours, batch_of(LENGTHS["much padding"]), 1e-12)
+
+
+ASKED = {  # -> how many tensors the output has
+    "output_hidden_states": 2 + 4,
+    "output_attentions": 2 + 3,
+    "a tuple": 2,
+    "a mask of one's own": 2,
+    "padding on the left": 2,
+}
+
+
+@pytest.mark.parametrize(("asked", "tensors"), ASKED.items(), ids=ASKED)
+def test_what_needs_the_whole_mpnet_gets_it(asked, tensors):
+    """Bit for bit the whole model's loss and logits, and what else was asked for."""
+    batch, options = batch_of(LENGTHS["much padding"]), {}
+    if asked == "a tuple":
+        options["return_dict"] = False
+    elif asked == "padding on the left":
+        batch = {name: value.flip(1) if value.ndim > 1 else value for name, value in batch.items()}
+    elif asked == "a mask of one's own":  # padding counts a little
+        batch["attention_mask"] = (batch["attention_mask"][:, None, None, :].expand(4, 1, 60, 60) - 1.0) * 2
+    else:
+        options[asked] = True
+    found = []
+    for model in pair("mpnet", 0.5):
+        torch.manual_seed(0)
+        out = model.train()(**batch, **options)
+        parts = out if isinstance(out, tuple) else out.to_tuple()
+        found.append([x for part in parts for x in (part if isinstance(part, tuple) else (part,))])
+    assert len(found[0]) == tensors
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_an_exported_mpnet_matches_the_whole_one():
+    """Under torch.export every token is computed, so the program fits other batches of that shape."""
+    whole, ours = (model.eval() for model in pair("mpnet"))
+    first, second = (batch_of(lengths, 3) for lengths in ([30, 20, 9], [30, 4, 25]))
+    for batch in (first, second):
+        batch.pop("labels")
+    with torch.no_grad():
+        program = torch.export.export(ours, (), first).module()
+        for batch in (first, second):
+            assert torch.allclose(program(**batch).logits, whole(**batch).logits, atol=1e-6)
