@@ -819,12 +819,20 @@ def forever(loader: Any) -> Iterator[Any]:
 def machine() -> dict[str, Any]:
     """What the numbers depend on, beside this repository's code."""
     found = {
-        "cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "bf16": has_bf16(),
         "python": platform.python_version(),
     }  # fmt: skip
     for name in ("torch", "transformers", "accelerate", "datasets"):
         found[name] = version(name) if find_spec(name) else "absent"
     return found | {"date": date.today().isoformat()}
+
+
+def has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU has instructions that multiply in bf16 (Linux tells). Without them fp32 is the faster precision.
+
+    x86 calls them avx512_bf16 and amx_bf16, Arm bf16.
+    """
+    return cpuinfo.is_file() and any("bf16" in word for word in cpuinfo.read_text().split())
 
 
 NO_MODEL = (

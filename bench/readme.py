@@ -33,6 +33,16 @@ def newest(name: str) -> tuple[Path, dict[str, Any]]:
     return path, json.loads(path.read_text())
 
 
+def newest_setups() -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Of each setup of bench/throughput.py on a CPU, the newest speed record that has it; the newest record's first."""
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in sorted(RECORDS.glob("*_cpu_speed.json"), reverse=True):
+        record = json.loads(path.read_text())
+        for name in record["setups"]:
+            found.setdefault(name, (path, record))
+    return found
+
+
 def record_base(name: str | None, device: str) -> Path | None:
     """The path of today's record of that name, without its ending; None for none.
 
@@ -54,7 +64,9 @@ def peer_of(found: dict[str, Any]) -> str:
 def machine_text(machine: dict[str, Any]) -> str:
     """What the numbers depend on, for every report."""
     names = ("python", "torch", "transformers", "accelerate", "datasets")
-    return f"{machine['cpu']}, {machine['cores']} cores; {', '.join(f'{name} {machine[name]}' for name in names)}"
+    without = "" if machine.get("bf16", True) else " without bf16 instructions"  # older records do not tell
+    versions = ", ".join(f"{name} {machine[name]}" for name in names)
+    return f"{machine['cpu']}, {machine['cores']} cores{without}; {versions}"
 
 
 def machine_line(path: Path, machine: dict[str, Any], folder: Path) -> str:
@@ -88,23 +100,33 @@ def pieces(folder: Path) -> str:
 
 def speed(folder: Path) -> str:
     """The table of `python bench/throughput.py --record speed`: the whole job."""
-    path, record = newest("speed")
-    report, picture = path.with_suffix(".md"), path.with_suffix(".png")
-    lines = [
-        f"The whole job, {record['model']} on {record['data']}, each run a fresh process, in turns: a peer against"
-        " train.py, median of the ratios (lowest to highest). Above 1 is ours ahead; of memory and of the time to the"
-        " first step it is ours over the peer's, so less is ours ahead. Best against best is each side's own choice of"
-        " options: other batches and dropout masks, so another job."
-        f" Settings, losses and costs: {link(report, folder)}.",
-        machine_line(path, record["machine"], folder),
-        "",
-        "| peer | what | the peer | ours | ratio | target | reached |",
-        "|---|---|---|---|---|---|---|",
+    by_record: dict[Path, list[str]] = {}
+    for name, (path, _) in newest_setups().items():
+        by_record.setdefault(path, []).append(name)
+    parts = [
+        "The whole job, each run a fresh process, in turns: a peer against train.py, median of the ratios (lowest to"
+        " highest). Above 1 is ours ahead; of memory and of the time to the first step it is ours over the peer's, so"
+        " less is ours ahead. Best against best is each side's own choice of options: other batches and dropout masks,"
+        " so another job."
     ]
-    for found in record["setups"].values():
-        for row in found["rows"]:
-            lines.append(f"| {peer_of(found)} | {row['what']} | {measured(row)} | {row['target']} | {reached(row)} |")
-    return "\n".join([*lines, "", f"![times and memory, each side]({os.path.relpath(picture, folder)})"])
+    for path, names in by_record.items():
+        record = json.loads(path.read_text())
+        report, picture = path.with_suffix(".md"), path.with_suffix(".png")
+        older = "" if path == next(iter(by_record)) else "Measured earlier, and not again. "
+        parts.append(
+            f"{older}Model and data: {record['model']} on {record['data']}. Settings, losses and costs: {link(report, folder)}.\n"
+            + machine_line(path, record["machine"], folder)
+        )
+        table = ["| peer | what | the peer | ours | ratio | target | reached |", "|---|---|---|---|---|---|---|"]
+        for found in (record["setups"][name] for name in names):
+            for row in found["rows"]:
+                table.append(
+                    f"| {peer_of(found)} | {row['what']} | {measured(row)} | {row['target']} | {reached(row)} |"
+                )
+        parts.append("\n".join(table))
+        if not older:
+            parts.append(f"![times and memory, each side]({os.path.relpath(picture, folder)})")
+    return "\n\n".join(parts)
 
 
 def reached(row: dict[str, Any]) -> str:
@@ -226,7 +248,7 @@ def row_of(record: dict[str, Any], piece: str, what: str) -> dict[str, Any]:
 
 def numbers(folder: Path) -> str:
     """README's first screen: one number each for equal, fast and small."""
-    path, record = newest("speed")
+    path, record = newest_setups()["fp32"]
     fastest = row_of(record, "fp32", "1,000 tokens of training")
     sys.path.insert(0, str(ROOT / "tests"))
     from test_layers import code_lines, core
@@ -292,7 +314,8 @@ def peers(folder: Path) -> str:
 
 def speed_short(folder: Path) -> str:
     """Five rows of the whole job, and where it loses."""
-    path, record = newest("speed")
+    known = newest_setups()
+    path, record = known["fp32"]
     shown = (
         ("fp32", "1,000 tokens of training"), ("bf16", "1,000 tokens of training"), ("fp32", "evaluation"),
         ("fp32", "command to first step"), ("fp32", "peak memory, process tree"),
@@ -305,14 +328,17 @@ def speed_short(folder: Path) -> str:
         "| what | Accelerate | train.py | ratio |",
         "|---|---|---|---|",
     ]
-    lines += [f"| {row['what']} | {measured(row)} |" for row in (row_of(record, *place) for place in shown)]
+    for setup, what in shown:
+        source, found = known[setup]
+        row, other = row_of(found, setup, what), "" if source == path else f" ({link(source, folder)})"
+        lines.append(f"| {row['what']}{other} | {measured(row)} |")
     pieces_record = newest("pieces")[1]["rows"]
     behind = min(
         (row for row in pieces_record if row["piece"] != "ddp" and row["unit"] != "MiB"), key=lambda row: row["ratio"]
     )
-    equal = record["setups"]["size12x768"]["rows"][0] if "size12x768" in record["setups"] else None
     sentence = f"It loses in `{behind['what'].partition(',')[0]}` ({behind['ratio']:.2f})"
-    if equal is not None:
+    if "size12x768" in known:
+        equal = known["size12x768"][1]["setups"]["size12x768"]["rows"][0]
         sentence += f", and gains least where no row is padded and the model is large ({equal['ratio']:.2f})"
     sentence += others(record)
     return "\n".join([*lines, "", sentence + ". [All of it](docs/speed.md), piece by piece."])

@@ -38,7 +38,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from made import ENCODERS, SEED, SIZES, bert_of, encoder_of, pairs_of, rows_of, with_head
-from pieces import NotEqual, machine, model_of
+from pieces import NotEqual, has_bf16, machine, model_of
 from readme import machine_text, measured, peer_of, reached, record_base
 
 from nanofinetune.data.pretrained import packaged_model
@@ -112,7 +112,12 @@ OURS_OVER_THEIRS = ("first step", "memory")  # whose ratio is ours over the libr
 BEST = ("--group-by-length", "--fast-dropout")  # train.py's own choice
 
 
-def setups(nproc: Sequence[int], precisions: Sequence[str], steps: int) -> dict[str, Setup]:
+def best_precision(device: str = "cpu") -> tuple[str, str]:
+    """The faster precision there, for either side -> (the value of --precision, its name)."""
+    return ("bf16", "bf16") if device == "cuda" or has_bf16() else ("no", "fp32")
+
+
+def setups(nproc: Sequence[int], precisions: Sequence[str], steps: int, device: str = "cpu") -> dict[str, Setup]:
     """All that can be measured, by name."""
     equal = "the same work"
     found: list[Setup] = []
@@ -122,13 +127,14 @@ def setups(nproc: Sequence[int], precisions: Sequence[str], steps: int) -> dict[
         found += [fp32, *(replace(fp32, name=peer.lower(), peer=peer, targets=()) for peer in ("Trainer", "Fabric"))]
     if "bf16" in precisions and 1 in nproc:
         found.append(Setup("bf16", f"{equal}, bf16", "bf16", targets=(("step", ">= 2.1"),)))
+        precision, named = best_precision(device)
         best = Setup(
-            "best", "best against best", "bf16", same_work=False, library=("--fused", "--eval-batch-size", "64"),
-            ours=BEST, targets=(("step", ">= 2.2"),),
+            "best", f"best against best, {named}", precision, same_work=False, ours=BEST,
+            library=("--fused", "--eval-batch-size", "64"), targets=(("step", ">= 2.2"),),
         )  # fmt: skip
         trainers = ("--group-by-length", "--eval-batch-size", "64")
         found += [
-            best, replace(best, name="bestplain", what="best against bf16 as the course has it", library=()),
+            best, replace(best, name="bestplain", what=f"best against {named} as the course has it", library=()),
             replace(best, name="trainerbest", peer="Trainer", library=trainers, targets=(("step", ">= 1.5"),)),
             replace(best, name="fabricbest", peer="Fabric", targets=(("step", ">= 1.5"),)),
         ]  # fmt: skip
@@ -139,8 +145,7 @@ def setups(nproc: Sequence[int], precisions: Sequence[str], steps: int) -> dict[
     if "no" in precisions and 1 in nproc:
         for kind in ENCODERS:
             name, targets = kind.replace("-", ""), (("step", ">= 1.4"),)
-            encoder = Setup(name, f"{equal}, fp32, {kind}", encoder=kind, targets=targets)
-            found.append(encoder if kind != "mpnet" else replace(encoder, targets=()))  # nothing is left out of it
+            found.append(Setup(name, f"{equal}, fp32, {kind}", encoder=kind, targets=targets))
         pairs = Setup("predict", "prediction of a file of pairs", peer="pipeline", targets=(("whole", ">= 1.6"),))
         found.append(pairs)
     cost = Setup("", "", length=64)
@@ -161,6 +166,12 @@ def missing(setup: Setup) -> str:
     """What to install for the setup's peer; "" where all is there."""
     absent = [package for module, package in PEERS[setup.peer].needs.items() if find_spec(module) is None]
     return f"{setup.peer} needs {' and '.join(absent)}: pip install {' '.join(absent)}" if absent else ""
+
+
+def slow(setup: Setup, device: str) -> str:
+    """Why a setup is measured only when it is named; "" for all others."""
+    emulated = setup.precision == "bf16" and best_precision(device)[0] != "bf16"
+    return "this CPU has no bf16 instructions, so a step takes seconds; name it to measure it" if emulated else ""
 
 
 # --- one run of one side ----------------------------------------------------------------------------------------------
@@ -507,7 +518,7 @@ def parse(argv: list[str] | None = None) -> Any:
 
 def main() -> None:
     args = parse()
-    known = setups(args.nproc, args.precision, args.steps)
+    known = setups(args.nproc, args.precision, args.steps, args.device)
     if args.list:
         print("\n".join(f"{setup.name:<12} {setup.peer:<11} {setup.what}" for setup in known.values()))
         return
@@ -528,7 +539,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="nanofinetune-bench-") as folder:
         place = Place(model, data, args.device, Path(folder))
         for name in args.setups or known:
-            if why := missing(known[name]):
+            if why := missing(known[name]) or ("" if args.setups else slow(known[name], args.device)):
                 print(f"{name}: left out; {why}", file=sys.stderr, flush=True)
                 continue
             found = compare(known[name], place, args.pairs)

@@ -93,6 +93,7 @@ def test_a_peer_that_is_not_written_for_ranks_refuses_them(script, monkeypatch, 
     assert ended.value.code == 2 and capsys.readouterr() == ("", f"{script}.py: {why}\n")
 
 
+@pytest.mark.slow
 def test_readme_py_writes_nothing_where_it_is_told_something() -> None:
     """It rewrote README whatever its arguments were."""
     documents = [ROOT / name for name in import_module("readme").DOCUMENTS]

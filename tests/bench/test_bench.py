@@ -182,6 +182,7 @@ def test_a_piece_without_its_library_is_skipped_with_the_reason(monkeypatch):
     assert pieces.missing("collate", "a model") == pieces.missing("adamw", "a model") == ""
 
 
+@pytest.mark.slow
 def test_a_worker_says_why_it_failed():
     with pieces.Worker(_unwilling, "tiny") as worker, pytest.raises(RuntimeError, match="ValueError: not ready: tiny"):
         worker()

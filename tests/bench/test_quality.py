@@ -41,6 +41,12 @@ def started(monkeypatch):
     return found
 
 
+@pytest.fixture(autouse=True)
+def bf16_instructions(monkeypatch):
+    """The best options of a CPU that has them, on any CPU."""
+    monkeypatch.setattr(throughput, "has_bf16", lambda: True)
+
+
 def test_sides_take_turns_and_each_has_its_best_options_and_all_cores(tmp_path, started, monkeypatch):
     monkeypatch.setattr(quality.os, "cpu_count", lambda: 6)
     runs = quality.run_timed(tmp_path, ["--model", "m"], [1, 2])

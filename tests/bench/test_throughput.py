@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 import faults
 import fuzz
 import made
+import pieces
 import throughput
 from throughput import NotEqual, Place, Setup
 
@@ -186,6 +187,35 @@ def test_watch_adds_up_a_process_and_its_children(tmp_path):
 # --- the command line and the record ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def bf16_instructions(monkeypatch):
+    """The setups of a CPU that has them, on any CPU."""
+    monkeypatch.setattr(throughput, "has_bf16", lambda: True)
+
+
+def test_without_bf16_instructions_the_best_is_fp32_and_bf16_is_measured_only_by_name(monkeypatch):
+    monkeypatch.setattr(throughput, "has_bf16", lambda: False)
+    known = throughput.setups([1], ["no", "bf16"], 40)
+    best = [known[name] for name in ("best", "bestplain", "trainerbest", "fabricbest")]
+    assert {setup.precision for setup in best} == {"no"} and all("fp32" in setup.what for setup in best)
+    assert [name for name, setup in known.items() if throughput.slow(setup, "cpu")] == ["bf16"]
+    on_gpu = throughput.setups([1], ["no", "bf16"], 40, "cuda")
+    assert on_gpu["best"].precision == "bf16" and not any(throughput.slow(setup, "cuda") for setup in on_gpu.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("flags : fpu avx512_bf16 sse", True), ("flags : amx_bf16", True), ("Features : fp asimd bf16", True),
+        ("flags : fpu avx2", False),
+    ],
+)  # fmt: skip
+def test_bf16_instructions_are_found_by_the_kernels_names(words, found, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\n{words}\n")
+    assert pieces.has_bf16(tmp_path / "cpuinfo") == found
+    assert not pieces.has_bf16(tmp_path / "nothing")
+
+
 def test_names_and_settings_of_the_setups():
     known = throughput.setups([1, 2, 4], ["no", "bf16"], 40)
     assert {"fp32", "bf16", "best", "ranks2", "ranks4", "batch32", "length256", "size12x768", "nproc4"} <= set(known)
@@ -221,8 +251,8 @@ def test_targets_of_the_peers():
     assert [steps[name] for name in ("fp32", "bf16", "best", "trainerbest", "fabricbest", "ranks2")] == [
         ">= 1.8", ">= 2.1", ">= 2.2", ">= 1.5", ">= 1.5", ">= 1.8",
     ]  # fmt: skip
-    assert {steps[name] for name in ("distilbert", "roberta", "electra", "albert", "xlmroberta")} == {">= 1.4"}
-    assert steps["mpnet"] == ""
+    encoders = ("distilbert", "roberta", "electra", "albert", "xlmroberta", "mpnet")
+    assert {steps[name] for name in encoders} == {">= 1.4"}
 
 
 def test_a_peer_that_is_not_installed_is_refused_by_name_and_left_out_of_all(monkeypatch, capsys):
@@ -285,7 +315,7 @@ def test_an_encoder_is_what_the_model_type_says_and_fits_its_tokenizer(kind, tmp
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert config.model_type == kind and config.pad_token_id == tokenizer.pad_token_id
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    assert (type(model).__name__ in ENCODERS) == (kind != "mpnet")
+    assert type(model).__name__ in ENCODERS
     longest = tokenizer(["the " * 600], truncation=True, max_length=512, return_tensors="pt")
     assert ("token_type_ids" in longest) == (kind not in made.WITHOUT_SEGMENTS)
     assert model(**longest).logits.shape == (1, 2)
@@ -371,7 +401,7 @@ def test_a_report_names_the_peer_of_each_setup():
     text = throughput.markdown(record_of(first, *parts[1:]), "x.png")
     assert text.startswith("# Throughput: Accelerate, Trainer, Fabric, pipeline and nanofinetune, 2026-01-02\n")
     assert "| Accelerate | the same work, fp32: 1,000 tokens of training | 5 ms | 2 ms |" in text, "an old record"
-    assert "| Trainer | best against best: 1,000 tokens of training |" in text and ">= 1.5 | yes | 3 |" in text
+    assert "| Trainer | best against best, bf16: 1,000 tokens of training |" in text and ">= 1.5 | yes | 3 |" in text
     assert "| pipeline | prediction of a file of pairs: command to end | 4 s | 2 s | **2.00** (2.00 to 2.00)" in text
     assert "options: Trainer --group-by-length --eval-batch-size 64, ours --group-by-length --fast-dropout." in text
     assert "Gate: Fabric 0.70000" in text and "): 2 rows.\n  First probabilities: pipeline 0.90000, 0.70000;" in text
@@ -387,6 +417,23 @@ def test_readme_tells_of_the_other_peers_where_the_record_has_them():
     one, two = "3.00 times the speed of transformers' Trainer", "3.00 times the speed of Lightning Fabric"
     assert told == f". Each side at its best, it has {one} and {two}"
     assert readme.others(record_of(taken(known["fp32"]))) == ""
+
+
+def test_documents_show_each_setup_from_the_newest_record_that_has_it(tmp_path, monkeypatch):
+    import readme
+
+    known = throughput.setups([1], ["no", "bf16"], 40)
+    days = {"2026-01-01": ("fp32", "bf16"), "2026-01-02": ("fp32",)}
+    for day, names in days.items():
+        record = record_of(*(taken(known[name]) for name in names))
+        (tmp_path / f"{day}_cpu_speed.json").write_text(json.dumps(record))
+    (tmp_path / "2026-01-03_cuda_speed.json").write_text(json.dumps(record_of(taken(known["fp32"]))))
+    monkeypatch.setattr(readme, "RECORDS", tmp_path)
+    sources = {name: path.name[:10] for name, (path, _) in readme.newest_setups().items()}
+    assert sources == {"fp32": "2026-01-02", "bf16": "2026-01-01"}
+    newest, earlier = readme.speed(tmp_path).split("Measured earlier, and not again. ")
+    assert "fp32: 1,000 tokens" in newest and "bf16" not in newest and "2026-01-02_cpu_speed.png" in newest
+    assert "bf16: 1,000 tokens" in earlier and "fp32:" not in earlier and "2026-01-01_cpu_speed.json" in earlier
 
 
 def test_a_record_names_no_place(tmp_path):
