@@ -814,6 +814,7 @@ def unused_through_the_facade():
     return grads, hook, text
 
 
+@pytest.mark.slow
 def test_find_unused_parameters_matches_accelerate_on_ranks():
     pytest.importorskip("accelerate", reason="the reference, extra `test`")
     for (mine, reference), hook, text in run_ranks(unused_through_the_facade, 2):

@@ -504,6 +504,7 @@ def test_the_code_of_a_data_folder_is_never_run(yard, tmp_path, train, monkeypat
     assert not (tmp_path / "ran").exists() and "20 train" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", ["--model nobody/no-such-model", pytest.param("--data nobody/nothing", marks=pytest.mark.slow)]
 )

@@ -227,6 +227,7 @@ def test_variables_are_printed_as_text(name):
     assert_text(str(failure.value))
 
 
+@pytest.mark.slow
 def test_a_fault_of_ours_is_printed_as_text_where_python_prints_the_name(tmp_path):
     """In one process by its hook for uncaught exceptions, in a rank by what the launcher is told."""
     raising = f"raise RuntimeError({EVIL!r})"

@@ -50,7 +50,12 @@ def run_examples(file: Path) -> tuple[int, int, str]:
     return attempted, failed, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ALONE)
+QUICK = ("step/collate.py", "ranks/ddp.py")  # by default, the smallest and the one with most in it
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ALONE]
+)
 def test_a_file_by_itself_passes_its_own_examples(name, tmp_path):
     file = Path(shutil.copy(ROOT / "nanofinetune" / name, tmp_path))
     attempted, failed, output = run_examples(file)

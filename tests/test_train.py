@@ -96,6 +96,7 @@ def test_batches_may_be_copied_ahead(run, tiny_model, pairs, monkeypatch):
     assert asked == [(torch.device("cpu"), True)] * 2
 
 
+@pytest.mark.slow
 def test_training_learns(run, tiny_model, pairs):
     """The loss after many epochs on 61 rows is far below chance's 0.693."""
     result = result_of(run("--model", tiny_model, "--data", pairs, "--epochs", 40, "--lr", "2e-3"))
@@ -302,7 +303,7 @@ def on_rank(arguments):
     return code, out.getvalue()
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_ranks_score_every_row_once_and_print_one_result(world, run, pairs, tmp_path, tiny_tokenizer_dir):
     """23 validation rows on real ranks; one result line; the same global batch trains to the same losses and scores."""
     output = tmp_path / "out"

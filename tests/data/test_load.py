@@ -163,6 +163,7 @@ def test_stdlib_pairs_have_the_columns_and_sizes_of_mrpc():
     assert [len(split) for split in data.splits.values()] == [3668, 408]
 
 
+@pytest.mark.slow
 def test_the_default_falls_back_only_when_the_user_named_nothing():
     """No Hub in the tests: the default becomes stdlib-pairs and says so; the same name, given, is an error."""
     data = load_data(None)

@@ -145,7 +145,7 @@ def train_here(arguments):
     return run_main("train.py", load_script(ROOT / "train.py").main)
 
 
-@pytest.mark.parametrize("task", ["multi", "regression"])
+@pytest.mark.parametrize("task", ["multi", pytest.param("regression", marks=pytest.mark.slow)])
 def test_two_ranks_train_and_score_as_one_process(task, tmp_path, tiny_tokenizer_dir):
     """Of 17 rows in steps of 8, the last step has one: a rank has none, and its stand-in must weigh nothing."""
     model = save_tiny_model(tmp_path / "model", tiny_tokenizer_dir, dropout=0.0)

@@ -29,7 +29,9 @@ MESSAGES = [
 ]
 
 
-@pytest.mark.parametrize("message", MESSAGES)
+@pytest.mark.parametrize(
+    "message", [MESSAGES[0], *(pytest.param(text, marks=pytest.mark.slow) for text in MESSAGES[1:])]
+)
 @pytest.mark.parametrize("smaller", [None, "half"])
 def test_find_executable_batch_size_matches_accelerate(message, smaller):
     """The sizes that are tried, by an error of each kind, on a first and a second call."""
@@ -62,6 +64,7 @@ def test_it_is_used_without_arguments_as_in_accelerate():
         assert library.find_executable_batch_size(lambda size, x=1: size + x, starting_batch_size=3)(2) == 5
 
 
+@pytest.mark.slow
 def test_misuse_and_other_errors_raise_as_in_accelerate():
     outcomes = []
     for library in libraries():
@@ -160,6 +163,7 @@ def on_two_ranks(limits):
     return tried
 
 
+@pytest.mark.slow
 def test_all_ranks_try_again_where_accelerate_shrinks_one():
     pytest.importorskip("accelerate", reason="the reference, extra `test`")
     first, second = run_ranks(on_two_ranks, 2, (10, 8))

@@ -72,6 +72,7 @@ def on_two_ranks(folder):
     accelerator.end_training()
 
 
+@pytest.mark.slow
 def test_each_rank_writes_a_trace_of_its_own(tmp_path):
     run_ranks(on_two_ranks, 2, str(tmp_path / "traces"))
     assert sorted(file.name for file in (tmp_path / "traces").iterdir()) == ["profile_0.json", "profile_1.json"]

@@ -35,6 +35,7 @@ PARENT = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no resource usage")
 def test_peak_rss_matches_resource_usage():
     own, by_usage = run_python(PARENT, "1", textwrap.dedent(RSS))

@@ -88,6 +88,7 @@ torch.distributed.all_reduce(torch.ones(1))
 """
 
 
+@pytest.mark.slow
 def test_first_failing_rank_is_printed_last_where_torchrun_hides_it(tmp_path: Path) -> None:
     env = _script(tmp_path, REAL_GLOO + FIRST)
     result = launch_sh("-n", "2", env=env)
@@ -120,6 +121,7 @@ def test_usage_error_is_one_line_and_exit_2(tmp_path: Path) -> None:
     assert result.stderr == "script.py: --lr is -1: it must be above 0\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [
@@ -193,6 +195,7 @@ def test_killed_rank_is_named(tmp_path: Path) -> None:
 # ---- real runs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_ranks_on_a_cpu_with_port_29500_taken(tmp_path: Path) -> None:
     """Two real gloo ranks, as if `python script.py args` had run in each, while 29500 is somebody else's."""
     text = REAL_GLOO + (
@@ -261,6 +264,7 @@ shutdown(world)
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["launch.sh", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_restarted_ranks_meet_each_other(launcher: str, tmp_path: Path) -> None:
     """The second attempt meets in the store in which the first one's addresses still are."""

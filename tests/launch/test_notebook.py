@@ -70,6 +70,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_after_the_notebook_used_threads() -> None:
     reason = "nbclient and ipykernel are optional extras: they run the notebook"
     nbclient = pytest.importorskip("nbclient", reason=reason)

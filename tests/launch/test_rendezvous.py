@@ -40,6 +40,7 @@ shutdown(world)
 """
 
 
+@pytest.mark.slow
 @linux
 @needs_bash
 @pytest.mark.parametrize(

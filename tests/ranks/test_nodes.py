@@ -122,6 +122,7 @@ def _launch(
     return ended
 
 
+@pytest.mark.slow
 def test_two_nodes_train_together(nodes: list[Node], tmp_path: Path) -> None:
     """Four ranks on two nodes have, after five steps, the weights of one process that saw all rows."""
     script = tmp_path / "train.py"

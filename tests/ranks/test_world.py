@@ -247,6 +247,7 @@ while time.monotonic() < end:
 """
 
 
+@pytest.mark.slow
 def test_a_group_that_is_never_shut_down_does_not_abort_where_torch_does(tmp_path):
     """Whether torch's does is a race: it is given some tries, and ours as many."""
     script = tmp_path / "script.py"

@@ -249,6 +249,7 @@ print(kill_at, gaps)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["at once", "in two renames"])
 def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new_one(how, tmp_path):
     """SIGKILL before each file operation of `save_state("last")`. Where folders cannot swap names, `load` mends it."""

@@ -91,6 +91,7 @@ def test_a_log_says_what_stays(tmp_path, capsys):
 # ---- what reads the output may leave ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", ["the reader", pytest.param("stdout itself", marks=pytest.mark.slow)])
 def test_a_run_whose_output_nobody_reads_trains_to_its_end(gone, tiny_model, pairs, tmp_path):
     """`train.py | head -1`, `train.py >&-`: in a real process, whose plan, scores and result cannot be printed."""

@@ -261,6 +261,7 @@ def test_two_runs_do_not_write_into_one_folder(tiny_model, pairs, tmp_path, capf
     assert held
 
 
+@pytest.mark.slow
 def test_full_disk_ends_no_training_and_loses_nothing(tiny_model, pairs, tmp_path, capfd):
     """A real one: losses and checkpoints are not written, the run goes on; the model is not, and one line says so."""
     disk = tmp_path / "disk"
@@ -301,7 +302,9 @@ def on_ranks(arguments, stop_after):
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["random", "grouped"])
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), pytest.param(4, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "before, after", [*(pytest.param(*ranks, marks=pytest.mark.slow) for ranks in ((2, 1), (4, 3))), (1, 2)]
+)
 def test_ranks_may_change_between_runs(before, after, grouped, still_model, pairs, tmp_path):
     """Stopped in the second epoch: each row once an epoch, and the loss curve of the uninterrupted run."""
     batch = {1: 12, 2: 6, 4: 3}[before]  # 12 rows an update
@@ -387,6 +390,7 @@ def stderr_of(arguments, forward):
         return code, file.read()
 
 
+@pytest.mark.slow
 def test_nonfinite_loss_of_one_rank_ends_all_and_is_named(tiny_model, pairs, tmp_path):
     arguments = ["--model", tiny_model, "--data", pairs, "--max-steps", "5", "--output", str(tmp_path / "out")]
     (first, said), (second, silent) = run_ranks(stderr_of, 2, arguments, nan_on_one_rank, timeout=120)
@@ -483,7 +487,7 @@ def without_memory(arguments, forward=None):
 
 @pytest.mark.parametrize("accumulate", [1, 3], ids=["plain", "accumulate"])  # 61 rows: the last window is short
 @pytest.mark.parametrize("fails", [too_large, too_large_in_backward], ids=["forward", "backward"])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_out_of_memory_on_one_rank_shrinks_on_all(world, fails, accumulate, still_model, pairs, tmp_path):
     """From 8 rows to 2: twice a note, as many rows an update, the losses of the run that had memory."""
     arguments = ["--model", still_model, "--data", pairs, "--lr", "1e-3", "--epochs", "2", "--accumulate", accumulate]

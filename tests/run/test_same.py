@@ -61,7 +61,9 @@ def started_in(folders, change):
     return started(["--model", "model", "--data", "data", "--max-steps", "1", "--device", "cpu"], [])
 
 
-@pytest.mark.parametrize("what", ["data", "weights", "nothing"])
+@pytest.mark.parametrize(
+    "what", ["data", *(pytest.param(what, marks=pytest.mark.slow) for what in ("weights", "nothing"))]
+)
 def test_other_files_behind_the_same_names_are_refused(what, tiny_tokenizer_dir, pairs, tmp_path):
     """Nodes have disks of their own, and so files of their own behind one command line."""
     folders = [tmp_path / "0", tmp_path / "1"]

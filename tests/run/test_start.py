@@ -216,6 +216,7 @@ except UsageError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="permissions are POSIX'")
 @pytest.mark.parametrize("mode", [0o000, 0o500], ids=["no permission", "no permission to write"])
 def test_checkpoints_without_permission_are_one_line(mode):

@@ -285,6 +285,7 @@ def test_any_optimizer_is_told_at_the_end_of_its_window(kind):
     assert [name for name, _ in phases(observer.events)] == ["set-up", "update 1", "update 2", "afterwards"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
