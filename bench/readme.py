@@ -114,7 +114,8 @@ def speed(folder: Path) -> str:
         report, picture = path.with_suffix(".md"), path.with_suffix(".png")
         older = "" if path == next(iter(by_record)) else "Measured earlier, and not again. "
         parts.append(
-            f"{older}Model and data: {record['model']} on {record['data']}. Settings, losses and costs: {link(report, folder)}.\n"
+            f"{older}Model and data: {record['model']} on {record['data']}."
+            f" Settings, losses and costs: {link(report, folder)}.\n"
             + machine_line(path, record["machine"], folder)
         )
         table = ["| peer | what | the peer | ours | ratio | target | reached |", "|---|---|---|---|---|---|---|"]
