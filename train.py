@@ -39,7 +39,6 @@ from torch.utils.data import DataLoader
 
 from nanofinetune import Accelerator, AdamW, __version__, get_scheduler
 from nanofinetune.cpu.dropout import use_exact_dropout, use_fast_dropout
-from nanofinetune.cpu.embedding import use_row_gradients
 from nanofinetune.cpu.lean import use_lean_encoder
 from nanofinetune.cpu.memory import keep_freed_memory
 from nanofinetune.data.job import Job, common_arguments, data_arguments, load, training_loader
@@ -126,7 +125,6 @@ def compute_faster(model: Any, args: argparse.Namespace, device: torch.device) -
     if args.fast_dropout and device.type != "cpu":
         raise UsageError(f"--fast-dropout: only on a CPU, and the device is {device}; leave it out")
     if device.type == "cpu":  # --fast-dropout has masks of its own
-        use_row_gradients(model)  # an optimizer that writes into `.grad.data` would need it left out
         (use_fast_dropout if args.fast_dropout else use_exact_dropout)(model)
         use_lean_encoder(model)
 

@@ -188,8 +188,7 @@ NAMED = {
             "aten::gelu_backward", "aten::tanh", "aten::tanh_backward", "aten::_log_softmax",
             "aten::_log_softmax_backward_data", "aten::nll_loss_nd", "aten::nll_loss_forward",
             "aten::nll_loss_backward", "aten::cross_entropy_loss"),
-    EMBEDDING: ("aten::embedding", "aten::embedding_backward", "aten::embedding_dense_backward", "_Lookup",
-                "embedding"),
+    EMBEDDING: ("aten::embedding", "aten::embedding_backward", "aten::embedding_dense_backward", "embedding"),
     PACKING: ("_Pack", "_Unpack"),
 }  # fmt: skip
 PART_OF = {name: part for part, names in NAMED.items() for name in names}

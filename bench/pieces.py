@@ -48,7 +48,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanofinetune.accelerator import Accelerator
 from nanofinetune.cpu.dropout import use_exact_dropout
-from nanofinetune.cpu.embedding import use_row_gradients
 from nanofinetune.cpu.lean import use_lean_encoder
 from nanofinetune.cpu.memory import keep_freed_memory
 from nanofinetune.data.cache import load_tokens
@@ -245,8 +244,7 @@ def model(job: Job, repeats: int) -> Iterator[Row]:
 
     library = job.classifier().train()
     changes = {
-        "embedding's gradient": use_row_gradients,
-        "and dropout's masks": use_exact_dropout,
+        "dropout's masks": use_exact_dropout,
         "and nothing unread": use_lean_encoder,
     }
     ours = job.classifier().train()
@@ -304,7 +302,6 @@ def library_step(job: Job) -> Callable[[int, bool], Turn]:
 
 def on_a_cpu(model: Any) -> None:
     """What train.py does to a model on a CPU: the same numbers up to rounding, faster."""
-    use_row_gradients(model)
     use_exact_dropout(model)
     use_lean_encoder(model)
 

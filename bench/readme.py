@@ -115,8 +115,7 @@ def speed(folder: Path) -> str:
         older = "" if path == next(iter(by_record)) else "Measured earlier, and not again. "
         parts.append(
             f"{older}Model and data: {record['model']} on {record['data']}."
-            f" Settings, losses and costs: {link(report, folder)}.\n"
-            + machine_line(path, record["machine"], folder)
+            f" Settings, losses and costs: {link(report, folder)}.\n" + machine_line(path, record["machine"], folder)
         )
         table = ["| peer | what | the peer | ours | ratio | target | reached |", "|---|---|---|---|---|---|---|"]
         for found in (record["setups"][name] for name in names):

@@ -28,7 +28,7 @@ FLOORS = {
     " step/order ranks/shard ranks/naive_ddp ranks/ddp data/tasks data/files data/padding data/limits cpu/memory"
     " data/multilabel data/leaks launch/rendezvous ground/names cpu/dropout report/thin report/judge report/style"
     " report/svg ground/machine ground/progress run/answers",
-    2: "ground/device ground/environment cpu/embedding cpu/mpnet data/stdlib_pairs data/pretrained data/columns"
+    2: "ground/device ground/environment cpu/mpnet data/stdlib_pairs data/pretrained data/columns"
     " data/rows run/schema run/scores report/read report/pieces",
     3: "ranks/world cpu/lean data/load run/folders run/best report/plots report/tables",
     4: "ranks/collectives data/tokens run/checkpoint run/signals run/watch report/page",

@@ -38,11 +38,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 MIB = 2**20
 
-# A parameter may have an attribute of this name: an object that owns the memory of the parameter's gradient and uses it
-# again. Its `holds(gradient)` says whether the gradient lies there, so that one more tensor shares that memory. The
-# owner copes with what is written into it.
-OWNER = "gradient_owner"
-
 
 def bucket_plan(parameters: Sequence[torch.Tensor], *limits: int) -> list[list[int]]:
     """Indices of `parameters` by bucket, last parameters first: about the order in which backward produces gradients.
@@ -103,11 +98,10 @@ class Bucket:
         """Use the only parameter's gradient as the flat tensor -> False where that is impossible: it must be copied."""
         if len(self.parameters) > 1 or not grad.is_contiguous():
             return False
-        ((i, parameter),) = self.parameters.items()
         # underneath: two parameters' gradients may be views of one buffer, as those of a.view(-1) + b.view(-1) are
-        owner = getattr(parameter, OWNER, None)
-        if holders(grad) > 1 + (owner is not None and owner.holds(grad)):
+        if holders(grad) > 1:
             return False
+        (i,) = self.parameters
         self.flat, self.views = grad.view(-1), {i: grad}
         return True
 

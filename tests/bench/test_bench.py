@@ -261,14 +261,13 @@ def test_model_passes_its_gate(tiny_job, monkeypatch):
     monkeypatch.setattr(pieces, "interleave", lambda *_, **__: [(1.0, 1.0)])
     rows = list(pieces.model(tiny_job, 5))
     assert [row.what.partition(", ")[2] for row in rows] == [
-        "embedding's gradient", "and dropout's masks", "and nothing unread",
+        "dropout's masks", "and nothing unread",
     ]  # fmt: skip
 
 
 def test_model_refuses_another_noise(tiny_job, no_clock, monkeypatch):
-    monkeypatch.setattr(pieces, "use_exact_dropout", pieces.use_row_gradients)
-    monkeypatch.setattr(pieces, "use_row_gradients", lambda model: model.apply(_no_dropout))
-    with pytest.raises(pieces.NotEqual, match="model embedding's gradient: the loss of step 1 is"):
+    monkeypatch.setattr(pieces, "use_exact_dropout", lambda model: model.apply(_no_dropout))
+    with pytest.raises(pieces.NotEqual, match="model dropout's masks: the loss of step 1 is"):
         next(pieces.model(tiny_job, 5))
 
 

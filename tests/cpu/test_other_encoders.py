@@ -17,7 +17,6 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from nanofinetune.accelerator import Accelerator
 from nanofinetune.cpu.dropout import EXACT, KINDS, use_exact_dropout, use_fast_dropout
-from nanofinetune.cpu.embedding import use_row_gradients
 from nanofinetune.cpu.lean import ENCODERS, use_lean_encoder
 
 SIZES = {
@@ -53,7 +52,6 @@ def made(variant, dropout=0.1, labels=3):
 def pair(variant, dropout=0.1):
     """The whole model and the lean one, with equal weights."""
     whole, ours = made(variant, dropout), made(variant, dropout)
-    use_row_gradients(ours)
     use_exact_dropout(ours)
     use_lean_encoder(ours)
     return whole, ours
