@@ -312,11 +312,13 @@ def use_lean_encoder(model: Any) -> None:
     """
     name, config, kind = model.config._attn_implementation, model.config, type(model).__name__
     apart = kind == "MPNetForSequenceClassification"  # its layers call no attention function: see mpnet.py
-    known = kind in ENCODERS and (name in ATTENTIONS or apart)
-    if not known or getattr(config, "is_decoder", False) or getattr(config, "chunk_size_feed_forward", 0):
+    if kind not in ENCODERS or getattr(config, "is_decoder", False) or getattr(config, "chunk_size_feed_forward", 0):
         return
     encoder = model.get_submodule(ENCODERS[kind])
     unpacked = [layer.attention.attn.dropout for layer in encoder.layer] if apart else []  # that drop scores
+    # torch's own dropout would draw for the packed tokens alone, and so other masks
+    if not (all(type(dropout) is ExactDropout for dropout in unpacked) if apart else name in ATTENTIONS):
+        return
     for module in encoder.modules():
         if type(module) is ExactDropout and module not in unpacked:
             module.__class__ = PackedDropout
@@ -324,7 +326,7 @@ def use_lean_encoder(model: Any) -> None:
         model.register_forward_pre_hook(begin)
         model.register_forward_hook(end, always_call=True)
     model.head_reads = False
-    encoder.forward, encoder.layout = encode, None  # a partial can be pickled
+    encoder.forward, encoder.layout = encode, None  # for build_of: it will have a forward of its own
     if apart:
         encoder.compute_position_bias = partial(mpnet.position_bias, encoder)
         for layer in encoder.layer:
@@ -333,4 +335,4 @@ def use_lean_encoder(model: Any) -> None:
         last = layers_of(encoder)[-1]
         last.attends_by, last.forward = name, partial(last_layer, last)
         attend_with(model, f"{name}_lean")
-    encoder.forward = partial(encode, encoder, model, build_of(model, encoder))
+    encoder.forward = partial(encode, encoder, model, build_of(model, encoder))  # a partial can be pickled

@@ -297,6 +297,14 @@ def test_what_needs_the_whole_mpnet_gets_it(asked, tensors):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_an_mpnet_with_torchs_dropout_stays_as_it_is():
+    """Of packed tokens torch would draw other masks than of the batch."""
+    whole, ours = made("mpnet", 0.5).train(), made("mpnet", 0.5).train()
+    use_lean_encoder(ours)
+    assert "forward" not in vars(ours.mpnet.encoder)
+    assert_same(whole, ours, batch_of(LENGTHS["much padding"]), 0.0)
+
+
 def test_an_exported_mpnet_matches_the_whole_one():
     """Under torch.export every token is computed, so the program fits other batches of that shape."""
     whole, ours = (model.eval() for model in pair("mpnet"))
