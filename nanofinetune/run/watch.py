@@ -50,15 +50,19 @@ class Watch:
         self.update = 0
         self._ended = threading.Event()
         self._main = threading.get_ident()
+        self._thread = threading.Thread(target=self._answer, daemon=True, name="watch")
         if world.size > 1:
             self._store = _store()
-            threading.Thread(target=self._answer, daemon=True, name="watch").start()
+            self._thread.start()
 
     def __enter__(self) -> Watch:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._ended.set()
+        if self.world.size > 1:
+            # underneath: a thread that is inside the store (C++) while the interpreter ends aborts the process
+            self._thread.join(ANSWER)  # the store may not answer: then end as it is
         kind = transport_failure(error) if isinstance(error, RuntimeError) and self.world.size > 1 else ""
         if kind:
             raise RuntimeError(self._explain(kind, self.where(error.__traceback__ if error else None))) from error

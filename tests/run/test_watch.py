@@ -6,6 +6,7 @@ OMP_NUM_THREADS=1 python -m pytest tests/run/test_watch.py
 import os
 import re
 import signal
+import threading
 import time
 from datetime import timedelta
 
@@ -53,6 +54,26 @@ def test_a_stopped_rank_is_named_where_gloo_names_none():
         text,
     ), text
     assert "Timed out waiting 3000ms" in cause and not re.search(r"rank [01]", cause)
+
+
+def watched_and_left(fails):
+    """How many threads of the watch there are in its block, and after it."""
+    world = init_world("cpu")
+    try:
+        with Watch(world):
+            watching = [thread.name for thread in threading.enumerate()].count("watch")
+            if fails:
+                raise ValueError
+    except ValueError:
+        pass
+    return watching, [thread.name for thread in threading.enumerate()].count("watch")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_thread_is_left_behind(fails):
+    """Nothing to compare with: one that is inside the store while the interpreter ends aborts the process."""
+    assert run_ranks(watched_and_left, 2, fails, timeout=60) == [(1, 0)] * 2
+    assert run_ranks(watched_and_left, 1, fails, timeout=60) == [(0, 0)]
 
 
 def dawdle():
