@@ -35,7 +35,7 @@ import torch
 from nanofinetune.cpu.dropout import use_exact_dropout
 from nanofinetune.cpu.lean import use_lean_encoder
 from nanofinetune.data.files import LONGEST, dialect, format_of
-from nanofinetune.data.pretrained import length_limit, load_tokenizer, load_trained
+from nanofinetune.data.pretrained import import_library, length_limit, load_tokenizer, load_trained
 from nanofinetune.data.rows import WRITTEN, Row, Rows, new_file, read_rows, write_rows
 from nanofinetune.data.tokens import tokenize_texts
 from nanofinetune.ground.cli import MOST, Parser, number, run_main
@@ -299,6 +299,7 @@ def label(args: Any, path: Path | None) -> None:
     kind = _kind(path, args)
     output = None if args.output is None else place_of("--output", args.output)
     written = None if output is None else _written_as(output, kind)
+    import_library()
     model = load_trained(args.model).to(device)
     known = getattr(model.config, "text_columns", None) or ()
     if not isinstance(known, (list, tuple)) or len(known) > 2:

@@ -20,6 +20,7 @@ import copy
 import gc
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -133,13 +134,15 @@ def resolve_default() -> tuple[str, str]:
 def import_library() -> None:
     """Import what models and tokenizers need, most of the start-up time. Ranks that load in turn do this beforehand."""
     # underneath: these imports make hundreds of thousands of objects, nearly all to stay, and every few hundred of
-    # them Python searches for cyclic garbage.
-    thresholds = gc.get_threshold()
+    # them Python searches for cyclic garbage: at first among the new ones, later among all.
+    thresholds, first = gc.get_threshold(), "transformers.modeling_layers" not in sys.modules
     gc.set_threshold(50_000, *thresholds[1:])
     try:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer, modeling_layers  # noqa: F401
     finally:
         gc.set_threshold(*thresholds)
+        if first:
+            gc.freeze()  # no later search goes through them
 
 
 def load_tokenizer(name: str) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_bert
+from helpers import run_python
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
@@ -584,6 +585,23 @@ def test_the_default_is_bert_base_uncased_where_it_can_be_had(cached, reach, mon
 def test_names_on_the_hub_have_one_slash_at_most():
     assert all(looks_like_path(name) for name in ("./x", "~/x", "/x", "a/b/c"))
     assert not any(looks_like_path(name) for name in ("a", "a/b", "a-b.c"))
+
+
+def test_the_first_import_is_left_out_of_later_collections_and_a_second_one_is_not():
+    """What somebody makes before a second call may be garbage one day."""
+    code = """
+        import gc
+        from nanofinetune.data.pretrained import import_library
+        print(gc.get_freeze_count())
+        import_library()
+        first = gc.get_freeze_count()
+        print(first)
+        made = [[] for _ in range(1000)]
+        import_library()
+        print(gc.get_freeze_count() - first)
+    """
+    before, first, more = run_python(code)
+    assert before == 0 and first > 100_000 and more == 0
 
 
 def test_the_import_leaves_the_collector_as_it_was():
