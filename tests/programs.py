@@ -9,6 +9,7 @@ a changed variable of that kind gets one here, too.
 
 import atexit
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ from typing import Any
 
 PRELOADED = [
     "torch", "torch.distributed", "torch._dynamo", "torch.distributed.run", "pytest",
-    "transformers.models.bert.modeling_bert", "transformers.models.auto.modeling_auto", "datasets",
+    "transformers.models.bert.modeling_bert", "transformers.models.auto.modeling_auto", "datasets", "accelerate",
 ]  # fmt: skip
 # Read while Python starts or a library is imported. PYTHONPATH is set anew in the fork.
 READ_AT_IMPORT = (
@@ -122,6 +123,7 @@ def _become(words: list[str], variables: dict[str, str], folder: str, paths: lis
 def _run(words: list[str], variables: dict[str, str], folder: str) -> None:
     """What the interpreter does with its command line; never returns."""
     code = 1
+    gc.freeze()  # as in helpers.py
     try:
         os.closerange(3, 256)  # the server's pipes: who outlives the tests must not keep it alive
         # multiprocessing knows them by number, and would write into, or close, whatever gets that number next.

@@ -17,6 +17,8 @@ from nanofinetune import exercise as command
 from nanofinetune.exercise import ORDER, emptied, main, modules, proof_of
 from nanofinetune.ground.cli import run_main
 
+MODULES = modules()
+
 
 @pytest.fixture
 def exercise(monkeypatch, capfd):
@@ -68,7 +70,7 @@ def test_a_module_that_needs_others_of_ours_is_not_offered(imports, alone):
     assert command._stands_alone(imports) is alone
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in modules()])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in MODULES])
 def test_an_emptied_module_fails_its_tests_and_the_real_one_passes(name, tmp_path, exercise):
     """By the very command that is printed.
 
@@ -80,7 +82,7 @@ def test_an_emptied_module_fails_its_tests_and_the_real_one_passes(name, tmp_pat
     code, failed, _ = exercise(*command[3:], "-x", "-q")
     assert code in (1, 2) and "NotImplementedError" in failed, failed  # 2: it could not even collect them
 
-    real = modules()[name].read_text()
+    real = MODULES[name].read_text()
     (tmp_path / f"{name}.py").write_text(real)
     proofs = re.findall(r"\btest_\w+\b(?!\.py)", real.partition("\nProof:")[2].partition('"""')[0])
     chosen = [] if name in ORDER else ["-k", " or ".join(proofs)]
@@ -88,11 +90,11 @@ def test_an_emptied_module_fails_its_tests_and_the_real_one_passes(name, tmp_pat
     assert code == 0, passed[-3000:]
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", MODULES)
 def test_emptied_keeps_what_others_need(name):
     """Docstrings, constants, classes and public signatures, word for word; and nothing of what the functions do."""
-    whole = ast.parse(modules()[name].read_text())
-    left = ast.parse(emptied(modules()[name].read_text()))
+    source = MODULES[name].read_text()
+    whole, left = ast.parse(source), ast.parse(emptied(source))
     assert ast.get_docstring(left) == ast.get_docstring(whole)
 
     def outline(tree, prefix=""):

@@ -7,12 +7,14 @@ present (columns, sizes), `inspect.getdoc` (positives) and scikit-learn (guessin
 """
 
 import ast
+import copy
 import json
 import os
 import subprocess
 import sys
 import sysconfig
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,32 @@ SPLITS = ["train", "validation"]
 
 
 @pytest.fixture(scope="module")
-def splits() -> dict[str, list[stdlib_pairs.Pair]]:
+def parsed() -> dict[str, list[stdlib_pairs.Documented]]:
+    return stdlib_pairs.functions_by_module(Path(sysconfig.get_path("stdlib")))
+
+
+@pytest.fixture(scope="module")
+def parsed_once(parsed) -> Iterator[None]:
+    """Parsing the library takes seconds: the tests in this process that load from it do so once."""
+    whole = stdlib_pairs.functions_by_module
+
+    def functions_by_module(folder: Path) -> dict[str, list[stdlib_pairs.Documented]]:
+        return copy.deepcopy(parsed) if folder == Path(sysconfig.get_path("stdlib")) else whole(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stdlib_pairs, "functions_by_module", functions_by_module)
+        yield
+
+
+@pytest.fixture(scope="module")
+def splits(parsed_once) -> dict[str, list[stdlib_pairs.Pair]]:
     return stdlib_pairs.load()
 
 
 @pytest.fixture(scope="module")
-def module_of() -> dict[str, str]:
+def module_of(parsed) -> dict[str, str]:
     """Signature -> module, from the source files: a dotted signature does not say where its module ends."""
-    modules = stdlib_pairs.functions_by_module(Path(sysconfig.get_path("stdlib")))
-    return {signature: module for module, functions in modules.items() for signature, _ in functions}
+    return {signature: module for module, functions in parsed.items() for signature, _ in functions}
 
 
 def test_sizes_and_columns_are_as_stated(splits):

@@ -196,6 +196,7 @@ def test_torchs_own_cases_match_torch_adamw(torchs_cases):
     assert all("capturable" in description for description in refused)
 
 
+@pytest.mark.slow
 def test_what_torchs_own_cases_refuse_is_refused(torchs_cases):
     for description, params, arguments, error, text in torchs_cases[1]:
         with warnings.catch_warnings():
