@@ -340,17 +340,17 @@ def speed_short(folder: Path) -> str:
     if "size12x768" in known:
         equal = known["size12x768"][1]["setups"]["size12x768"]["rows"][0]
         sentence += f", and gains least where no row is padded and the model is large ({equal['ratio']:.2f})"
-    sentence += others(record)
+    sentence += others(known)
     return "\n".join([*lines, "", sentence + ". [All of it](docs/speed.md), piece by piece."])
 
 
-def others(record: dict[str, Any]) -> str:
-    """How much faster it trains than the other peers, as far as the record has them, each side at its best."""
+def others(known: dict[str, tuple[Path, dict[str, Any]]]) -> str:
+    """How much faster it trains than the other peers, as far as a record has them, each side at its best."""
     names = {"trainerbest": "transformers' Trainer", "fabricbest": "Lightning Fabric"}
     ratios = [
-        f"{row_of(record, name, '1,000 tokens of training')['ratio']:.2f} times the speed of {peer}"
+        f"{row_of(known[name][1], name, '1,000 tokens of training')['ratio']:.2f} times the speed of {peer}"
         for name, peer in names.items()
-        if name in record["setups"]
+        if name in known
     ]
     return f". Each side at its best, it has {' and '.join(ratios)}" if ratios else ""
 

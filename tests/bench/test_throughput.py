@@ -412,11 +412,11 @@ def test_readme_tells_of_the_other_peers_where_the_record_has_them():
     import readme
 
     known = throughput.setups([1], ["no", "bf16"], 40)
-    record = record_of(*(taken(known[name]) for name in ("fp32", "trainerbest", "fabricbest")))
-    told = readme.others(record)
+    older, newer = (record_of(taken(known[name])) for name in ("trainerbest", "fabricbest"))
+    told = readme.others({"trainerbest": (ROOT, older), "fabricbest": (ROOT, newer)})
     one, two = "3.00 times the speed of transformers' Trainer", "3.00 times the speed of Lightning Fabric"
     assert told == f". Each side at its best, it has {one} and {two}"
-    assert readme.others(record_of(taken(known["fp32"]))) == ""
+    assert readme.others({"fp32": (ROOT, record_of(taken(known["fp32"])))}) == ""
 
 
 def test_documents_show_each_setup_from_the_newest_record_that_has_it(tmp_path, monkeypatch):
