@@ -400,11 +400,30 @@ def scale(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def tried(folder: Path) -> str:
+    """What `python bench/tried.py --json` found."""
+    path, record = newest("tried")
+    turns = min(len(row["turns"]) for row in record["rows"])
+    lines = [
+        f"Sizes of {record['model']}, median of {turns} turns or more (lowest to highest). A ratio above 1 means that"
+        " the idea is faster. In a step: what it saves there, as often as a step has that work; below 0: its cost.",
+        machine_line(path, record["machine"], folder),
+        "",
+        "| idea | what | as it is | with it | ratio | in a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        step = "" if row["in_step"] is None else f"{row['in_step']:.3g} ms"
+        lines.append(f"| {row['piece']} | {row['what']} | {measured(row)} | {step} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "numbers": numbers, "commands": commands, "peers": peers, "speed_short": speed_short, "faults_short": faults_short,
     "pieces": pieces, "mrpc": mrpc, "speed": speed, "faults": faults, "fuzz": fuzz,
     "scale": scale,
     "limit": limit,
+    "tried": tried,
 }  # fmt: skip
 
 
