@@ -413,7 +413,7 @@ def ddp(job: Job, repeats: int) -> Iterator[Row]:
         ):
             for rank, (library, ours) in enumerate(zip(expected, both(wrapper, GATE_STEPS), strict=True)):
                 need_equal_losses(f"ddp {wrapper}, rank {rank}", library[1], ours[1])
-            turns = (lambda: max(both("library", STEPS))[0]), partial(_slowest, both, wrapper)
+            turns = (lambda: max(both("library", STEPS))[0]), partial(slowest, both, wrapper)
             yield Row("ddp", what, interleave(*turns, repeats), target)
 
     def peak(wrapper: str, environment: dict[str, str]) -> float:
@@ -429,7 +429,7 @@ def ddp(job: Job, repeats: int) -> Iterator[Row]:
         yield Row("ddp", what, interleave(*peaks, repeats, warm_up=False), target, "MiB")
 
 
-def _slowest(both: Callable[..., list[Any]], wrapper: str) -> float:
+def slowest(both: Callable[..., list[Any]], wrapper: str) -> float:
     return max(both(wrapper, STEPS))[0]
 
 
@@ -780,11 +780,13 @@ def _serve(pipe: Any, side: Callable[..., Callable[..., Any]], args: tuple[Any, 
 
 
 @contextmanager
-def ranks(job: Job, wrappers: Sequence[str]) -> Iterator[Callable[..., list[Any]]]:
-    """Two `ddp_rank` processes -> a function that asks both for the same turn and gives their two answers."""
+def ranks(
+    job: Job, wrappers: Sequence[str], side: Callable[..., Callable[..., Any]] = ddp_rank
+) -> Iterator[Callable[..., list[Any]]]:
+    """Two processes of `side` -> a function that asks both for the same turn and gives their two answers."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         meeting = str(Path(folder, "meeting"))
-        pair = [stack.enter_context(Worker(ddp_rank, job, rank, meeting, wrappers)) for rank in range(2)]
+        pair = [stack.enter_context(Worker(side, job, rank, meeting, wrappers)) for rank in range(2)]
 
         def both(*args: Any) -> list[Any]:
             for worker in pair:
@@ -898,8 +900,13 @@ def main() -> None:
     print(json.dumps(record), flush=True)
 
 
-if __name__ == "__main__":
+def run_gated(name: str, main: Callable[[], None]) -> None:
+    """Run a script's main and end: with exit code 1, and the difference on stderr, where two sides are not equal."""
     try:
-        sys.exit(run_main("pieces.py", main))
+        sys.exit(run_main(name, main))
     except NotEqual as error:
-        sys.exit(f"pieces.py: {error}")  # on stderr, with exit code 1
+        sys.exit(f"{name}: {error}")
+
+
+if __name__ == "__main__":
+    run_gated("pieces.py", main)

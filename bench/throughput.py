@@ -38,11 +38,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from made import ENCODERS, SEED, SIZES, bert_of, encoder_of, pairs_of, rows_of, with_head
-from pieces import NotEqual, has_bf16, machine, model_of
+from pieces import NotEqual, has_bf16, machine, model_of, run_gated
 from readme import machine_text, measured, peer_of, reached, record_base
 
 from nanofinetune.data.pretrained import packaged_model
-from nanofinetune.ground.cli import Parser, number, run_main
+from nanofinetune.ground.cli import Parser, number
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ground.process import peak_rss_mb
 
@@ -552,7 +552,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(run_main("throughput.py", main))
-    except NotEqual as error:
-        sys.exit(f"throughput.py: {error}")  # on stderr, with exit code 1
+    run_gated("throughput.py", main)

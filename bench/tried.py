@@ -6,7 +6,7 @@
 Both ways first have to give equal results; otherwise nothing is timed, the difference is named and the exit code is 1.
 Then they take turns, as in pieces.py. A ratio above 1 means that the idea is faster; `in a step` is what it would save
 where a step has that work, as often as it has it (below 0: what it would cost). An idea goes into the code when it
-saves more than a hundredth of a step and is clearer than its lines are many; then its line here ends.
+saves more than a hundredth of a step, changes no result, and needs few lines; then it leaves this file.
 The last line of stdout is one JSON object with every single turn.
 """
 
@@ -20,12 +20,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -49,12 +49,15 @@ from pieces import (
     need_equal_parameters,
     on_a_cpu,
     random_batch,
+    ranks,
+    run_gated,
+    slowest,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanofinetune.cpu.dropout import draws_doubles, torch_noise
-from nanofinetune.ground.cli import Parser, number, run_main
+from nanofinetune.ground.cli import Parser, number
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.step.optim import AdamW
 
@@ -105,8 +108,6 @@ def draw(job: Job, config: Any, repeats: int) -> Iterator[Tried]:
 
 def words(job: Job, config: Any, repeats: int) -> Iterator[Tried]:
     """torch draws one double at a time from its Mersenne twister; numpy's fills an array with the same words."""
-    if not draws_doubles():
-        return
     shape = torch.Size((BATCH, TOKENS, config.hidden_size))
     twister = np.random.MT19937()
 
@@ -133,8 +134,7 @@ def qkv(job: Job, config: Any, repeats: int) -> Iterator[Tried]:
 
     def now() -> list[Tensor]:
         outs = [F.linear(x, weight, b) for weight, b in zip(weights, biases, strict=True)]
-        first, *others = torch.autograd.grad(outs, [x, *weights, *biases], gradients)
-        return [first, *others]
+        return list(torch.autograd.grad(outs, [x, *weights, *biases], gradients))
 
     def idea() -> list[Tensor]:
         outs = F.linear(x, joined, bias).chunk(3, -1)
@@ -156,7 +156,7 @@ def bias(job: Job, config: Any, repeats: int) -> Iterator[Tried]:
         both = gradient.T @ torch.cat([x, ones], 1)
         return [both[:, :-1], both[:, -1]]
 
-    yield beside("bias", "a bias's gradient by the product", now, idea, repeats, 6 * config.num_hidden_layers)
+    yield beside("bias", "a bias's gradient by the product", now, idea, repeats, config.num_hidden_layers)
 
 
 class _Weights(torch.autograd.Function):
@@ -176,7 +176,8 @@ class _Weights(torch.autograd.Function):
 
 def softmax(job: Job, config: Any, repeats: int) -> Iterator[Tried]:
     """Attention's scores get a mask, a softmax and dropout, each a tensor of its own: one function, in place."""
-    q, k = (numbers(BATCH, config.num_attention_heads, TOKENS, 32, seed=i, grad=True) for i in range(2))
+    width = config.hidden_size // config.num_attention_heads
+    q, k = (numbers(BATCH, config.num_attention_heads, TOKENS, width, seed=i, grad=True) for i in range(2))
     mask = torch.zeros(BATCH, 1, 1, TOKENS).masked_fill_(torch.arange(TOKENS) > TOKENS - 9, -torch.inf)
     noise = torch_noise(torch.Size((BATCH, config.num_attention_heads, TOKENS, TOKENS)), torch.float32, P)
     gradient = numbers(*noise.shape)
@@ -223,11 +224,8 @@ def norm(job: Job, config: Any, repeats: int) -> Iterator[Tried]:
 
 def compiled(job: Job, config: Any, repeats: int) -> Iterator[Tried]:
     """The same by torch.compile, its kernels cached on disk; and what its first call costs a new process."""
-    if shutil.which("g++") is None:
-        return
     leaves, noise, normed = _normed(config)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": folder}):
         ways = [partial(_forward_backward, function, leaves, noise) for function in (normed, torch.compile(normed))]
         often = 2 * config.num_hidden_layers
         yield beside("compiled", "the same by torch.compile", ways[0], ways[1], repeats, often)
@@ -302,35 +300,16 @@ def backward(job: Job, config: Any, repeats: int) -> Iterator[Tried]:
 
 def pinned(job: Job, config: Any, repeats: int) -> Iterator[Tried]:
     """Each of two ranks stays on a core of its own."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if len(cores) < 2:
-        return
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        pairs = [
-            [stack.enter_context(Worker(_rank_on, job, rank, str(Path(folder, name)), core)) for rank, core in on]
-            for name, on in (("free", [(0, None), (1, None)]), ("pinned", [(0, cores[0]), (1, cores[1])]))
-        ]
-
-        def both(pair: list[Worker], steps: int) -> list[Any]:
-            for worker in pair:
-                worker.ask("ours", steps)
-            return [worker.answer() for worker in pair]
-
-        free, fixed = (both(pair, GATE_STEPS) for pair in pairs)
-        need_equal_losses("pinned", free[0][1], fixed[0][1])
-        turns = [partial(_slowest, partial(both, pair)) for pair in pairs]
+    with ranks(job, ("ours",)) as free, ranks(job, ("ours",), _rank_on_a_core) as fixed:
+        for (_, losses, _), (_, others, _) in zip(free("ours", GATE_STEPS), fixed("ours", GATE_STEPS), strict=True):
+            need_equal_losses("pinned", losses, others)
+        turns = [partial(slowest, both, "ours") for both in (free, fixed)]
         yield Row("pinned", "2 ranks, each on its core, a step", interleave(turns[0], turns[1], repeats)), 1
 
 
-def _slowest(both: Callable[[int], list[Any]]) -> float:
-    took: float = max(both(STEPS))[0]
-    return took
-
-
-def _rank_on(job: Job, rank: int, meeting: str, core: int | None) -> Any:
-    if core is not None:
-        os.sched_setaffinity(0, {core})
-    return ddp_rank(job, rank, meeting, ("ours",))
+def _rank_on_a_core(job: Job, rank: int, meeting: str, wrappers: Sequence[str]) -> Any:
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    return ddp_rank(job, rank, meeting, wrappers)
 
 
 IDEAS = {
@@ -338,6 +317,17 @@ IDEAS = {
     "flat": flat, "backward": backward, "pinned": pinned,
 }  # fmt: skip
 HEADER = f"{'idea':<9} {'what':<34} {'as it is':>10}     {'idea':>10}      {'ratio (lowest to highest)':<26} in a step"
+
+
+def missing(idea: str) -> str:
+    """Why an idea cannot be measured here, or ""."""
+    if idea == "words" and not draws_doubles():
+        return "torch draws no doubles for dropout here"
+    if idea == "compiled" and shutil.which("g++") is None:
+        return "torch.compile needs g++"
+    if idea == "pinned" and (not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2):
+        return "there are no two cores that a process can be kept on"
+    return ""
 
 
 def saved(row: Row, times: int) -> float:
@@ -365,14 +355,18 @@ def main() -> None:
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: there is no such folder")
     job, began = Job(model_of(args.model), "stdlib-pairs"), time.perf_counter()
-    config, rows = job.classifier().config, []
+    config, rows, skipped = job.classifier().config, [], {}
     print(HEADER, flush=True)
     for name in args.ideas or IDEAS:
+        if reason := missing(name):
+            skipped[name] = reason
+            print(f"{name:<9} skipped: {reason}", flush=True)
+            continue
         for row, times in IDEAS[name](job, config, args.repeats):
             in_step = saved(row, times) if times else None  # a process's first call is in no step
             print(f"{row.line():<97} {f'{in_step:.3g} ms' if in_step is not None else ''}".rstrip(), flush=True)
             rows.append(row.record() | {"times": times, "in_step": in_step})
-    record = {"machine": machine(), "model": args.model or "the packaged checkpoint", "rows": rows}
+    record = {"machine": machine(), "model": args.model or "the packaged checkpoint", "rows": rows, "skipped": skipped}
     if args.json:
         Path(args.json).write_text(json.dumps(record, indent=2) + "\n")
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
@@ -380,7 +374,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(run_main("tried.py", main))
-    except NotEqual as error:
-        sys.exit(f"tried.py: {error}")  # on stderr, with exit code 1
+    run_gated("tried.py", main)

@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT, load_script
 from programs import run_program
 
+from nanofinetune.ground.cli import run_main
+
 sys.path.insert(0, str(ROOT / "bench"))
 
 WRONG = [
@@ -77,7 +79,7 @@ def test_what_a_script_does_not_know_is_one_line_and_exit_2(script, words, said,
         except SystemExit as ended:
             code = ended.code
     else:
-        code = module.run_main(f"{script}.py", module.main)
+        code = run_main(f"{script}.py", module.main)
     out, err = capsys.readouterr()
     assert code == 2 and out == ""
     assert err.startswith(f"{script}.py: {said}") and err.count("\n") == 1, err

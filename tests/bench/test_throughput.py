@@ -30,6 +30,8 @@ import pieces
 import throughput
 from throughput import NotEqual, Place, Setup
 
+from nanofinetune.ground.cli import run_main
+
 PLACE = Place("model", "data", "cpu", ROOT)
 LOSSES = [0.7, 0.6, 0.5, 0.4, 0.3]
 
@@ -259,7 +261,7 @@ def test_a_peer_that_is_not_installed_is_refused_by_name_and_left_out_of_all(mon
     monkeypatch.setattr(throughput, "find_spec", lambda name: None if name == "lightning_fabric" else name)
     monkeypatch.setattr(throughput, "model_of", lambda name: name)
     monkeypatch.setattr(sys, "argv", ["throughput.py", "fabric", "--model", "m"])
-    assert throughput.run_main("throughput.py", throughput.main) == 2
+    assert run_main("throughput.py", throughput.main) == 2
     why = "Fabric needs lightning-fabric: pip install lightning-fabric"
     assert capsys.readouterr() == ("", f"throughput.py: fabric: {why}\n")
     known = throughput.setups([1], ["no"], 40)
@@ -267,7 +269,7 @@ def test_a_peer_that_is_not_installed_is_refused_by_name_and_left_out_of_all(mon
     monkeypatch.setattr(throughput, "setups", lambda *_: few)
     monkeypatch.setattr(throughput, "compare", lambda setup, *_: {"rows": [], "setup": {"peer": setup.peer}})
     monkeypatch.setattr(sys, "argv", ["throughput.py", "--model", "m"])
-    assert throughput.run_main("throughput.py", throughput.main) == 0
+    assert run_main("throughput.py", throughput.main) == 0
     out, err = capsys.readouterr()
     assert err == f"fabric: left out; {why}\n" and list(json.loads(out.splitlines()[-1])["setups"]) == ["fp32"]
 
@@ -368,7 +370,7 @@ def test_train_py_takes_the_options_of_every_setup():
 )
 def test_usage_errors_are_one_line_and_exit_2(args, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["throughput.py", *args])
-    assert throughput.run_main("throughput.py", throughput.main) == 2
+    assert run_main("throughput.py", throughput.main) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"throughput.py: {message}") and err.count("\n") == 1
 
