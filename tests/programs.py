@@ -28,7 +28,7 @@ from typing import Any
 
 PRELOADED = [
     "torch", "torch.distributed", "torch._dynamo", "torch.distributed.run", "pytest",
-    "transformers.models.bert.modeling_bert", "transformers.models.auto.modeling_auto", "datasets", "accelerate",
+    "transformers.models.bert.modeling_bert", "transformers.models.auto.modeling_auto", "datasets",
 ]  # fmt: skip
 # Read while Python starts or a library is imported. PYTHONPATH is set anew in the fork.
 READ_AT_IMPORT = (

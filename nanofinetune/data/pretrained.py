@@ -141,8 +141,8 @@ def import_library() -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer, modeling_layers  # noqa: F401
     finally:
         gc.set_threshold(*thresholds)
-        if first:
-            gc.freeze()  # no later search goes through them
+    if first:
+        gc.freeze()  # no later search goes through them
 
 
 def load_tokenizer(name: str) -> Any:
