@@ -300,11 +300,11 @@ def label(args: Any, path: Path | None) -> None:
     output = None if args.output is None else place_of("--output", args.output)
     written = None if output is None else _written_as(output, kind)
     import_library()
-    model = load_trained(args.model).to(device)
+    tokenizer = load_tokenizer(args.model)
+    model = load_trained(args.model, tokenizer).to(device)
     known = getattr(model.config, "text_columns", None) or ()
     if not isinstance(known, (list, tuple)) or len(known) > 2:
         raise UsageError(f"model {args.model}: its config has text_columns {known!r}, which are not one or two names")
-    tokenizer = load_tokenizer(args.model)
     limit = length_limit(args.model, tokenizer)
     if device.type == "cpu":
         use_exact_dropout(model)  # there is none here, but its attention is the one that the lean encoder calls

@@ -11,8 +11,8 @@ Underneath: `transformers.PreTrainedTokenizerBase.pad`, `transformers.GPT2ForSeq
   - XLNet reads the last token: padded on the right, it reads padding. GPT-2 counts positions from the left. Here one
     row is computed alone and padded; the side that changes nothing is taken.
 
-Proof: test_a_padding_token_comes_from_the_tokenizer, test_the_side_is_the_one_that_changes_nothing in
-tests/data/test_padding.py.
+Proof: test_a_padding_token_comes_from_the_tokenizer, test_the_side_is_the_one_that_changes_nothing,
+test_a_trained_decoder_answers_in_a_batch_as_the_pipeline_does_alone in tests/data/test_padding.py.
 """
 
 from __future__ import annotations
@@ -44,6 +44,24 @@ def take_padding_token(model: Any, outline: Outline, tokenizer: Any, notes: list
     config.pad_token_id = padding
     if was is not None:
         notes.append(f"pad_token_id is {was} in the model's config and {padding} in its tokenizer: {padding} is taken")
+
+
+def keep_padding_token(model: Any, tokenizer: Any) -> None:
+    """Make a trained model's tokenizer pad with the config's padding token: a row is then answered as it is alone.
+
+    Where the config names none of the tokenizer's tokens, both get one that no row ends with.
+    """
+    # underneath: a decoder's head takes the last token that is not the config's padding, and a row alone has none
+    config, was = model.config.get_text_config(), tokenizer.pad_token
+    known = getattr(config, "pad_token_id", None)
+    if isinstance(known, int) and 0 <= known < len(tokenizer):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+        if tokenizer.pad_token_id == known:
+            return
+        tokenizer.pad_token = was
+    last = tokenizer("a")["input_ids"][-1:]
+    others = [tokenizer.pad_token_id, *tokenizer.all_special_ids, *reversed(range(len(tokenizer)))]
+    tokenizer.pad_token_id = config.pad_token_id = next(number for number in others if number not in last)
 
 
 def choose_side(model: Any, outline: Outline, tokenizer: Any, notes: list[str]) -> None:

@@ -33,7 +33,7 @@ import torch
 
 from nanofinetune.data.limits import built_within, check_counts
 from nanofinetune.data.outline import Outline, outline_of
-from nanofinetune.data.padding import choose_side, give_padding_token, take_padding_token
+from nanofinetune.data.padding import choose_side, give_padding_token, keep_padding_token, take_padding_token
 from nanofinetune.ground.errors import UsageError, first_line, shown
 from nanofinetune.ground.names import check_hub_name, oddity, place_of
 
@@ -229,20 +229,24 @@ def class_names(name: str) -> list[str]:
     return [str(names[k]) for k in sorted(names)]
 
 
-def load_trained(name: str) -> Any:
-    """A model that was fine-tuned before, in fp32 and in evaluation mode. Raises UsageError where it has no head."""
-    # A head may look for the last token that is not padding: without one in the config, it is the tokenizer's.
-    padded = getattr(_config(name), "pad_token_id", 0) is not None
-    tokenizer = None if padded else load_tokenizer(name)
+def load_trained(name: str, tokenizer: Any = None) -> Any:
+    """A model that was fine-tuned before, in fp32 and in evaluation mode. Raises UsageError where it has no head.
+
+    `tokenizer`: the model's own, which is then made to pad so that a row's answer is what it is alone.
+    """
+    own = _config(name)
+    if tokenizer is None and getattr(own, "pad_token_id", 0) is None:
+        tokenizer = load_tokenizer(name)
     model, made_anew, left_out = _load(name, {}, tokenizer)
     if left_out:
         what = f"its weights have layers that its config has not ({left_out}), and it was trained with them"
         raise UsageError(f"model {name}: {what}; correct the config")
-    if tokenizer is not None:
-        model.config.pad_token_id = tokenizer.pad_token_id
     if made_anew:
         lacks = f"it lacks {', '.join(made_anew[:4])}"
         raise UsageError(f"model {name}: never fine-tuned for classification ({lacks}); fine-tune it with train.py")
+    if tokenizer is not None:
+        keep_padding_token(model, tokenizer)
+        choose_side(model, _outline_of(name, own, tokenizer), tokenizer, [])
     return model.eval()
 
 

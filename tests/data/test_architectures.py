@@ -104,7 +104,7 @@ def test_losses_and_answers_are_transformers_own(kind, shape, tmp_path, monkeypa
     texts = [tuple(row[key] for key in ("text", "other") if key in row) for row in rows[:6]]
     size = 1 if kind in ("funnel", "convbert", "nystromformer") else 6  # these mix padding into a row's answer
     for text, (label, value) in zip(
-        texts, predict.predict(texts, load_trained(folder), tokenizer, limit, size), strict=True
+        texts, predict.predict(texts, load_trained(folder, tokenizer), tokenizer, limit, size), strict=True
     ):
         with torch.inference_mode():
             row = AutoTokenizer.from_pretrained(folder)(*text, truncation=True, max_length=limit, return_tensors="pt")

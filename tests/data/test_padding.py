@@ -3,11 +3,14 @@
 python -m pytest tests/data/test_padding.py
 """
 
+import numpy as np
 import pytest
 import torch
 from architectures import save_model, save_tokenizer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from nanofinetune import predict
 from nanofinetune.data.pretrained import load_model, load_tokenizer, load_trained
 
 
@@ -75,3 +78,52 @@ def test_a_padding_token_that_the_config_knows_by_another_number_is_taken_over(t
     model, _ = load_model(str(tmp_path), ["a", "b"], tokenizer, notes)
     assert model.config.pad_token_id == tokenizer.pad_token_id == 1
     assert "pad_token_id is 4 in the model's config and 1 in its tokenizer: 1 is taken" in notes
+
+
+def save_trained(kind, folder, padding, **settings):
+    """Somebody else's decoder with a head, large enough weights to decide, and that padding token in its config."""
+    save_model(kind, folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.config.pad_token_id = padding
+    model.save_pretrained(folder)
+    save_tokenizer(kind, folder, **settings)
+
+
+def assert_alone_as_in_a_batch(folder):
+    """In batches of 1 and of 8 the pipeline's answers to one row at a time."""
+    texts = ["the cat", "the", "the cat sat on the mat the dog", "cat sat", "the dog sat the", "on", "mat the", "sat"]
+    reference = pipeline("text-classification", model=str(folder), device="cpu", top_k=None)
+    alone = [{found["label"]: found["score"] for found in reference([text])[0]} for text in texts]
+    expected = [[row[f"LABEL_{k}"] for k in range(3)] for row in alone]
+    tokenizer = load_tokenizer(str(folder))
+    model = load_trained(str(folder), tokenizer)
+    for size in (1, 8):
+        found = predict.probabilities([(text,) for text in texts], model, tokenizer, 40, size)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("padding", [None, -1, 1, 7, 31], ids=lambda padding: f"padding {padding}")
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_trained_decoder_answers_in_a_batch_as_the_pipeline_does_alone(kind, padding, tmp_path):
+    """Whatever the config calls padding: nothing, no token, the tokenizer's own, a word, or a row beyond its last."""
+    save_trained(kind, tmp_path, padding, pad_token="<pad>")
+    assert_alone_as_in_a_batch(tmp_path)
+
+
+@pytest.mark.parametrize("padding", [None, -1, 2, 4])
+def test_a_token_that_ends_every_row_is_not_its_padding_unless_the_config_says_so(padding, tmp_path):
+    """A Llama whose tokenizer has no padding token and adds the end-of-text token, which the head reads."""
+    save_trained("llama", tmp_path, padding)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs._tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    theirs.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "</s>" and theirs("the")["input_ids"][-1] == 2
+    assert_alone_as_in_a_batch(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [("xlnet", "right"), ("gpt2", "left")])
+def test_a_trained_model_is_padded_on_the_side_that_changes_nothing(kind, wrong, tmp_path):
+    save_trained(kind, tmp_path, 1, padding_side=wrong, pad_token="<pad>")
+    assert_alone_as_in_a_batch(tmp_path)
