@@ -55,7 +55,16 @@ def split_line(line: str, number: int, texts: int) -> tuple[str, ...]:
     if len(parts) != texts:
         wanted = "one text and no tab" if texts == 1 else "two texts with one tab between them"
         raise UsageError(f"line {number} has {len(parts) - 1} tabs: the model takes {wanted}")
+    _check_characters(line, f"line {number}")
     return parts
+
+
+def _check_characters(text: str, where: str) -> None:
+    """Refuse what a tokenizer raises for: json and UTF-7 can hold what no other text can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where} holds half of a surrogate pair, which is no character; correct it") from error
 
 
 @torch.inference_mode()
@@ -213,24 +222,22 @@ def texts_of(block: Sequence[Row], columns: Sequence[str], before: int) -> list[
                 raise UsageError(f"row {nth} has {what} in the column {column}; fill it in")
             if len(text) > LONGEST:
                 raise UsageError(f"row {nth} has {len(text):,} characters in {column}, more than {LONGEST:,}; cut it")
+            _check_characters(text, f"row {nth}, column {column},")
         found.append(texts)
     return found
 
 
-def labelled(rows: Rows, columns: Sequence[str], answers: Answers, ask: Any, bar: Any) -> Iterator[list[Row]]:
-    """The blocks of a table with the answers' columns at the end; one whose name is taken is called predicted_..."""
-    before, renamed = 0, {}
+def labelled(
+    rows: Rows, columns: Sequence[str], answers: Answers, names: dict[str, str], ask: Any, bar: Any
+) -> Iterator[list[Row]]:
+    """The blocks of a table with the answers' columns at the end, under the names that `_free_names` gives."""
+    before = 0
     for block in rows.blocks:
         found = ask(texts_of(_as_text(block, columns) if rows.kind == "xlsx" else block, columns, before))
-        if not before:
-            renamed = _free_names(list(answers.columns(found[0])), rows.names)
-        told = ({renamed[name]: value for name, value in answers.columns(row).items()} for row in found)
+        told = ({names[name]: value for name, value in answers.columns(row).items()} for row in found)
         yield [row | extra for row, extra in zip(block, told, strict=True)]
         before += len(block)
         bar.update(len(block))
-    if not before:  # a header alone gets the columns as well, so that many files have the same ones
-        empty = answers.columns(np.zeros(len(answers.names), np.float32))
-        rows.names.extend(_free_names(list(empty), rows.names).values())
 
 
 def _as_text(block: Sequence[Row], columns: Sequence[str]) -> list[Row]:
@@ -321,9 +328,12 @@ def label(args: Any, path: Path | None) -> None:
     if kind is not None and path is not None:
         rows = read_rows(path, how)
         columns = text_columns(rows, known, args.text_columns)
+        more = answers.columns(np.full(len(answers.names), np.inf, np.float32))  # a row that has every class
+        names = _free_names(list(more), rows.names)
         with _target(output) as target, _bar(args.output, rows.total) as bar:
             form = written or {"json": "jsonl", "tsv": "tsv"}.get(rows.kind, "csv")
-            write_rows(target, form, labelled(rows, columns, answers, ask, bar), rows)
+            blocks = labelled(rows, columns, answers, names, ask, bar)
+            write_rows(target, form, blocks, rows, {names[name]: value for name, value in more.items()})
         return
     with _target(output) as target, _bar(args.output, None) as bar:
         on_screen = _on_screen(args.output)

@@ -485,6 +485,59 @@ def test_the_columns_that_the_user_names_are_read(tmp_path, tiny_tokenizer_dir, 
     assert capsys.readouterr().out.splitlines()[1].split(",")[2] == mine[0][0]
 
 
+@pytest.mark.parametrize("block", [1, 4096])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_cell_of_a_later_row_is_never_written_over(kind, block, tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    """A gold label that the first row lacks: the answer is called predicted_label in every row."""
+    import pandas
+
+    monkeypatch.setattr(predict_rows, "BLOCK", block)
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b", "label": "gold", "n": 1}\n')
+    assert run(monkeypatch, folder, tmp_path / "a.jsonl", "--output", tmp_path / f"b.{kind}") == 0
+    assert capsys.readouterr().err == "note: the table has a column label; the model's is predicted_label\n"
+    readers = {"csv": pandas.read_csv, "parquet": pandas.read_parquet, "jsonl": partial(pandas.read_json, lines=True)}
+    after = readers[kind](tmp_path / f"b.{kind}")
+    assert after.label.dropna().tolist() == ["gold"] and after.n.dropna().tolist() == [1]
+    assert after.predicted_label.str.startswith("class ").all() and after.probability.between(0, 1).all()
+
+
+def test_half_a_surrogate_pair_is_refused_in_a_text_and_kept_elsewhere(
+    tmp_path, tiny_tokenizer_dir, capsys, monkeypatch
+):
+    """Training refuses such a text too; the library's tokenizer raises TypeError."""
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    with pytest.raises((TypeError, UnicodeEncodeError)):
+        predict.load_tokenizer(folder)(["nice \ud83d"])
+    (tmp_path / "a.jsonl").write_text('{"text": "the cat"}\n{"text": "nice \\ud83d"}\n')
+    assert run(monkeypatch, folder, tmp_path / "a.jsonl") == 2
+    said = capsys.readouterr()
+    what = "holds half of a surrogate pair, which is no character; correct it\n"
+    assert (said.out, said.err) == ("", f"predict: row 2, column text, {what}")
+    (tmp_path / "a.txt").write_bytes(b"the cat\nnice +2D0-\n")
+    assert run(monkeypatch, folder, tmp_path / "a.txt", "--encoding", "utf-7") == 2
+    assert capsys.readouterr().err == f"predict: line 2 {what}"
+    (tmp_path / "b.jsonl").write_text('{"text": "the cat", "by": "nice \\ud83d"}\n')
+    assert run(monkeypatch, folder, tmp_path / "b.jsonl") == 0
+    shown = capsys.readouterr().out
+    assert '"by": "nice \\ud83d"' in shown and json.loads(shown)["by"] == "nice \ud83d"
+
+
+def test_types_of_several_labels_are_known_before_a_row_has_one(tmp_path, tiny_tokenizer_dir, monkeypatch):
+    """A first block without any class was a column of empty lists, which holds no later one."""
+    from pyarrow import parquet
+
+    monkeypatch.setattr(predict_rows, "BLOCK", 1)
+    folder = many_labels(tmp_path / "model", tiny_tokenizer_dir)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(12, shortest=1)))
+    schemas = set()
+    for limit in ("0.5", "1"):
+        out = tmp_path / f"{limit}.parquet"
+        assert run(monkeypatch, folder, tmp_path / "a.jsonl", "--output", out, "--threshold", limit) == 0
+        schemas.add(str(parquet.read_schema(out)))
+    assert len(schemas) == 1 and "label: list<element: string>" in schemas.pop()
+
+
 # --- lines from anywhere ----------------------------------------------------------------------------------------------
 
 
