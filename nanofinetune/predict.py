@@ -11,10 +11,11 @@ Underneath: transformers.TextClassificationPipeline (transformers 5.23)
   - runs one text at a time unless it is told a batch_size; here rows come in blocks, and each block is sorted by
     length into batches; the output keeps their order;
   - drops an empty second text, which in training was a text like any other; here it is one;
+  - of one output gives a sigmoid, unless the config says that it is a regression's; here it is always the number;
   - here a model that train.py saved knows its columns; with others the first line decides.
 
-Proof: test_predict_matches_the_transformers_pipeline, test_an_empty_second_text_is_what_it_was_in_training in
-tests/test_predict.py.
+Proof: test_predict_matches_the_transformers_pipeline, test_an_empty_second_text_is_what_it_was_in_training,
+test_one_output_is_a_number_where_the_pipeline_may_give_a_sigmoid in tests/test_predict.py.
 """
 
 from __future__ import annotations
@@ -129,6 +130,9 @@ class Answers:
             if name and name not in self.names:
                 listed = ", ".join(self.names[:12])
                 raise UsageError(f"--threshold {name}: the model has no such class; it has {listed}")
+        if every and len(set(self.names)) < len(self.names):
+            twice = next(name for name in self.names if self.names.count(name) > 1)
+            raise UsageError(f"--all: two of the model's classes are named {twice}; leave it out")
         self.thresholds = np.array([thresholds.get(name, thresholds[""]) for name in self.names], np.float32)
 
     def columns(self, row: np.ndarray) -> Row:
@@ -310,7 +314,7 @@ def label(args: Any, path: Path | None) -> None:
     tokenizer = load_tokenizer(args.model)
     model = load_trained(args.model, tokenizer).to(device)
     known = getattr(model.config, "text_columns", None) or ()
-    if not isinstance(known, (list, tuple)) or len(known) > 2:
+    if not isinstance(known, (list, tuple)) or len(known) > 2 or not all(isinstance(name, str) for name in known):
         raise UsageError(f"model {args.model}: its config has text_columns {known!r}, which are not one or two names")
     limit = length_limit(args.model, tokenizer)
     if device.type == "cpu":

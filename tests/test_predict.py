@@ -129,6 +129,72 @@ def test_a_regression_model_matches_the_pipelines_score(tmp_path, tiny_tokenizer
     np.testing.assert_allclose([value for _, value in mine], expected, rtol=0, atol=TOLERANCE)
 
 
+def change(folder: Path, **settings: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+
+
+def test_one_output_is_a_number_where_the_pipeline_may_give_a_sigmoid(tmp_path, tiny_tokenizer_dir):
+    """A config that names no problem: the library trains such a head with a squared error."""
+    from transformers import pipeline
+
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a"], labels=1)
+    change(tmp_path / "model", problem_type=None)
+    (found,) = pipeline("text-classification", model=folder, device="cpu")("the cat")
+    model, tokenizer = predict.load_trained(folder), predict.load_tokenizer(folder)
+    ((name, mine),) = predict.predict([("the cat",)], model, tokenizer, 64, 8)
+    assert name == "score" and abs(1 / (1 + np.exp(-mine)) - found["score"]) < TOLERANCE
+    assert model(**tokenizer(["a"], return_tensors="pt"), labels=torch.ones(1, 1)).loss > 0
+    assert model.config.problem_type == "regression"  # underneath: the loss writes what it has taken it for
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"id2label": {"1": "neg", "2": "pos", "3": "new"}},
+            "its id2label names the classes 1, 2, 3, and its head has those from 0 to 2; number them from 0 in its",
+        ),
+        ({"id2label": {"0": "a", "2": "b", "3": "c"}}, "names the classes 0, 2, 3, and its head has those from 0 to 2"),
+        ({"problem_type": "regression"}, "it predicts 3 numbers for a text, and only one can be told; name another"),
+        ({"text_columns": [1, 2]}, r"its config has text_columns [1, 2], which are not one or two names"),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_say_what_an_output_is_gets_one_line(
+    settings, said, tmp_path, tiny_tokenizer_dir, capsys, monkeypatch
+):
+    """The library's pipeline raises KeyError for the first class, and calls the second one by the first one's name."""
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    change(tmp_path / "model", **settings)
+    (tmp_path / "a.csv").write_text("text\nthe cat\n")
+    assert run(monkeypatch, folder, tmp_path / "a.csv", "--text-columns", "text") == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_the_pipeline_is_off_by_one_where_classes_are_numbered_from_1(tmp_path, tiny_tokenizer_dir):
+    from transformers import pipeline
+
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    change(tmp_path / "model", id2label={"1": "one", "2": "two", "3": "three"})
+    reference = pipeline("text-classification", model=folder, device="cpu", function_to_apply="none")
+    logits = torch.tensor([[0.0, 1.0, 0.0]])
+    assert reference.postprocess({"logits": logits})["label"] == "one"
+    with pytest.raises(KeyError):
+        reference.postprocess({"logits": logits.flip(1).roll(-1)})
+
+
+def test_two_classes_of_one_name_are_no_two_columns(tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
+    folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["text"])
+    change(tmp_path / "model", id2label={"0": "a", "1": "b", "2": "a"})
+    (tmp_path / "a.csv").write_text("text\nthe cat\n")
+    assert run(monkeypatch, folder, tmp_path / "a.csv") == 0
+    capsys.readouterr()
+    assert run(monkeypatch, folder, tmp_path / "a.csv", "--all") == 2
+    assert "--all: two of the model's classes are named a; leave it out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("block", [1, 4, 5])
 def test_blocks_change_nothing(block, tmp_path, tiny_tokenizer_dir, capsys, monkeypatch):
     folder = save_model(tmp_path / "model", tiny_tokenizer_dir, ["a"])

@@ -224,9 +224,13 @@ def load_model(
 
 
 def class_names(name: str) -> list[str]:
-    """The names that the classes of the model `name` have in its config, in order."""
+    """The names that the classes of the model `name` have in its config, in order.
+
+    Where they are not numbered from 0, nobody knows which row of the head is which: then LABEL_0 ..., the library's.
+    """
     names: dict[int, str] = _config(name).id2label
-    return [str(names[k]) for k in sorted(names)]
+    places = range(len(names))
+    return [str(names[k]) if set(names) == set(places) else f"LABEL_{k}" for k in places]
 
 
 def load_trained(name: str, tokenizer: Any = None) -> Any:
@@ -235,6 +239,13 @@ def load_trained(name: str, tokenizer: Any = None) -> Any:
     `tokenizer`: the model's own, which is then made to pad so that a row's answer is what it is alone.
     """
     own = _config(name)
+    if set(own.id2label) != set(range(own.num_labels)):  # underneath: the pipeline raises KeyError, or is off by one
+        numbers = ", ".join(map(str, sorted(own.id2label)[:6]))
+        what = f"its id2label names the classes {numbers}, and its head has those from 0 to {own.num_labels - 1}"
+        raise UsageError(f"model {name}: {what}; number them from 0 in its config.json")
+    if own.problem_type == "regression" and own.num_labels > 1:
+        what = f"it predicts {own.num_labels} numbers for a text, and only one can be told"
+        raise UsageError(f"model {name}: {what}; name another model")
     if tokenizer is None and getattr(own, "pad_token_id", 0) is None:
         tokenizer = load_tokenizer(name)
     model, made_anew, left_out = _load(name, {}, tokenizer)

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from nanofinetune.data import pretrained
 from nanofinetune.data.pretrained import (
     DEFAULT_MODEL,
+    class_names,
     hub_in_reach,
     length_limit,
     load_model,
@@ -146,6 +147,17 @@ def test_label_names_are_in_the_config(encoder, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path / "again")
     assert config.id2label == {0: "not_equivalent", 1: "equivalent"} and config.label2id["equivalent"] == 1
     assert config.problem_type == "single_label_classification"
+
+
+def test_classes_that_are_not_numbered_from_0_have_no_names(classifier):
+    """In the library's pipeline row 1 of the head gets class 1's name, which its author, it seems, gave to row 0."""
+    file = Path(classifier, "config.json")
+    for numbers, expected in (("01", ["neg", "pos"]), ("10", ["pos", "neg"]), ("12", ["LABEL_0", "LABEL_1"])):
+        names = dict(zip(numbers, ["neg", "pos"], strict=True))
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"id2label": names}))
+        assert class_names(classifier) == expected
+    with pytest.raises(UsageError, match=r"its id2label names the classes 1, 2, and its head has those from 0"):
+        load_trained(classifier)
 
 
 def test_the_regression_head_has_one_output_and_a_squared_error(encoder):
