@@ -84,7 +84,7 @@ class Accelerator:
     """One training's ranks, precision and accumulation; several may exist at once.
 
     Args, where they are not Accelerate's:
-        mixed_precision: "no", "bf16" or "fp16"; None is the environment variable NANOFINETUNE_MIXED_PRECISION, or "no".
+        mixed_precision: "no", "bf16" or "fp16"; None is NANOFINETUNE_MIXED_PRECISION, `accelerate launch`'s, or "no".
         uneven: what completes the last step of an epoch on N > 1 ranks: "wrap" repeats rows as Accelerate's
             `even_batches` does, "mask" adds none. It needs batches that are mappings with a tensor "labels"; a rank
             without a row in that step computes a loss that may be NaN, and that `backward` weighs with zero.

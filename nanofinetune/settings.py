@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from nanofinetune.ground.environment import START
+from nanofinetune.ground.environment import START, read_settings
+from nanofinetune.ground.errors import UsageError
 from nanofinetune.ranks.ddp import DistributedDataParallel
 from nanofinetune.ranks.world import TIMEOUT, World, init_world, shutdown
 
@@ -330,11 +331,21 @@ def handlers_of(handlers: list[Any] | None) -> tuple[Any, Any, Any, Any, Any]:
 
 
 def accumulation_of(steps: int, plugin: GradientAccumulationPlugin | None) -> GradientAccumulationPlugin:
-    """How to accumulate, from the number of steps or from the plugin. Raises ValueError where both are given."""
+    """How to accumulate, from the number of steps, from the plugin or from what `accelerate launch` says.
+
+    Raises ValueError where two of them are given and contradict each other.
+    """
     if plugin is not None and steps != 1:
         raise ValueError(
             "gradient_accumulation_steps and gradient_accumulation_plugin contradict each other: pass one of them"
         )
+    if plugin is None and (launched := read_settings(os.environ).accumulation) is not None:
+        if steps not in (1, launched):  # underneath: Accelerate goes by the variable
+            raise UsageError(
+                f"gradient_accumulation_steps is {steps} and ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {launched}: "
+                "unset one of them"
+            )
+        steps = launched
     plugin = plugin or GradientAccumulationPlugin(num_steps=steps)
     steps = 1 if plugin.num_steps is None else plugin.num_steps
     if not isinstance(steps, int) or steps < 1:
@@ -354,7 +365,12 @@ def project_of(
 
 
 def start_world(device: str, timeout: timedelta, handler: InitProcessGroupKwargs | None) -> World:
-    """`init_world`, as `timeout` or an InitProcessGroupKwargs says. Raises ValueError where these contradict it."""
+    """`init_world`, as `timeout` or an InitProcessGroupKwargs says. Raises ValueError where these contradict it.
+
+    "auto" is the CPU where `accelerate launch --cpu` says so.
+    """
+    if read_settings(os.environ).cpu and device == "auto":
+        device = "cpu"
     if handler is None:
         return init_world(device, timeout)
     if timeout != TIMEOUT:

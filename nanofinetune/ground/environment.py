@@ -1,20 +1,24 @@
-"""Which rank is this process? The launcher says so in environment variables; this file reads them, and nothing else.
+"""What a launcher says in environment variables: which rank this process is, and how it shall train. Nothing else.
 
 >>> read_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
 ...                   "MASTER_ADDR": "node1", "MASTER_PORT": "29500"})
 Launch(launcher='torchrun', rank=3, local_rank=1, size=4, local_size=2, init_method='env://')
 >>> first_host("rack[2-3]n[07-09,11],login1")
 'rack2n07'
+>>> read_settings({"ACCELERATE_USE_CPU": "True", "ACCELERATE_DYNAMO_BACKEND": "NO"})
+Settings(cpu=True, accumulation=None)
 
-Underneath: `accelerate.state.PartialState` (accelerate 1.15).
+Underneath: `accelerate.state.PartialState`, `accelerate.state.AcceleratorState` (accelerate 1.15).
   - It looks for LOCAL_RANK, and on a CPU for mpirun's variables. What is missing gets a default.
   - Kept: torchrun's variables. SLURM's are read as well, so `srun python train.py` needs no launcher.
   - Left out: mpirun, which is refused.
   - Variables that promise several processes, but do not say which of them this is, raise: each process would train a
     model of its own, and nothing would look wrong.
+  - What `accelerate launch` says beyond that is kept too, or refused by name. There
+    ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrules even the argument; here the two must agree.
 
-Proof: test_read_environment_table, test_read_environment_refuses_what_would_be_silent_copies in
-tests/ground/test_environment.py.
+Proof: test_read_environment_table, test_read_environment_refuses_what_would_be_silent_copies,
+test_what_accelerate_launch_says_matches_accelerate in tests/ground/test_environment.py.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from dataclasses import dataclass
 from nanofinetune.ground.errors import UsageError
 
 START = "start with `launch.sh` or `torchrun`"
+YES, NO = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")  # as accelerate reads them
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,31 @@ def read_environment(environ: Mapping[str, str]) -> Launch:
                 " start each of them with `launch.sh` or `torchrun`, which start the processes"
             )
     return Launch()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `accelerate launch` says about the training, apart from the precision (ground/precision.py)."""
+
+    cpu: bool = False
+    accumulation: int | None = None  # micro-batches of a window
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """The variables of `accelerate launch` that change a training. Source: accelerate.state.AcceleratorState.
+
+    Raises:
+        UsageError: they ask for what is not here, or cannot be read.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise UsageError(f"ACCELERATE_USE_{name}=true is not supported here: launch without it, or use accelerate")
+    if (compiler := environ.get("ACCELERATE_DYNAMO_BACKEND") or "no").lower() != "no":
+        raise UsageError(f"ACCELERATE_DYNAMO_BACKEND={compiler} is not supported here: launch with no")
+    cpu, steps = environ.get("ACCELERATE_USE_CPU") or "no", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    if cpu.lower() not in YES + NO:
+        raise UsageError(f"ACCELERATE_USE_CPU={cpu} is neither yes nor no: use true or false")
+    return Settings(cpu.lower() in YES, whole_number(environ, steps) if environ.get(steps) else None)
 
 
 def first_host(nodelist: str) -> str:

@@ -8,7 +8,7 @@ nanofinetune.ground.errors.UsageError: mixed_precision is 'fp16', and a CPU has 
 
 Underneath: `accelerate.state.AcceleratorState` (accelerate 1.15) resolves `mixed_precision`.
   - On a CPU it accepts "fp16", trains in fp32 without a word, and still reports "fp16". Here that is refused.
-  - Kept: "no", "bf16" and "fp16", as an argument or an environment variable. Left out: "fp8".
+  - Kept: "no", "bf16" and "fp16", as an argument or as what `accelerate launch` says. Left out: "fp8".
 
 Proof: test_mixed_precision_matches_accelerate, test_fp16_on_cpu_is_refused_where_accelerate_trains_fp32 in
 tests/test_accelerator.py.
@@ -26,8 +26,10 @@ PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def checked_precision(name: str | None, device: torch.device) -> str:
-    """The precision in force, checked against what the device can do."""
-    name = name or os.environ.get("NANOFINETUNE_MIXED_PRECISION") or "no"
+    """The precision in force, checked against the device: the one named, else the environment's, else "no"."""
+    for variable in ("NANOFINETUNE_MIXED_PRECISION", "ACCELERATE_MIXED_PRECISION"):
+        name = name or os.environ.get(variable)
+    name = name or "no"
     if name not in PRECISIONS:
         raise UsageError(f"mixed_precision is {name!r}: choose {', '.join(PRECISIONS)}")
     if name == "fp16" and device.type == "cpu":

@@ -1,12 +1,14 @@
-"""ground/environment.py on tables of variables: torchrun's, srun's, mpirun's, Kubeflow's, and broken ones.
+"""ground/environment.py on tables of variables: torchrun's, srun's, mpirun's, accelerate launch's, and broken ones.
 
 Run: python -m pytest tests/ground/test_environment.py
 """
 
 import pytest
 
-from nanofinetune.ground.environment import Launch, first_host, read_environment
+from nanofinetune import Accelerator
+from nanofinetune.ground.environment import Launch, Settings, first_host, read_environment, read_settings
 from nanofinetune.ground.errors import UsageError
+from nanofinetune.settings import GradientAccumulationPlugin
 
 TORCHRUN = {
     "RANK": "5",
@@ -97,3 +99,115 @@ def test_read_environment_refuses_what_would_be_silent_copies(environ, text):
 )
 def test_first_host(nodelist, host):
     assert first_host(nodelist) == host
+
+
+# ---- accelerate launch ----------------------------------------------------------------------------------------------
+
+
+def launched_by_accelerate(*options):
+    """The variables that `accelerate launch OPTIONS script.py` adds for one process, and for several."""
+    launch = pytest.importorskip("accelerate.commands.launch", reason="what this is compared with")
+    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+    told = [
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        "1",
+    ]
+    told += [] if "--mixed_precision" in options else ["--mixed_precision", "no"]
+    args = launch.launch_command_parser().parse_args([*told, "--main_process_port", "0", *options, "script.py"])
+    args.use_cpu = args.cpu  # as launch_command does
+    environments = prepare_simple_launcher_cmd_env(args)[1], prepare_multi_gpu_env(args)
+    return [{name: each[name] for name in each if name.startswith("ACCELERATE_")} for each in environments]
+
+
+@pytest.fixture
+def theirs():
+    """Makes accelerate's Accelerator, each time with its global state new."""
+    accelerate = pytest.importorskip("accelerate", reason="what this is compared with")
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    def make(**arguments):
+        for kind in (GradientState, AcceleratorState, PartialState):
+            kind._reset_state()
+        return accelerate.Accelerator(**arguments)
+
+    yield make
+    for kind in (GradientState, AcceleratorState, PartialState):
+        kind._reset_state()
+
+
+def launch_settings(accelerator):
+    return accelerator.mixed_precision, accelerator.gradient_accumulation_steps, accelerator.device.type
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--cpu"], ["--cpu", "--mixed_precision", "bf16"], ["--mixed_precision", "no"]]
+)
+def test_what_accelerate_launch_says_matches_accelerate(options, monkeypatch, theirs):
+    for environ in launched_by_accelerate(*options):
+        with monkeypatch.context() as patch:
+            for name, value in environ.items():
+                patch.setenv(name, value)
+            assert launch_settings(Accelerator()) == launch_settings(theirs())
+            # an argument overrules the launcher, as there
+            assert launch_settings(Accelerator(mixed_precision="no")) == launch_settings(theirs(mixed_precision="no"))
+            patch.setenv("NANOFINETUNE_MIXED_PRECISION", "no")
+            assert Accelerator().mixed_precision == "no"
+
+
+def test_accelerate_launchs_cpu_is_the_choice_of_auto(monkeypatch):
+    asked = []
+    monkeypatch.setattr("nanofinetune.settings.init_world", lambda device, timeout: asked.append(device))
+    for value, device in (("1", "auto"), ("True", "auto"), ("1", "cuda"), ("no", "auto"), ("", "auto")):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", value)
+        with pytest.raises(AttributeError):  # there is no world
+            Accelerator(device=device)
+    assert asked == ["cpu", "cpu", "cuda", "auto", "auto"]
+
+
+def test_accumulation_from_the_environment_matches_accelerate_but_for_a_contradiction(monkeypatch, theirs):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    for steps in (1, 3):
+        ours = Accelerator(cpu=True, gradient_accumulation_steps=steps)
+        assert launch_settings(ours) == launch_settings(theirs(cpu=True, gradient_accumulation_steps=steps))
+        assert ours.gradient_accumulation_steps == 3
+    plugin = GradientAccumulationPlugin(num_steps=2)
+    assert Accelerator(cpu=True, gradient_accumulation_plugin=plugin).gradient_accumulation_steps == 2
+    assert theirs(cpu=True, gradient_accumulation_steps=4).gradient_accumulation_steps == 3  # not what the script says
+    with pytest.raises(UsageError, match="gradient_accumulation_steps is 4 and ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
+        Accelerator(cpu=True, gradient_accumulation_steps=4)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
+    with pytest.raises(UsageError, match=r"^ACCELERATE_GRADIENT_ACCUMULATION_STEPS='auto' is not a whole number$"):
+        Accelerator(cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("environ", "text"),
+    [
+        *(
+            (
+                {f"ACCELERATE_USE_{name}": "true"},
+                f"^ACCELERATE_USE_{name}=true is not supported here: launch without it",
+            )
+            for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+        ),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "^ACCELERATE_DYNAMO_BACKEND=INDUCTOR is not supported here"),
+        ({"ACCELERATE_USE_CPU": "perhaps"}, "^ACCELERATE_USE_CPU=perhaps is neither yes nor no"),
+    ],
+)
+def test_what_accelerate_launch_asks_for_in_vain_is_refused(environ, text, monkeypatch):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=text):
+        Accelerator()
+
+
+def test_settings_that_change_nothing_are_taken():
+    off = {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_CPU": "", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ""}
+    assert read_settings({}) == read_settings(off) == Settings()
