@@ -36,7 +36,9 @@ from nanofinetune.ranks.world import rank_and_size
 from nanofinetune.step.order import SeedableRandomSampler, mix
 
 T = TypeVar("T")
+ORDER = "use_seedable_sampler=False: the order is a function of (seed, epoch) all the same"
 _said: set[str] = set()  # what prepare_data_loader has told the user: once is enough
+_RANDOM: dict[str, Any] = {"torch": torch, "cuda": torch.cuda}  # rng_types: whose random state ranks may share
 
 
 def look_ahead(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
@@ -90,6 +92,7 @@ class DataLoaderShard(DataLoader):
             does not read them.
         iteration: the epoch that the next loop runs.
         continues: the loader whose epoch this one finishes; it moves on to the next epoch together with this one.
+        rng_types: "torch", "cuda": every loop begins with rank 0's random state, on all ranks. A collective.
         positions: a list that loaders may share. While a loop over one of them lasts, its `Position` is in it; the loop
             that got the latest batch is last.
 
@@ -101,7 +104,7 @@ class DataLoaderShard(DataLoader):
         self, dataset: Any, device: torch.device | str | None = None,
         synchronized_generator: torch.Generator | None = None, skip_batches: int = 0, _non_blocking: bool = False,
         iteration: int = 0, *, data_seed: int = 0, continues: DataLoaderShard | None = None,
-        positions: list[Position] | None = None, **kwargs: Any,
+        positions: list[Position] | None = None, rng_types: Iterable[str] = (), **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(dataset, **kwargs)
         self.device = None if device is None else torch.device(device)
@@ -110,7 +113,7 @@ class DataLoaderShard(DataLoader):
         self.iteration = iteration
         self.data_seed = data_seed
         self._non_blocking = _non_blocking
-        self._continues = continues
+        self._continues, self.rng_types = continues, rng_types
         self.positions = Positions() if positions is None else positions
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -119,6 +122,9 @@ class DataLoaderShard(DataLoader):
         self.iteration += 1
         if self._continues is not None:
             self._continues.iteration = self.iteration
+        for kind in self.rng_types:
+            dist.broadcast_object_list(state := [_RANDOM[kind].get_rng_state()])
+            _RANDOM[kind].set_rng_state(state[0])
         copies = _Copies(self.device, self._non_blocking)
         batches = ((copies.start(batch), valid_rows) for batch, valid_rows in self._fetch())
         here = Position(self)
@@ -284,8 +290,10 @@ def prepare_data_loader(
             (-100.0 in a regression, whose loss does not skip it: give that row weight zero).
         data_seed: decides the order. None: that of the sampler's `generator`, else torch's global one, rank 0's.
             Without a process group N > 1 ranks refuse None where a sampler without generator shuffles.
-        use_seedable_sampler, rng_types: change nothing, which is said once: the order is always a function of (seed,
-            epoch), for any number of ranks.
+        use_seedable_sampler: changes nothing, which is said once: the order is always a function of (seed, epoch), for
+            any number of ranks.
+        rng_types: "generator" is always so. "torch" and "cuda" see `DataLoaderShard`: for a sampler without generator,
+            whose order is its own, on ranks whose random states differ.
         non_blocking: on CUDA, pin batches and copy them on a stream of their own.
         positions: see `DataLoaderShard`.
 
@@ -304,22 +312,20 @@ def prepare_data_loader(
         "slice_fn_for_dispatch": slice_fn_for_dispatch is not None,
         "use_stateful_dataloader=True": use_stateful_dataloader or hasattr(dataloader, "load_state_dict"),
         "torch_device_mesh": torch_device_mesh is not None,
+        f"rng_types={rng_types}": not {*(rng_types or ())} <= {"generator", *_RANDOM},
     }.items():
         if refused:
             raise NotImplementedError(f"{name} is not supported here: use accelerate's prepare_data_loader for it")
-    asked = {
-        "use_seedable_sampler=False": not use_seedable_sampler,
-        f"rng_types={rng_types}": rng_types not in (None, [], ["generator"]),
-    }
-    if process_index == 0 and (news := [name for name in asked if asked[name] and name not in _said]):
-        _said.update(news)
-        print(f"{' and '.join(news)}: the order is a function of (seed, epoch) all the same", file=sys.stderr)
-
     dataset: Any = dataloader.dataset
+
+    def own_seed(generator: torch.Generator | None) -> int:
+        _say_once(ORDER, process_index == 0 and not use_seedable_sampler)
+        return order_seed(data_seed, generator, num_processes)
+
     settings = _settings(dataloader)
     if isinstance(dataset, IterableDataset):
         generator = getattr(dataset, "generator", None)
-        seed = 0 if generator is None else order_seed(data_seed, generator, num_processes)
+        seed = 0 if generator is None else own_seed(generator)
         batch_size = dataloader.batch_size
         if num_processes > 1:
             if batch_size is None:
@@ -336,7 +342,7 @@ def prepare_data_loader(
             batch_size = dataset.per_process
         settings |= {"batch_size": batch_size, "drop_last": dataloader.drop_last}
     else:
-        batch_sampler, generator, seed = _seeded(_batch_sampler(dataloader), data_seed, num_processes)
+        batch_sampler, generator, seed = _seeded(_batch_sampler(dataloader), own_seed)
         shard = BatchSamplerShard(
             batch_sampler, num_processes, process_index, split_batches, even_batches, uneven=uneven
         )
@@ -349,6 +355,7 @@ def prepare_data_loader(
     device = torch.device(device) if put_on_device and device is not None else None
     if non_blocking and device is not None and device.type == "cuda":
         settings["pin_memory"] = True  # only a copy from pinned memory runs beside the computation
+    settings["rng_types"] = [kind for kind in rng_types or () if kind in _RANDOM and num_processes > 1]
     return DataLoaderShard(dataset, device, generator, 0, non_blocking, data_seed=seed, positions=positions, **settings)
 
 
@@ -367,17 +374,11 @@ def skip_first_batches(dataloader: DataLoader, num_batches: int = 0) -> DataLoad
         settings |= _batches_from(dataloader, SkipBatchSampler(_batch_sampler(dataloader), num_batches))
     if isinstance(dataloader, DataLoaderShard):
         return DataLoaderShard(
-            dataloader.dataset,
-            dataloader.device,
-            dataloader.synchronized_generator,
-            dataloader.skip_batches + skip_batches,
-            dataloader._non_blocking,
-            dataloader.iteration,
-            data_seed=dataloader.data_seed,
+            dataloader.dataset, dataloader.device, dataloader.synchronized_generator,
+            dataloader.skip_batches + skip_batches, dataloader._non_blocking, dataloader.iteration,
             continues=dataloader if dataloader._continues is None else dataloader._continues,
-            positions=dataloader.positions,
-            **settings,
-        )
+            data_seed=dataloader.data_seed, positions=dataloader.positions, rng_types=dataloader.rng_types, **settings,
+        )  # fmt: skip
     if skip_batches:
         return DataLoaderShard(dataloader.dataset, skip_batches=skip_batches, **settings)
     return DataLoader(dataloader.dataset, **settings)
@@ -470,14 +471,14 @@ class _MaskLabels:
         return batch, valid
 
 
-def _seeded(batch_sampler: Any, data_seed: int | None, num_processes: int) -> tuple[Any, torch.Generator | None, int]:
+def _seeded(batch_sampler: Any, own_seed: Callable[[Any], int]) -> tuple[Any, torch.Generator | None, int]:
     """-> a batch sampler whose order depends on (seed, epoch) only, the generator to reseed for that, and the seed."""
     sampler: Any = getattr(batch_sampler, "sampler", None)
     if isinstance(sampler, DistributedSampler):
         raise ValueError("a DistributedSampler shards already and `prepare` would shard its shard: use a RandomSampler")
     if isinstance(sampler, SeedableRandomSampler) or not hasattr(sampler, "generator"):
         return batch_sampler, None, 0
-    seed = order_seed(data_seed, sampler.generator, num_processes)
+    seed = own_seed(sampler.generator)
     generator = None
     if type(sampler) is RandomSampler:
         sampler = SeedableRandomSampler(sampler.data_source, sampler.replacement, sampler._num_samples, data_seed=seed)
@@ -487,6 +488,12 @@ def _seeded(batch_sampler: Any, data_seed: int | None, num_processes: int) -> tu
     batch_sampler = copy.copy(batch_sampler)
     batch_sampler.sampler = sampler
     return batch_sampler, generator, seed
+
+
+def _say_once(line: str, where: bool) -> None:
+    if where and line not in _said:
+        _said.add(line)
+        print(line, file=sys.stderr)
 
 
 def _batch_sampler(dataloader: DataLoader) -> Any:

@@ -21,6 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from nanofinetune import Accelerator
 from nanofinetune.ranks.loader import (
     DataLoaderShard,
     look_ahead,
@@ -312,6 +313,41 @@ def test_other_random_samplers_are_kept_and_draw_alike_on_every_rank(sampler):
     else:
         drawn = list(WeightedRandomSampler([1.0] * 24, 12, generator=generator))
     assert [row for batch in expected for row in batch] == drawn
+
+
+class Drawn(torch.utils.data.Sampler):
+    """Shuffles with torch's global generator."""
+
+    def __len__(self):
+        return 24
+
+    def __iter__(self):
+        return iter(torch.randperm(24).tolist())
+
+
+def drawn_by_both(rng_types):
+    """Two epochs of this rank, whose random state is its own: here and in accelerate."""
+    from accelerate import Accelerator as Theirs
+
+    found = []
+    for make in (Accelerator, Theirs):
+        accelerator = make(cpu=True, rng_types=rng_types)
+        loader = accelerator.prepare(plain(torch.arange(24), batch_size=4, sampler=Drawn()))
+        torch.manual_seed(7 + accelerator.process_index)
+        found.append([[row for rows in lists(loader) for row in rows] for _ in range(2)])
+    return found
+
+
+@pytest.mark.parametrize("rng_types", [None, ["torch", "generator"]], ids=["default", "torch"])
+def test_a_sampler_that_draws_from_torch_matches_accelerate(rng_types):
+    """Only with "torch" among rng_types do ranks of different random states share one order."""
+    pytest.importorskip("accelerate", reason="what this is compared with")
+    (ours, theirs), (ours_1, theirs_1) = run_ranks(drawn_by_both, 2, rng_types)
+    assert (ours, ours_1) == (theirs, theirs_1)
+    for zero, one in zip(ours, ours_1, strict=True):
+        assert (sorted(zero + one) == list(range(24))) == (rng_types is not None)
+    loader = prepare(plain(torch.arange(24), sampler=Drawn()), num_processes=2, rng_types=rng_types)
+    assert skip(loader, 1).rng_types == loader.rng_types == (["torch"] if rng_types else [])
 
 
 def test_stream_that_shuffles_is_reseeded_each_epoch_on_every_rank():
@@ -730,6 +766,7 @@ def test_batches_arrive_whole_on_cuda(non_blocking):
         ({"slice_fn_for_dispatch": print}, "slice_fn_for_dispatch is not supported here"),
         ({"use_stateful_dataloader": True}, "use_stateful_dataloader=True is not supported here"),
         ({"torch_device_mesh": object()}, "torch_device_mesh is not supported here"),
+        ({"rng_types": ["generator", "xla"]}, r"rng_types=\['generator', 'xla'\] is not supported here"),
     ],
 )
 def test_what_is_not_supported_is_refused(argument, text):
@@ -745,12 +782,14 @@ def test_what_accelerate_takes_is_taken():
 def test_what_does_not_change_the_order_is_said_once(monkeypatch, capsys):
     """Accelerate's other ways to shuffle: taken, with one line on stderr, and rows in the seeded order all the same."""
     monkeypatch.setattr("nanofinetune.ranks.loader._said", set())
+    prepare(plain(torch.arange(9), sampler=Drawn()), use_seedable_sampler=False)  # of its order that is not true
+    assert capsys.readouterr() == ("", "")
     orders = []
     for arguments in ({}, {"use_seedable_sampler": False, "rng_types": ["torch"]}, {"use_seedable_sampler": False}):
         prepared = prepare(plain(torch.arange(9), shuffle=True), data_seed=3, **arguments)
         orders.append([batch.item() for batch in prepared])
     assert orders[0] == orders[1] == orders[2]
-    line = "use_seedable_sampler=False and rng_types=['torch']: the order is a function of (seed, epoch) all the same\n"
+    line = "use_seedable_sampler=False: the order is a function of (seed, epoch) all the same\n"
     assert capsys.readouterr() == ("", line)
 
 
