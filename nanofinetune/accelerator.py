@@ -285,7 +285,7 @@ class Accelerator:
         shard = prepare_data_loader(
             data_loader, self.device, self.num_processes, self.process_index, put_on_device=place,
             rng_types=self.rng_types, slice_fn_for_dispatch=slice_fn_for_dispatch,
-            uneven=self.uneven, positions=self.positions, **config,
+            uneven=self.uneven, positions=self.positions, unlike=self._prepared.unlike, **config,
         )  # fmt: skip
         self._prepared.loaders.append(shard)
         return shard

@@ -9,12 +9,13 @@
 Underneath: `accelerate.data_loader.prepare_data_loader`, `accelerate.data_loader.DataLoaderShard` (accelerate 1.15).
   - They fetch one batch ahead, to know *before* they hand out the last batch that it is the last. There that flag is a
     global; here it is on the loader.
-  - A shuffled order depends on (seed, epoch) alone, for any number of ranks. The epoch moves on when a loop starts, so
-    `break` repeats nothing.
+  - A shuffled order depends on (seed, epoch) alone, for any number of ranks. An Accelerator gives each loader a seed of
+    its own. The epoch moves on when a loop starts, so `break` repeats nothing.
   - `remainder` counts what the sampler draws, and survives a skip.
   - Refused: `dispatch_batches`, stateful loaders, device meshes.
 
-Proof: test_batches_match_accelerate, test_break_repeats_the_order_in_accelerate_only in tests/ranks/test_loader.py.
+Proof: test_batches_match_accelerate, test_break_repeats_the_order_in_accelerate_only,
+test_two_loaders_do_not_walk_in_lock_step_as_in_accelerate in tests/ranks/test_loader.py.
 """
 
 from __future__ import annotations
@@ -277,6 +278,7 @@ def prepare_data_loader(
     slice_fn_for_dispatch: Callable[..., Any] | None = None, use_seedable_sampler: bool = True,
     data_seed: int | None = None, non_blocking: bool = False, use_stateful_dataloader: bool = False,
     torch_device_mesh: Any = None, *, uneven: str = "wrap", positions: list[Position] | None = None,
+    unlike: Callable[[int, torch.Generator | None], int] = lambda seed, source: seed,
 ) -> DataLoaderShard:  # fmt: skip
     """Make the loader of one rank (source: accelerate.data_loader.prepare_data_loader). `dataloader` stays as it is.
 
@@ -290,6 +292,8 @@ def prepare_data_loader(
             (-100.0 in a regression, whose loss does not skip it: give that row weight zero).
         data_seed: decides the order. None: that of the sampler's `generator`, else torch's global one, rank 0's.
             Without a process group N > 1 ranks refuse None where a sampler without generator shuffles.
+        unlike: makes a seed and the generator that it came from (None: no generator) into a seed of this loader's own.
+            Without it, which an Accelerator gives, shuffled loaders of one seed walk in lock-step.
         use_seedable_sampler: changes nothing, which is said once: the order is always a function of (seed, epoch), for
             any number of ranks.
         rng_types: "generator" is always so. "torch" and "cuda" see `DataLoaderShard`: for a sampler without generator,
@@ -320,7 +324,7 @@ def prepare_data_loader(
 
     def own_seed(generator: torch.Generator | None) -> int:
         _say_once(ORDER, process_index == 0 and not use_seedable_sampler)
-        return order_seed(data_seed, generator, num_processes)
+        return unlike(order_seed(data_seed, generator, num_processes), generator if data_seed is None else None)
 
     settings = _settings(dataloader)
     if isinstance(dataset, IterableDataset):

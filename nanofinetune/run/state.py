@@ -31,6 +31,7 @@ from nanofinetune.run import checkpoint
 from nanofinetune.run.folders import refusal
 from nanofinetune.run.schema import misfit
 from nanofinetune.run.watch import all_call
+from nanofinetune.step.order import mix
 
 METHODS = ("state_dict", "load_state_dict")  # what an object needs to be saved
 SERIES = "checkpoint_"  # what automatic naming calls a folder, before its number
@@ -45,6 +46,23 @@ class Prepared:
         self.schedulers: list[Any] = []
         self.loaders: list[Any] = []
         self.custom: list[Any] = []
+        self.orders: list[tuple[int, Any]] = []  # of the loaders: each seed, and the generator that it came from
+
+    def unlike(self, seed: int, source: Any) -> int:
+        """`seed`, or where a loader draws from it already another one in its place. Two generators may be seeded alike.
+
+        >>> prepared = Prepared()
+        >>> prepared.unlike(42, None), prepared.unlike(42, None) == mix(42, 1)
+        (42, True)
+        """
+        # underneath: two shuffled loaders of one seed would pair equal rows; torch's draw one after the other
+        taken = {other for other, its in self.orders if source is None or its is None or source is its}
+        own, number = seed, 0
+        while own in taken:
+            number += 1
+            own = mix(seed, number)
+        self.orders.append((own, source))
+        return own
 
     def forget(self, *objects: Any) -> None:
         """Remove prepared objects; `custom` ones stay."""

@@ -6,6 +6,9 @@ Run: python -m pytest tests/ranks/test_loader.py
 
 import collections
 import contextlib
+import copy
+import os
+import pickle
 
 import pytest
 import torch
@@ -29,6 +32,7 @@ from nanofinetune.ranks.loader import (
     send_to_device,
     skip_first_batches,
 )
+from nanofinetune.settings import DataLoaderConfiguration
 from nanofinetune.step.order import LengthGroupedBatchSampler, SeedableRandomSampler, SortedBatchSampler, mix
 
 
@@ -313,6 +317,85 @@ def test_other_random_samplers_are_kept_and_draw_alike_on_every_rank(sampler):
     else:
         drawn = list(WeightedRandomSampler([1.0] * 24, 12, generator=generator))
     assert [row for batch in expected for row in batch] == drawn
+
+
+def two_orders(accelerator, make, sources=(None, None)):
+    """The rows of two prepared loaders in lock-step, over two epochs: [(of one, of the other), ...] of each epoch."""
+    first, second = accelerator.prepare(*(plain(torch.arange(24), batch_size=4, **make(each)) for each in sources))
+    return [[(x.tolist(), y.tolist()) for x, y in zip(first, second, strict=True)] for _ in range(2)]
+
+
+def paired(epochs):
+    """In how many batches of all epochs the two loaders gave the same rows."""
+    return sum(x == y for epoch in epochs for x, y in epoch)
+
+
+RANDOM = {
+    "shuffled": lambda generator: {"shuffle": True, "generator": generator},
+    "subset": lambda generator: {"sampler": SubsetRandomSampler(range(24), generator)},
+    "weighted": lambda generator: {"sampler": WeightedRandomSampler([1.0] * 24, 24, generator=generator)},
+}
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_two_loaders_do_not_walk_in_lock_step_as_in_accelerate(reference, kind):
+    from accelerate import Accelerator as Theirs
+
+    torch.manual_seed(7)
+    ours, theirs = (two_orders(make(cpu=True), RANDOM[kind]) for make in (Accelerator, Theirs))
+    assert paired(ours) == paired(theirs) == 0
+    torch.manual_seed(7)  # the same in another process, and the first loader is as if it were alone
+    assert two_orders(Accelerator(cpu=True), RANDOM[kind]) == ours
+    torch.manual_seed(7)
+    alone = prepare(plain(torch.arange(24), batch_size=4, **RANDOM[kind](None)))
+    assert [[x for x, _ in epoch] for epoch in ours] == [lists(alone), lists(alone)]
+    config = DataLoaderConfiguration(data_seed=7)
+    assert two_orders(Accelerator(cpu=True, dataloader_config=config), RANDOM[kind]) == ours
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_generators_that_were_seeded_alike_pair_rows_as_in_accelerate(reference, kind):
+    from accelerate import Accelerator as Theirs
+
+    for make in (Accelerator, Theirs):
+        each = [torch.Generator().manual_seed(5) for _ in range(2)]
+        assert paired(two_orders(make(cpu=True), RANDOM[kind], each)) == 12
+        assert paired(two_orders(make(cpu=True), RANDOM[kind], each[:1] * 2)) == 0  # they share one
+
+
+def test_a_further_loaders_order_outlives_a_copy_a_checkpoint_and_free_memory():
+    def shuffled(accelerator, count):
+        return accelerator.prepare(*(plain(torch.arange(24), batch_size=4, shuffle=True) for _ in range(count)))
+
+    torch.manual_seed(7)
+    accelerator = Accelerator(cpu=True)
+    loader = shuffled(accelerator, 3)[2]
+    copies = copy.deepcopy(loader), pickle.loads(pickle.dumps(loader))
+    saved = loader.state_dict()
+    epochs = [lists(loader), lists(loader)]
+    for again in copies:
+        assert [lists(again), lists(again)] == epochs
+    torch.manual_seed(8)
+    other = shuffled(Accelerator(cpu=True), 1)  # of another number, in a process with another seed
+    other.load_state_dict(saved)
+    assert lists(skip(other, 2)) == epochs[0][2:] and lists(other) == epochs[1]
+    torch.manual_seed(7)
+    accelerator.free_memory()
+    assert lists(shuffled(accelerator, 3)[2]) == epochs[0]
+
+
+def two_orders_of_this_rank():
+    torch.manual_seed(7 + int(os.environ["RANK"]))
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    return two_orders(accelerator, RANDOM["shuffled"])
+
+
+def test_ranks_number_their_loaders_alike():
+    zero, one = run_ranks(two_orders_of_this_rank, 2)
+    torch.manual_seed(7)
+    whole = two_orders(Accelerator(cpu=True), RANDOM["shuffled"])
+    for parts, epoch in zip(zip(zero, one, strict=True), whole, strict=True):
+        assert [(a + c, b + d) for (a, b), (c, d) in zip(*parts, strict=True)] == epoch
 
 
 class Drawn(torch.utils.data.Sampler):
