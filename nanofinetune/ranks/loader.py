@@ -12,7 +12,8 @@ Underneath: `accelerate.data_loader.prepare_data_loader`, `accelerate.data_loade
   - A shuffled order depends on (seed, epoch) alone, for any number of ranks. An Accelerator gives each loader a seed of
     its own. The epoch moves on when a loop starts, so `break` repeats nothing.
   - `remainder` counts what the sampler draws, and survives a skip.
-  - Refused: `dispatch_batches`, stateful loaders, device meshes.
+  - Every rank reads a stream; there rank 0 does, and sends the others their slices.
+  - Refused: `dispatch_batches=True`, stateful loaders, device meshes.
 
 Proof: test_batches_match_accelerate, test_break_repeats_the_order_in_accelerate_only,
 test_two_loaders_do_not_walk_in_lock_step_as_in_accelerate in tests/ranks/test_loader.py.
@@ -38,6 +39,7 @@ from nanofinetune.step.order import SeedableRandomSampler, mix
 
 T = TypeVar("T")
 ORDER = "use_seedable_sampler=False: the order is a function of (seed, epoch) all the same"
+STREAM = "note: each rank reads the whole stream and keeps its part, so all must read the same: seed what shuffles it"
 _said: set[str] = set()  # what prepare_data_loader has told the user: once is enough
 _RANDOM: dict[str, Any] = {"torch": torch, "cuda": torch.cuda}  # rng_types: whose random state ranks may share
 
@@ -301,7 +303,7 @@ def prepare_data_loader(
         non_blocking: on CUDA, pin batches and copy them on a stream of their own.
         positions: see `DataLoaderShard`.
 
-    Every rank reads all of a stream. Raises NotImplementedError for what only accelerate's can do.
+    Every rank reads all of a stream, which is said once. Raises NotImplementedError for what only accelerate's can do.
     """
     if not isinstance(dataloader, DataLoader):
         raise TypeError(f"dataloader is a {type(dataloader).__name__}: it must be a torch.utils.data.DataLoader")
@@ -332,6 +334,7 @@ def prepare_data_loader(
         seed = 0 if generator is None else own_seed(generator)
         batch_size = dataloader.batch_size
         if num_processes > 1:
+            _say_once(STREAM, process_index == 0)
             if batch_size is None:
                 raise ValueError(
                     "a stream with batch_size=None has no steps that ranks could share: give it a batch_size"

@@ -11,15 +11,17 @@ and overwrites every rank's values with rank 0's. Nothing compares what the scri
   - Here the ranks exchange their arguments before any long work. Later they exchange what they have loaded.
   - All ranks raise, with the first difference.
 
-Proof: test_ranks_with_other_settings_are_refused, test_ddp_trains_on_with_two_learning_rates in tests/run/test_same.py.
+Proof: test_ranks_with_other_settings_are_refused, test_ddp_trains_on_with_two_learning_rates,
+test_a_stream_of_which_each_rank_has_its_own_is_refused in tests/run/test_same.py.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -57,13 +59,28 @@ def told(arguments: Mapping[str, Any], version: str) -> dict[str, Any]:
 def of_loader(loader: DataLoader) -> dict[str, Any]:
     """What the ranks' loaders must have in common, for `check_same`: a rank that draws another order reads other rows.
 
-    A stream has neither an order nor a length.
+    A stream has neither an order nor a length; of one from datasets, its shuffles can be seen, and its part of a split.
     """
     told: dict[str, Any] = {f"the loader's {name}": getattr(loader, name, None) for name in ("batch_size", "drop_last")}
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    if not isinstance(loader, DataLoader):
         return told
+    if isinstance(loader.dataset, IterableDataset):
+        # underneath: shuffle() without a seed is another order on each rank; Accelerate lets rank 0 alone read a stream
+        where = [str(generator.bit_generator.state) for generator in _generators(loader.dataset)]
+        shuffle = f"one that begins at {zlib.crc32(' '.join(where).encode()):08x}" if where else "none"
+        part = getattr(loader.dataset, "_distributed", None) or "all of it"
+        return told | {"the stream's shuffle, which needs a seed": shuffle, "the stream's split_dataset_by_node": part}
     order: Any = getattr(loader.batch_sampler, "sampler", None) or loader.batch_sampler or loader.sampler
     return told | {"the loader's order": type(order).__name__, "the loader's rows": len(loader.dataset)}  # type: ignore[arg-type]
+
+
+def _generators(thing: Any) -> Iterator[np.random.Generator]:
+    """What a stream of datasets shuffles with, at whatever depth."""
+    if isinstance(thing, np.random.Generator):
+        yield thing
+    elif isinstance(thing, (list, tuple)) or type(thing).__module__ == "datasets.iterable_dataset":
+        for inner in thing if isinstance(thing, (list, tuple)) else vars(thing).values():
+            yield from _generators(inner)
 
 
 def loaded(world: World, found: Mapping[str, str], model: torch.nn.Module) -> dict[str, Any]:

@@ -876,6 +876,18 @@ def test_what_does_not_change_the_order_is_said_once(monkeypatch, capsys):
     assert capsys.readouterr() == ("", line)
 
 
+def test_that_every_rank_reads_a_stream_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr("nanofinetune.ranks.loader._said", set())
+    prepare(plain(Stream(4), batch_size=2))
+    assert capsys.readouterr() == ("", "")
+    for _ in range(2):
+        ranks(plain(Stream(4), batch_size=2), 2)
+    line = (
+        "note: each rank reads the whole stream and keeps its part, so all must read the same: seed what shuffles it\n"
+    )
+    assert capsys.readouterr() == ("", line)
+
+
 def test_misuse_is_refused():
     dataloader = plain(torch.arange(4), batch_size=2)
     with pytest.raises(TypeError, match="dataloader is a list: it must be a torch"):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -139,6 +140,52 @@ def test_ranks_with_other_loaders_are_refused_where_accelerate_goes_on(what):
     )
     if what == "batch_size":
         assert set(first) & set(second) and set(first + second) < set(range(16)), (first, second)
+
+
+def stream_of(rank, what):
+    datasets = pytest.importorskip("datasets")
+    stream = datasets.Dataset.from_dict({"row": list(range(10))}).to_iterable_dataset(2)
+    if what == "split":
+        from datasets.distributed import split_dataset_by_node
+
+        return split_dataset_by_node(stream.with_format("torch"), rank, 2)
+    return stream.shuffle(seed=None if what == "unseeded" else 3).map(dict).with_format("torch")
+
+
+def prepare_streams(what):
+    """What becomes of a stream here and in Accelerate: an error's text, or the rows of each batch."""
+    from accelerate import Accelerator as Theirs
+
+    found: list[Any] = []
+    for make in (Accelerator, Theirs):
+        accelerator = make(cpu=True)
+        loader = DataLoader(stream_of(accelerator.process_index, what), batch_size=4)
+        try:
+            found.append([batch["row"].tolist() for batch in accelerator.prepare(loader)])
+        except UsageError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_seeded_stream_gives_each_row_once_but_for_its_last_step_unlike_accelerate():
+    """Accelerate: rank 0 reads, the others get their slices, of the last step too. Here it wraps, as data sets do."""
+    pytest.importorskip("accelerate", reason="what this is compared with")
+    (ours, theirs), (ours_1, theirs_1) = run_ranks(prepare_streams, 2, "seeded")
+    assert sorted(ours[0] + ours_1[0] + ours[1][:2]) == list(range(10))
+    assert ours[1] + ours_1[1] == ours[1][:2] + ours[0] + ours_1[0][:2]
+    assert [len(batch) for batch in theirs + theirs_1] == [4, 1, 4, 1]
+
+
+@pytest.mark.parametrize("what", ["unseeded", "split"])
+def test_a_stream_of_which_each_rank_has_its_own_is_refused(what):
+    """Accelerate reads rank 0's alone: right for a shuffle without a seed, half of the rows for a split."""
+    pytest.importorskip("accelerate", reason="what this is compared with")
+    (text, theirs), (same, theirs_1) = run_ranks(prepare_streams, 2, what)
+    begin = {"unseeded": r"the stream's shuffle, which needs a seed: rank 0 has one that begins at \w+, rank 1 has one",
+             "split": r"the stream's split_dataset_by_node: rank 0 has \S*\(rank=0.*rank 1 has"}[what]  # fmt: skip
+    assert text == same and re.match(begin, text) and text.endswith("; prepare the same loader on all ranks")
+    rows = sorted(row for batch in theirs + theirs_1 for row in batch)
+    assert (rows == list(range(10))) == (what == "unseeded")
 
 
 # ---- without ranks ----
