@@ -394,7 +394,7 @@ class Accelerator:
             raise ValueError("save_state: name an output_dir, or choose automatic_checkpoint_naming")
         place, things = saving.call_hooks(self, "save_hooks", Path(output_dir))
         replace = not project.automatic_checkpoint_naming
-        state.save(place, things, self.world, self._saver, keep, background, replace=replace)
+        state.save(place, things, self.world, self._saver, keep, background, self.step, replace=replace)
         project.iteration += 1
         return str(Path(output_dir))
 
@@ -412,7 +412,7 @@ class Accelerator:
         named = Path(project.project_dir or ".", "checkpoints")
         folder = state.newest(named, self.world) if input_dir is None else Path(input_dir)
         place, things = saving.call_hooks(self, "load_hooks", folder)
-        state.load(place, things, self.world)
+        self.step = state.load(place, things, self.world, self.step)
         if project.automatic_checkpoint_naming and checkpoint.series_of(folder) == state.SERIES:
             project.iteration = checkpoint.number_of(folder) + 1  # underneath: Accelerate begins at 0 again
 

@@ -89,6 +89,7 @@ class Run:
                 accelerator.load_state(folder)
             except ValueError as error:
                 raise UsageError(f"--resume: {error}") from error
+            accelerator.step = 0  # saved between two windows, which may hold another number of batches now
             ours = self.output is not None and folder.parent == self.output / "checkpoints"
             self.log.saved = self.log.update if ours else -1
 

@@ -152,6 +152,8 @@ def _random_states(_: Any, states: list[Mapping[str, Any]]) -> str:
         torch.Generator().set_state(state["torch"])
         if not all(cuda.dtype == torch.uint8 and cuda.ndim == 1 for cuda in state["cuda"]):
             return "the random state of a GPU is not one"
+        if not whole(state.get("step", 0)):  # of the Accelerator; one of an earlier version has none
+            return f"step is {state['step']}"
     return ""
 
 

@@ -13,7 +13,8 @@ Underneath: `accelerate.Accelerator.save_state`, `accelerate.checkpointing.save_
   - A call by rank 0 alone fails within seconds, and says so.
   - checkpoint.py puts the files on the disk.
 
-Proof: test_save_state_and_load_state_on_ranks, test_a_failure_to_save_reaches_all_ranks in tests/run/test_state.py.
+Proof: test_windows_go_on_where_they_were_saved_as_in_accelerate, test_save_state_and_load_state_on_ranks,
+test_a_failure_to_save_reaches_all_ranks in tests/run/test_state.py.
 """
 
 from __future__ import annotations
@@ -84,15 +85,16 @@ class Prepared:
 
 def save(
     folder: Path, things: dict[str, Any], world: World, saver: checkpoint.Saver, keep: int | None, background: bool,
-    replace: bool = True,
+    step: int, replace: bool = True,
 ) -> None:  # fmt: skip
     """Write the state of `things`, and every rank's random state, into the folder. A collective; rank 0 writes.
 
+    `step`: where an Accelerator's windows stand; kept with the random states, as Accelerate does.
     An older checkpoint of ours is replaced, unless `replace` is False.
     Raises on rank 0 what `Accelerator.save_state` lists, and on the others RuntimeError with rank 0's reason.
     """
     all_call("save_state", world)
-    random_states = collectives.gather_object([checkpoint.random_state()], world)
+    random_states = collectives.gather_object([checkpoint.random_state() | {"step": step}], world)
     if keep is not None and keep < 1:
         raise ValueError(f"save_state: keep (or total_limit) is {keep}: it must be 1 or more")
     failure: Exception | None = None
@@ -130,9 +132,10 @@ def newest(parent: Path, world: World) -> Path:
     return folder
 
 
-def load(folder: Path, things: dict[str, Any], world: World) -> None:
-    """Give `things`, and this rank's random generators, their saved states. A collective; every rank reads the folder.
+def load(folder: Path, things: dict[str, Any], world: World, step: int) -> int:
+    """Give `things`, and this rank's random generators, their saved states -> the saved step. A collective.
 
+    Every rank reads the folder. A checkpoint of an earlier version holds no step: then `step` comes back.
     The folder may hold more: for an evaluation, the model alone is prepared, and loaded.
     Raises ValueError, on all ranks and before anything is changed, if a rank cannot read it or it does not fit.
     """
@@ -156,3 +159,4 @@ def load(folder: Path, things: dict[str, Any], world: World) -> None:
         except Exception as error:  # the same on all ranks: they have read the same
             raise ValueError(f"{folder} does not fit: {name} refuses its state ({first_line(error)})") from error
     checkpoint.set_random_state(random_states, world.rank)
+    return random_states[0].get("step", step)  # the same on all ranks, of which there may be more now

@@ -101,6 +101,7 @@ WRONG = {  # part, what is changed in it, and the reason
     "a log of an update that is true": ("custom", put("update", True), "update is True"),
     "a log of NaN losses": ("custom", put("losses", (math.nan, 1.0)), r"losses is \(nan, 1.0\)"),
     "a log without its scores": ("custom", put("epoch", 10**9), "it has 0 evaluations of 1000000000 epochs"),
+    "a step of text": ("random_states", put(0, "step", "6"), "step is 6"),
     "no random states": ("random_states", lambda state: state.clear(), "there is no random state"),
     "a short random state": ("random_states", put(0, "torch", torch.zeros(8).byte()), "random_states is not"),
     "a position behind numpy's state": (

@@ -168,6 +168,66 @@ def test_numbers_go_on_after_load_where_accelerate_begins_again(accelerate, tmp_
                 accelerator.save_state()
 
 
+def window(accelerator, folder, load):
+    """12 rows in windows of 4, with a stop after 6 -> the ends of windows after it, and the weights."""
+    torch.manual_seed(0)
+    model: Any = nn.Linear(2, 1)
+    rows: Any = torch.arange(24.0).view(12, 2) / 10
+    model, optimizer, loader = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.01), DataLoader(rows, batch_size=1)
+    )
+    ends = []
+
+    def train(batches):
+        for batch in batches:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+            ends.append(accelerator.sync_gradients)
+            yield
+
+    if load != "in a new Accelerator":
+        steps = train(loader)
+        [next(steps) for _ in range(6)]
+        accelerator.save_state(str(folder))
+        steps.close()
+    if load == "after going on":
+        with accelerator.accumulate(model):
+            pass
+    optimizer.optimizer.zero_grad()  # gradients are in no checkpoint
+    accelerator.load_state(str(folder))
+    del ends[:]
+    assert accelerator.step == 6
+    list(train(accelerator.skip_first_batches(loader, 6)))
+    return ends, [parameter.tolist() for parameter in model.parameters()]
+
+
+def test_windows_go_on_where_they_were_saved_as_in_accelerate(accelerate, tmp_path):
+    """In the process that saved, and in a new one: the next window ends after two more."""
+    for load in ("at once", "after going on", "in a new Accelerator"):
+        results = []
+        for name, library in (("theirs", accelerate), ("ours", Ours)):
+            if library is not Ours:
+                accelerate.state.AcceleratorState._reset_state(True)
+                accelerate.state.GradientState._reset_state()
+            accelerator = library.Accelerator(cpu=True, gradient_accumulation_steps=4)
+            results.append(window(accelerator, tmp_path / name, load))
+        assert results[0] == results[1], load
+        assert results[0][0] == [False, True, False, False, False, True]
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_step_and_loads(tmp_path):
+    accelerator, *_ = training(Ours, tmp_path)
+    parts = checkpoint.load(Path(accelerator.save_state()))
+    for state in parts["random_states"]:
+        assert state.pop("step") == 0
+    checkpoint.save(tmp_path / "earlier", parts)
+    accelerator.step = 3
+    accelerator.load_state(tmp_path / "earlier")
+    assert accelerator.step == 3
+
+
 def test_save_state_says_what_is_wrong(tmp_path):
     accelerator, model, *_ = training(Ours, tmp_path)
     accelerator.project_configuration.automatic_checkpoint_naming = False
