@@ -11,14 +11,18 @@ tensor([[3., 3.]])
 Underneath: `torch.nn.parallel.DistributedDataParallel`, `torch.distributed.algorithms.Join` (torch 2.13).
   - A rank without batches shadows the others' collectives, with zeros. Kept.
   - A hook for buffers stands in for the broadcast. Kept; not inside `join`.
+  - A backward that comes from elsewhere, between a forward and its own, is averaged in that one's place. Here with a
+    warning, and the other one is averaged too.
   - There, a model is hooked once for good; here, `_remove_autograd_hooks` holds until the next forward.
   - Left out: the reducer, the logger and what they count.
 
-Proof: test_join_matches_torch_ddp, test_a_hook_for_buffers_matches_torch_ddp in tests/dropin/test_parallel.py.
+Proof: test_join_matches_torch_ddp, test_a_hook_for_buffers_matches_torch_ddp,
+test_a_backward_in_anothers_place_is_said_where_torch_is_silent in tests/dropin/test_parallel.py.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,11 +31,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
-from torch.nn.parallel.distributed import _BufferCommHookLocation
+from torch.nn.parallel.distributed import _BufferCommHookLocation, _find_tensors
 
 from nanofinetune.ranks import ddp
 
 PRE_FORWARD, POST_FORWARD = _BufferCommHookLocation.PRE_FORWARD, _BufferCommHookLocation.POST_FORWARD
+IN_ITS_PLACE = (
+    "DistributedDataParallel: this backward is averaged over the ranks, since the last forward awaits one, but does not"
+    " come through what that forward returned: if it is one rank's own, call it before that forward, or after its"
+    " backward"
+)
 BUILTIN_HOOKS = {
     dist.BuiltinCommHookType.ALLREDUCE: default_hooks.allreduce_hook,
     dist.BuiltinCommHookType.FP16_COMPRESS: default_hooks.fp16_compress_hook,
@@ -44,6 +53,7 @@ class DistributedDataParallel(ddp.DistributedDataParallel, Joinable):
     call_super_init = True  # so that nn.Module's __init__ calls Joinable's
     broadcast_bucket_size = 250 * ddp.MIB  # for torch's functions that ask for it; a broadcast here is one message
     _buffer_hook: tuple[Any, Callable[..., Any], Any] | None = None  # (state, hook, location)
+    _outputs_found = False  # of the last forward: tensors that its backward may come through
     _source = 0  # the rank whose buffers count
 
     @property
@@ -65,6 +75,7 @@ class DistributedDataParallel(ddp.DistributedDataParallel, Joinable):
             self._source = self._source_under_join()
         after = self._sync_buffers_next and self._buffer_hook is not None and self._buffer_hook[2] is POST_FORWARD
         outputs = super().forward(*inputs, **kwargs)
+        self._outputs_found = any(tensor.grad_fn is not None for tensor in _find_tensors(outputs))
         if after:
             self._call_buffer_hook()
         return outputs
@@ -146,6 +157,9 @@ class DistributedDataParallel(ddp.DistributedDataParallel, Joinable):
         self._buffer_futures += hook(state, buffers) or []
 
     def _finish(self) -> None:
+        backward = torch._C._current_graph_task_id()  # -1 outside of one, in join_after_failure
+        if self._outputs_found and not self._triggered and backward not in (-1, *self._came_through):
+            warnings.warn(IN_ITS_PLACE, stacklevel=2)
         super()._finish()
         if self._buffer_hook is not None:
             while self._buffer_futures:

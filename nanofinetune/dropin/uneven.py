@@ -61,12 +61,17 @@ def join_uneven_inputs(accelerator: Any, joinables: list[Any], even_batches: boo
 
 @contextmanager
 def trigger_sync_in_backward(accelerator: Any, model: torch.nn.Module) -> Iterator[None]:
-    """A `with` block whose backwards average, although their forwards were run under `no_sync`."""
+    """A `with` block whose backwards average, although their forwards were run under `no_sync`.
+
+    All of them, where Accelerate's averages the first one only.
+    """
     if not isinstance(model, DistributedDataParallel):
         yield
         return
     before, model.require_backward_grad_sync = model.require_backward_grad_sync, True
+    model._expected = model._triggered = True
     try:
         yield
     finally:
+        model._expected = model._triggered = False
         model.require_backward_grad_sync = before

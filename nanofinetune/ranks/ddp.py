@@ -12,12 +12,14 @@ Underneath: `torch.nn.parallel.DistributedDataParallel` (torch 2.13).
     at backward's end. Kept, in Python: `_gradient_is_there`, `_send_full_buckets`, `_finish`.
   - A parameter without a gradient is named in the backward that left it out. There, the *next* forward raises, without
     names.
-  - Every backward synchronises. There, not the second after two forwards.
+  - A synchronised forward decides that its backward averages, wherever that is called. A backward that comes from
+    elsewhere, such as one through `model.module`, stays on its rank. Kept.
+  - Every backward through its outputs averages. There, the first one only: not the second after two forwards.
   - A gradient that fills a bucket is reduced where it lies.
   - Refused: sparse gradients, double backward, reentrant checkpointing.
 
-Proof: test_gradients_match_torch_ddp, test_second_backward_is_synchronised_where_torch_is_silent in
-tests/ranks/test_ddp.py.
+Proof: test_gradients_match_torch_ddp, test_which_backwards_average_matches_torch_ddp,
+test_second_backward_is_synchronised_where_torch_is_silent in tests/ranks/test_ddp.py.
 """
 
 from __future__ import annotations
@@ -202,7 +204,8 @@ class DistributedDataParallel(nn.Module):
         self._comm_hook: tuple[Any, Callable[..., Any]] | None = None
         self._on_send = on_send
         self._sync_buffers_next = self.forward_sync_buffers  # one may be replaced before the first forward
-        self._in_backward = False
+        # _expected: a synchronised forward awaits its backward; _came_through: the latest one through such outputs
+        self._in_backward, self._triggered, self._expected, self._came_through = False, False, False, [-1]
 
         named = self._named_parameters()
         _check_devices(device_ids, output_device, [parameter for _, parameter in named])
@@ -226,8 +229,7 @@ class DistributedDataParallel(nn.Module):
         other = int((25 if self._bucket_cap_mb is None else self._bucket_cap_mb) * MIB)
         limits = self.bucket_bytes_cap_list or [MIB if self._bucket_cap_mb is None else other, other]
         plan = large_alone(bucket_plan(self._trained, *limits), self._trained, max(limits))
-        as_views = self.gradient_as_bucket_view
-        self._buckets = [Bucket({i: self._trained[i] for i in indices}, as_views) for indices in plan]
+        self._buckets = [Bucket({i: self._trained[i] for i in group}, self.gradient_as_bucket_view) for group in plan]
         self._bucket_of = {i: bucket for bucket in self._buckets for i in bucket.parameters}
         self._got_gradient = [0] * len(trained)  # since the last synchronised backward
         self._reset()
@@ -246,7 +248,13 @@ class DistributedDataParallel(nn.Module):
         if self._sync_buffers_next:
             self._sync_buffers()
         self._sync_buffers_next = self._will_sync() and self.forward_sync_buffers
-        return self.module(*inputs, **kwargs)
+        outputs = self.module(*inputs, **kwargs)
+        if self._will_sync():
+            # underneath: torch knows only that a forward awaits its backward, and takes the next one for that
+            self._expected = True
+            for node in {tensor.grad_fn for tensor in nn.parallel.distributed._find_tensors(outputs)} - {None}:
+                node.register_prehook(partial(_note, self._came_through))
+        return outputs
 
     def _sync_buffers(self) -> None:
         self._copy_from(0, parameters=False)
@@ -268,7 +276,10 @@ class DistributedDataParallel(nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """A block in which backward only accumulates. The first backward after it averages the sum."""
+        """A block whose forwards have backwards that only accumulate. The first forward after it averages the sum.
+
+        As torch's: the block must hold the forward, or its backward averages. The backward alone does not matter.
+        """
         before, self.require_backward_grad_sync = self.require_backward_grad_sync, False
         try:
             yield
@@ -279,9 +290,9 @@ class DistributedDataParallel(nn.Module):
 
     def _gradient_is_there(self, i: int) -> None:
         self._got_gradient[i] = 1
-        if not self.require_backward_grad_sync:
-            return
         if not self._in_backward:
+            if not self._expected and self._came_through != [torch._C._current_graph_task_id()]:
+                return
             self._in_backward = True
             # The engine calls this once, when the backward that runs now has produced its last gradient.
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
@@ -370,8 +381,8 @@ class DistributedDataParallel(nn.Module):
         return gone
 
     def _reset(self, abandoned: bool = False) -> None:
-        self._in_backward = False
-        self._next = 0  # the first bucket that has not been sent
+        # _next: the first bucket that has not been sent
+        self._in_backward, self._expected, self._next = False, self._triggered, 0
         # What a gradient is multiplied by; a communication hook divides by itself.
         self._share = 1.0 if self._comm_hook else 1 / dist.get_world_size(self.process_group)
         for bucket in self._buckets:
@@ -409,7 +420,7 @@ class DistributedDataParallel(nn.Module):
     def _take_charge(self) -> None:
         """Become the one wrapper that averages these gradients: a second one would average half-averaged ones."""
         for name, parameter in zip(self._names, self._trained, strict=True):
-            other = _in_charge_of.get(parameter, _no_one)()
+            other = _in_charge_of.get(parameter, lambda: None)()
             if other is not None and other is not self:
                 if other.module is not self.module:
                     raise ValueError(f"another DistributedDataParallel, of another module, averages {name}: delete it")
@@ -522,12 +533,12 @@ def _hook(wrapper: weakref.ref[DistributedDataParallel], i: int, _: torch.Tensor
         ddp._gradient_is_there(i)
 
 
+def _note(came_through: list[int], _: Any) -> None:
+    came_through[0] = torch._C._current_graph_task_id()
+
+
 def _default_group() -> Any:
     return dist.group.WORLD
-
-
-def _no_one() -> None:
-    """A reference to no wrapper."""
 
 
 def _copy_result(result: Any, flat: torch.Tensor) -> None:

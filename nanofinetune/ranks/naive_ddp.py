@@ -36,7 +36,7 @@ class NaiveDDP(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.require_backward_grad_sync = True
+        self.require_backward_grad_sync, self._expected = True, False
         _broadcast([*module.parameters(), *module.buffers()])
         self._hook_parameters()
 
@@ -52,16 +52,21 @@ class NaiveDDP(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and self.require_backward_grad_sync:
             _broadcast(self.module.buffers())  # BatchNorm's running statistics are rank 0's
+            self._expected = True  # the next backward is this forward's, wherever it is called
         return self.module(*args, **kwargs)
 
     def _average(self, parameter: torch.Tensor) -> None:
         # The hook is given the parameter. Reducing that instead of its gradient would average the weights.
-        if self.require_backward_grad_sync and parameter.grad is not None:
+        if self._expected and parameter.grad is not None:
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
             dist.all_reduce(parameter.grad.mul_(1 / dist.get_world_size()))
+
+    def _end(self) -> None:
+        self._expected = False
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """A block in which backward only adds to each rank's own gradients."""
+        """A block whose forwards have backwards that only add to each rank's own gradients."""
         before, self.require_backward_grad_sync = self.require_backward_grad_sync, False
         try:
             yield

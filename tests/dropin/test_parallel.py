@@ -5,7 +5,9 @@ OMP_NUM_THREADS=1 python -m pytest tests/dropin/test_parallel.py
 
 import copy
 import threading
+import warnings
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +110,71 @@ def listed(world):
 
 def test_a_list_of_bucket_sizes_matches_torch_ddp():
     assert run_world(listed, 2) == [1, 1]
+
+
+# ---- backwards that come from elsewhere ------------------------------------------------------------------------------
+
+
+class Hidden(nn.Module):
+    """Returns nothing that its backward could come through: the loss is an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x):
+        self.loss = self.layer(x).square().mean()
+
+
+def probe(world):
+    """What rank 0 has after a backward of its own between forwards and backwards, and the ranks' common gradients."""
+    rows = torch.full((2, 3), 1.0 + world.rank)
+    seen = []
+    for wrapper in (DistributedDataParallel, TorchDDP):
+        model: Any = wrapper(nn.Linear(3, 1))
+        model(rows).square().mean().backward()
+        model.zero_grad()
+        if world.rank == 0:
+            model.module(rows).sum().backward()
+            seen.append(model.module.weight.grad.tolist())
+            model.zero_grad()
+        model(rows).sum().backward()  # the other rank's backward, and not the next
+        seen.append(model.module.weight.grad.tolist())
+    mine, theirs = pair(world.rank, DistributedDataParallel, Hidden)
+    for model in (mine, theirs):
+        model(rows)
+        model.module.loss.backward()
+    assert_same(*([p.grad for p in model.parameters()] for model in (mine, theirs)))
+    return seen
+
+
+def test_a_probe_of_one_rank_stays_there_as_in_torch():
+    zero, one = run_world(probe, 2)
+    assert zero == [[[2.0] * 3], [[3.0] * 3]] * 2
+    assert one == [[[3.0] * 3]] * 2
+
+
+def in_its_place(world):
+    rows, seen = torch.full((2, 3), 1.0 + world.rank), []
+    for wrapper in (DistributedDataParallel, TorchDDP):
+        model: Any = wrapper(nn.Linear(3, 1))
+        loss = model(rows).sum()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            (model.module(rows).sum() * 2).backward()
+        for backward in (loss.backward, lambda: None):
+            seen.append(model.module.weight.grad.tolist()[0][0])
+            backward()
+        seen.append([str(warning.message) for warning in said])
+    return seen
+
+
+def test_a_backward_in_anothers_place_is_said_where_torch_is_silent():
+    """Its gradient is 4 and 8, the forward's own 2 and 4: torch leaves that one to each rank."""
+    (probed, mean, (text,), *torchs), other = run_world(in_its_place, 2)
+    assert other == [6.0, 9.0, [text], 6.0, 10.0, []]
+    assert (probed, mean, torchs) == (6.0, 9.0, [6.0, 8.0, []])
+    assert "does not come through what that forward returned" in text
 
 
 # ---- hooks for buffers -----------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ gradient, since the order of a sum of three depends on where in a bucket it stan
 """
 
 import copy
+from collections import Counter
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
@@ -81,7 +83,8 @@ def grads(wrapped):
 
 def assert_same(ours, theirs, world=2):
     assert ours.keys() == theirs.keys()
-    largest = max(t.abs().max().item() for t in theirs.values() if t is not None and t.is_floating_point())
+    floats = [t for t in theirs.values() if t is not None and t.is_floating_point()]
+    largest = max((t.abs().max().item() for t in floats), default=0.0)
     for name, expected in theirs.items():
         got = ours[name]
         assert (got is None) == (expected is None), (name, got, expected)
@@ -231,6 +234,75 @@ def two_backwards(world):
 def test_second_backward_is_synchronised_where_torch_is_silent():
     """Two forwards, then two backwards: torch leaves the second one's gradients unaveraged, and says nothing."""
     assert run_world(two_backwards, 2) == [[True, False]] * 2
+
+
+# ---- which backwards average -----------------------------------------------------------------------------------------
+
+
+def everything():
+    return nn.Sequential(nn.Linear(6, 30), nn.Tanh(), nn.Linear(30, 11))
+
+
+def random_loop(world, ours, seeds, as_torch):
+    """Forwards and backwards in a random order, and what every gradient is after each -> how often each came.
+
+    Where ours averages a second backward, and torch does not (`as_torch` is False), torch's gradients are averaged
+    here.
+    """
+    seen: Counter[str] = Counter()
+    for seed in seeds:
+        mine, reference = pair(everything, world.rank, ours)
+        own, common = torch.Generator().manual_seed(2 * seed + world.rank), torch.Generator().manual_seed(seed)
+        losses: list[tuple[list[torch.Tensor], bool]] = []  # of both models; whether its forward was synchronised
+        awaited = False  # a synchronised forward has had no backward
+
+        def draw(options, generator=common):
+            return options[int(torch.randint(len(options), (), generator=generator))]
+
+        for _ in range(30):
+            kinds = ["forward", "forward in no_sync", "evaluation", "inner", *["one rank's"] * (not awaited)]
+            kind = draw([*kinds, *["backward", "backward in no_sync", "sum", "again"] * bool(losses)])
+            x = torch.randn(4, 6, generator=own)
+            both, average = (mine, reference), False
+            if kind == "evaluation":
+                with torch.no_grad():
+                    [model(x) for model in both]
+            elif kind.startswith("forward"):
+                with ExitStack() as stack:
+                    if kind.endswith("no_sync"):
+                        [stack.enter_context(model.no_sync()) for model in both]
+                    losses.append(([model(x).square().mean() for model in both], kind == "forward"))
+                awaited |= kind == "forward"
+            elif kind in ("inner", "one rank's"):
+                for model in both if kind == "inner" or world.rank == 0 else ():
+                    (model.module if awaited else model.module[0])(x).square().mean().backward()
+                kind += " where torch averages" * awaited
+                awaited = False
+            else:
+                chosen = losses if kind == "sum" else [draw(losses)]
+                average = not (as_torch or awaited) and any(synchronised for _, synchronised in chosen)
+                with ExitStack() as stack:
+                    if kind.endswith("no_sync"):
+                        [stack.enter_context(model.no_sync()) for model in both]
+                    for k in range(2):
+                        torch.stack([each[k] for each, _ in chosen]).sum().backward(retain_graph=kind == "again")
+                losses = [each for each in losses if kind == "again" or not any(each is one for one in chosen)]
+                awaited = False
+            if average:
+                kind += " where torch does not average"
+                for parameter in reference.parameters():
+                    dist.all_reduce(parameter.grad.div_(2))
+            assert_same(grads(mine), grads(reference))
+            seen[kind] += 1
+    return seen
+
+
+@pytest.mark.parametrize("ours", [NaiveDDP, MANY_BUCKETS], ids=["naive", "many"])
+def test_which_backwards_average_matches_torch_ddp(ours):
+    """The naive one's always; the other one averages four kinds more, those after the first through a forward."""
+    zero, one = run_world(random_loop, 2, ours, range(8), ours is NaiveDDP)
+    assert zero == one
+    assert len(zero) == (10 if ours is NaiveDDP else 14) and sum(zero.values()) == 240, zero
 
 
 def compressed(world):
