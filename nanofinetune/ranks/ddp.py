@@ -159,6 +159,10 @@ class DistributedDataParallel(nn.Module):
 
     A copy (copy.deepcopy, pickle, torch.save) averages as well: it sets its hooks at its next forward.
 
+    It is no instance of torch's class. What asks for that (`isinstance`, accelerate's `extract_model_from_parallel`,
+    torch's `get_model_state_dict`) takes the wrapper for the model, whose names then begin with "module.": hand it
+    `model.module`, or call `Accelerator.unwrap_model` or `Accelerator.get_state_dict`.
+
     Raises:
         RuntimeError: no process group; nothing to train; ranks whose parameters differ (on all ranks; names the first).
         NotImplementedError, ValueError: what is not supported.

@@ -16,9 +16,10 @@ from ddp_pairs import SMALL, TorchDDP, assert_same, batch, convolution, differs_
 from helpers import run_world
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.nn.functional import cross_entropy
 
-from nanofinetune import DistributedDataParallel
+from nanofinetune import Accelerator, DistributedDataParallel
 from nanofinetune.dropin.parallel import POST_FORWARD, PRE_FORWARD
 
 MANY_BUCKETS = partial(DistributedDataParallel, bucket_cap_mb=SMALL)
@@ -256,6 +257,18 @@ def test_the_process_group_is_the_group_as_in_torch(group_of_one):
     ours, theirs = DistributedDataParallel(nn.Linear(2, 1)), TorchDDP(nn.Linear(2, 1))
     assert ours.process_group == theirs.process_group == dist.group.WORLD
     assert copy.deepcopy(ours).process_group == dist.group.WORLD
+
+
+def test_the_wrapper_is_not_unwrapped_by_its_class_as_torchs_is(group_of_one):
+    """The class's docstring says so, and what to call in place of it."""
+    ours, theirs = DistributedDataParallel(nn.Linear(2, 1)), TorchDDP(nn.Linear(2, 1))
+    assert not isinstance(ours, TorchDDP)
+    names = [list(get_model_state_dict(model)) for model in (ours, theirs, ours.module)]
+    assert names == [["module.weight", "module.bias"], ["weight", "bias"], ["weight", "bias"]]
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.unwrap_model(ours) is ours.module and list(accelerator.get_state_dict(ours)) == names[1]
+    utils = pytest.importorskip("accelerate.utils", reason="accelerate (extra `test`) is what this is compared with")
+    assert [utils.extract_model_from_parallel(model) is model for model in (ours, theirs)] == [True, False]
 
 
 def test_the_parameters_that_are_looked_after_are_torchs(group_of_one):
