@@ -180,10 +180,19 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self.step_was_skipped = scaler.get_scale() < scale
         return None
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        if self.gradient_state.sync_gradients:
-            # not every optimizer's zero_grad has the argument
-            self.optimizer.zero_grad(**({} if set_to_none else {"set_to_none": False}))
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """The wrapped one's, which is told True for None; an optimizer without that argument takes None only."""
+        if not self.gradient_state.sync_gradients:
+            return
+        if "set_to_none" in inspect.signature(self.optimizer.zero_grad).parameters:
+            self.optimizer.zero_grad(set_to_none=True if set_to_none is None else set_to_none)
+        elif set_to_none is None:
+            self.optimizer.zero_grad()
+        else:
+            raise ValueError(
+                f"zero_grad(set_to_none={set_to_none}): {type(self.optimizer).__name__}.zero_grad has no such argument:"
+                " leave it out"
+            )
 
     def train(self) -> None:
         """For schedule-free optimizers, which have modes; nothing for others."""
@@ -229,10 +238,11 @@ class AcceleratedScheduler:
         if not self.step_with_optimizer:
             self.scheduler.step(*args, **kwargs)
         elif self.gradient_state.sync_gradients and not any(opt.step_was_skipped for opt in self.optimizers):
+            total = getattr(self.scheduler, "total_steps", None)
             # underneath: once a process: a schedule counted with a prepared loader's length is over after 1 / N of it
             for _ in range(self.ticks):
-                # OneCycleLR raises past its end, which several ticks may overshoot
-                if self.scheduler.last_epoch < getattr(self.scheduler, "total_steps", float("inf")):
+                # OneCycleLR raises past its end, which several ticks may overshoot; a ChainedScheduler does not count
+                if total is None or self.scheduler.last_epoch < total:
                     self.scheduler.step(*args, **kwargs)
 
     def get_last_lr(self) -> list[Any]:

@@ -14,17 +14,21 @@ import re
 import tempfile
 import warnings
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from itertools import product
 from operator import attrgetter
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_bert
 from helpers import run_ranks
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.optim import lr_scheduler as lrs
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from nanofinetune import accelerator as facade
@@ -292,9 +296,61 @@ def test_prepared_optimizer_steps_like_the_one_it_wraps():
         other.step(lambda: 5)
 
 
+class Choosing(torch.optim.SGD):
+    """Its zero_grad has another default than torch's."""
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        super().zero_grad(set_to_none)
+
+
+class Plain(torch.optim.SGD):
+    def zero_grad(self) -> None:  # type: ignore[override]
+        super().zero_grad(set_to_none=False)
+
+
+def test_zero_grad_matches_accelerate(theirs):
+    for kind, arguments in product(
+        (torch.optim.SGD, Choosing, Plain), ({}, *({"set_to_none": s} for s in (None, True, False)))
+    ):
+        results: list[Any] = []
+        for accelerator in (ours(), theirs()):
+            weight = nn.Parameter(torch.ones(1))
+            optimizer = accelerator.prepare(kind([weight], lr=0.1))
+            weight.grad = torch.ones(1)
+            try:
+                optimizer.zero_grad(**arguments)
+            except ValueError as error:
+                results.append(type(error))
+            else:
+                results.append(None if weight.grad is None else weight.grad.tolist())
+        assert results[0] == results[1], (kind, arguments)
+    with pytest.raises(ValueError, match=r"zero_grad\(set_to_none=False\): Plain\.zero_grad has no such argument"):
+        ours().prepare(Plain([weight], lr=0.1)).zero_grad(set_to_none=False)
+
+
+SCHEDULES: dict[str, Callable[[Any], Any]] = {  # ours, and all of torch's
+    "linear": lambda o: get_scheduler("linear", o, 2, 50),
+    "lambda": lambda o: lrs.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "one cycle": lambda o: lrs.OneCycleLR(o, max_lr=1.0, total_steps=10),
+    "multiplied": lambda o: lrs.MultiplicativeLR(o, lambda step: 0.9),
+    "step": lambda o: lrs.StepLR(o, 3),
+    "steps": lambda o: lrs.MultiStepLR(o, [2, 5]),
+    "constant": lambda o: lrs.ConstantLR(o, total_iters=4),
+    "torch's linear": lambda o: lrs.LinearLR(o, total_iters=4),
+    "exponential": lambda o: lrs.ExponentialLR(o, 0.9),
+    "polynomial": lambda o: lrs.PolynomialLR(o, 7, 2.0),
+    "cosine": lambda o: lrs.CosineAnnealingLR(o, 7),
+    "restarts": lambda o: lrs.CosineAnnealingWarmRestarts(o, 3),
+    "cyclic": lambda o: lrs.CyclicLR(o, 0.1, 1.0, 3, cycle_momentum=False),
+    "plateau": lambda o: lrs.ReduceLROnPlateau(o, patience=1),
+    "sequence": lambda o: lrs.SequentialLR(o, [lrs.LinearLR(o), lrs.ExponentialLR(o, 0.9)], [4]),
+    "chain": lambda o: lrs.ChainedScheduler([lrs.ConstantLR(o, total_iters=4), lrs.ExponentialLR(o, 0.9)]),
+}
+
+
 # torch's, of a schedule that ticks with each micro-batch while its optimizer waits
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
-@pytest.mark.parametrize("kind", ["linear", "lambda", "one cycle"])
+@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("with_optimizer", [True, False])
 @pytest.mark.parametrize("split_batches", [True, False])
 @pytest.mark.parametrize("steps", [1, 2])
@@ -305,11 +361,7 @@ def test_scheduler_ticks_match_accelerate(theirs, kind, with_optimizer, split_ba
     def rates(accelerator, world):
         weight = nn.Parameter(torch.ones(1))
         optimizer = torch.optim.SGD([weight], lr=0.5)
-        schedule = {
-            "linear": lambda: get_scheduler("linear", optimizer, 2, 50),
-            "lambda": lambda: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
-            "one cycle": lambda: OneCycleLR(optimizer, max_lr=1.0, total_steps=10),
-        }[kind]()
+        schedule = SCHEDULES[kind](optimizer)
         set_world(accelerator, world)
         optimizer, schedule = accelerator.prepare(optimizer, schedule)
         seen = []
@@ -317,10 +369,10 @@ def test_scheduler_ticks_match_accelerate(theirs, kind, with_optimizer, split_ba
             with accelerator.accumulate():
                 weight.grad = torch.ones(1)
                 optimizer.step()
-                schedule.step()
+                schedule.step(*[1.0] * (kind == "plateau"))
                 optimizer.zero_grad()
-                seen.append(schedule.get_last_lr())
-        return seen
+                seen.append(optimizer.param_groups[0]["lr"])
+        return [*seen, schedule.get_last_lr()]
 
     def set_world(accelerator, world):
         if isinstance(accelerator, Accelerator):
