@@ -161,10 +161,10 @@ class Accelerator:
                 "gather_for_metrics: the sizes of the batches or of the data set are unknown, so the rows that complete"
                 " the last step are unknown too: use gather, and leave them out yourself"
             )
+        if position is None or remainder == 0:  # of one process anything comes back as it is
+            return collectives.gather_object(input_data, self.world) if objects else self.gather(input_data)
         if objects:
-            return collectives.gather_object(input_data, self.world)[: remainder or None]
-        if position is None or remainder == 0:
-            return self.gather(input_data)
+            return collectives.gather_object(input_data, self.world)[:remainder]
         expected = position.loader.total_batch_size or 0
         if self.uneven == "mask":  # equal parts, of which the last ranks hold less
             expected = -(-remainder // self.num_processes) * self.num_processes

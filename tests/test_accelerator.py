@@ -951,6 +951,17 @@ def test_one_process_matches_accelerate(theirs, capsys):
     assert capsys.readouterr().out == "[1, 2]![1, 2]!"
 
 
+def test_gather_for_metrics_of_one_process_gives_anything_back_as_accelerate_does(theirs):
+    """At the end of a loader with a remainder too."""
+    values = {"predicted": torch.ones(2), "text": ["a", "b"]}, 0.5, None, "text", ["one", "two", "three"]
+    for accelerator in (ours(), theirs()):
+        for batch in accelerator.prepare(DataLoader(torch.arange(5), batch_size=2)):  # type: ignore[arg-type]
+            for value in values:
+                # underneath: in the last step theirs cuts a text, or a list, to as many letters or items as it has rows
+                if len(batch) == 2 or type(accelerator) is Accelerator or not isinstance(value, (str, list)):
+                    assert accelerator.gather_for_metrics(value) is value
+
+
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 WORLD = 3
@@ -986,7 +997,7 @@ def metrics_around_a_broken_loop(accelerator):
 def raised(function):
     try:
         return function()
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -1001,7 +1012,14 @@ def odd_metrics(accelerator):
         dataloader = accelerator.prepare(plain(Stream(7), batch_size=2))
         return sum(len(accelerator.gather_for_metrics(batch)) for batch in dataloader)
 
-    return {"scalars": raised(scalars), "stream": raised(stream)}
+    def objects(value):
+        return [accelerator.gather_for_metrics(value) for _ in accelerator.prepare(plain(labelled(6), batch_size=2))]
+
+    return {
+        "scalars": raised(scalars), "stream": raised(stream),
+        "dict": raised(partial(objects, {"predicted": torch.ones(2), "text": ["a", "b"]})),
+        "number": raised(partial(objects, 0.5)),
+    }  # fmt: skip
 
 
 def parts_of(accelerator):
@@ -1119,6 +1137,11 @@ def test_gather_for_metrics_raises_where_accelerate_does_not(ranks):
         assert found["stream"].startswith(
             "RuntimeError: gather_for_metrics: the sizes of the batches or of the data set"
         )
+        assert theirs["dict"] == [["predicted", "text"] * 3]
+        assert theirs["number"] == "TypeError: 'float' object is not iterable"
+        for name, kind in (("dict", "dict"), ("number", "float")):
+            assert found[name].startswith("TypeError: objects of several ranks are gathered as a list")
+            assert f"not as a {kind}: pass one" in found[name]
 
 
 def test_gather_for_metrics_survives_a_broken_inner_loop_where_accelerate_does_not(ranks):

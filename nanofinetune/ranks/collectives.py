@@ -141,9 +141,14 @@ def pad_across_processes(data: Any, world: World, dim: int = 0, pad_index: float
 
 
 def gather_object(objects: Any, world: World) -> Any:
-    """The ranks' lists of picklable objects, joined in rank order, on all ranks."""
+    """The ranks' lists of picklable objects, joined in rank order, on all ranks.
+
+    Raises TypeError for a mapping, of which only the keys would arrive, and for what holds no objects.
+    """
     if world.size == 1:
         return objects
+    if isinstance(objects, Mapping) or not hasattr(objects, "__iter__"):
+        raise TypeError(f"objects of several ranks are gathered as a list, not as a {type(objects).__name__}: pass one")
     # underneath: one level is flattened, so a string falls apart into its letters. Pass a list.
     return [item for part in _meet("gather_object", world, objects)[1] for item in part]
 
