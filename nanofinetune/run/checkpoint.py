@@ -51,6 +51,7 @@ def pack(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """A state dict -> (JSON, {path: copy on the CPU}); the copies do not change while training goes on.
 
     Takes dicts, lists, tuples, tensors, numbers, text, None. Tied weights, which share one memory, are stored once.
+    Where a path is taken ({"a": {"b": x}, "a.b": y}), the later tensor's gets a number.
     Raises TypeError, naming the place, for anything else.
 
     >>> pack({"betas": (0.9, 0.999), "state": {0: {"exp_avg": torch.zeros(1)}}})[0]
@@ -58,6 +59,7 @@ def pack(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """
     tensors: dict[str, torch.Tensor] = {}
     stored: dict[Any, str] = {}  # where a tensor's memory is -> its name in `tensors`
+    read: list[torch.Tensor] = []  # kept alive, so that none gets the memory of one that a mapping made for us alone
 
     def walk(node: Any, path: str) -> Any:
         if isinstance(node, np.generic):
@@ -65,9 +67,11 @@ def pack(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
         if node is None or isinstance(node, (bool, int, float, str)):
             return node
         if isinstance(node, torch.Tensor):
-            key = (node.device, node.data_ptr(), node.dtype, node.shape, node.stride()) if node.numel() else path
+            read.append(node)
+            key = (node.device, node.data_ptr(), node.dtype, node.shape, node.stride()) if node.numel() else len(read)
             if key not in stored:
-                stored[key] = path or "tensor"
+                names = (path or "tensor", *(f"{path}#{k}" for k in range(2, len(tensors) + 2)))
+                stored[key] = next(name for name in names if name not in tensors)
                 copy = node.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
                 tensors[stored[key]] = copy.contiguous()
             return {"!tensor": stored[key]}

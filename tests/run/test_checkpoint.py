@@ -111,6 +111,38 @@ def test_trees_come_back_as_they_were(tmp_path):
         checkpoint.read_part(tmp_path / "update-1", "optimizer")
 
 
+SAME_PATHS = {
+    "a dot in a name": lambda one, two: {"ema": {"w": one}, "ema.w": two},
+    "the other way round": lambda one, two: {"ema.w": one, "ema": {"w": two}},
+    "a number and its text": lambda one, two: {0: one, "0": two},
+    "a list and a dict": lambda one, two: {"a": [one], "a.0": two},
+    "a name that looks numbered": lambda one, two: {"a.b#2": 3 * one, "a": {"b": one}, "a.b": two},
+}
+
+
+@pytest.mark.parametrize("case", SAME_PATHS)
+def test_two_tensors_whose_paths_are_the_same_come_back_as_torch_saves_them(case, tmp_path):
+    """An empty one too, of which only the shape is known."""
+    pairs = [(torch.ones(2), torch.full((2,), 2.0)), (torch.ones(0, 3), torch.ones(0, 5))]
+    for k, pair in enumerate(pairs):
+        state = SAME_PATHS[case](*pair)
+        torch.save(state, tmp_path / "torch.bin")
+        checkpoint.save(tmp_path / f"update-{k}", {"custom": state})
+        same(checkpoint.load(tmp_path / f"update-{k}")["custom"], torch.load(tmp_path / "torch.bin", weights_only=True))
+
+
+def test_tensors_that_a_mapping_makes_one_by_one_are_not_taken_for_tied():
+    """Each is freed when the next is made, and that one may get its memory."""
+
+    class Lazy(dict):
+        def items(self):
+            return ((name, torch.full((1,), value).expand(1000)) for name, value in super().items())
+
+    made = Lazy({f"w{k}": float(k) for k in range(50)})
+    tree, tensors = checkpoint.pack(made)
+    assert {name: tensor[0].item() for name, tensor in checkpoint.unpack(tree, tensors).items()} == dict(made)
+
+
 def test_random_states_match_the_generators():
     state = checkpoint.random_state()
     drawn = [random.random(), np.random.rand(), torch.rand(1).item()]
