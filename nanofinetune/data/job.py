@@ -15,6 +15,7 @@ Proof: test_the_plan_says_what_will_happen, test_grouping_by_length_pads_less in
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -51,6 +52,13 @@ from nanofinetune.run.evaluation import Evaluation
 from nanofinetune.run.scores import Scores
 from nanofinetune.step.collate import DataCollatorWithPadding
 from nanofinetune.step.order import LengthGroupedBatchSampler, SeedableRandomSampler
+
+# Of a model's config: names, places and versions, the head's names, and what is asked of a forward beside its logits.
+NOT_COMPUTED_WITH = {
+    "_name_or_path", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "id2label",
+    "label2id", "problem_type", "text_columns", "finetuning_task", "return_dict", "use_cache", "output_hidden_states",
+    "output_attentions", "gradient_checkpointing",
+}  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -101,7 +109,18 @@ class Job(NamedTuple):
             "the model": self.model_name, "the data set": self.data.name,
             "the hash of the training rows": self.train.digest(), "the optimizer": type(optimizer).__name__,
             "the hash of the validation rows": " ".join(store.digest() for store in self.validation.values()),
+            **{f"{name} of the model's config": value for name, value in settings_of(self.model.config).items()},
         }  # fmt: skip
+
+
+def settings_of(config: Any) -> dict[str, str]:
+    """What a model computes with beside its weights, by the names of its config: two runs with others are not the same.
+
+    >>> settings_of(SimpleNamespace(to_dict=lambda: {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "dtype": None}))
+    {'hidden_act': 'gelu', 'layer_norm_eps': '1e-12'}
+    """
+    known = {name: value for name, value in config.to_dict().items() if name not in NOT_COMPUTED_WITH}
+    return {name: v if isinstance(v, str) else json.dumps(v, sort_keys=True, default=str) for name, v in known.items()}
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:

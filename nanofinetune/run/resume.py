@@ -80,10 +80,11 @@ def run_of(arguments: Mapping[str, Any], processes: int, found: Mapping[str, Any
         found: what stands behind them, under the names that a user would understand: {"the model": ..., ...}.
         start: where the run begins.
 
-    Raises UsageError if the run to resume found something else under the same arguments.
+    Raises UsageError if the run to resume found something else under the same arguments. Older checkpoints hold less of
+    it than newer ones, and another version of transformers may no longer know a part of the model's config.
     """
     for name, was in start.run.get("found", {}).items():
-        if found.get(name) != was:
+        if found.get(name, was if name.endswith("of the model's config") else None) != was:
             raise UsageError(f"--resume: {name} is {found.get(name)}, and the run began with {was}; use the same")
     if start.run:
         return dict(start.run)

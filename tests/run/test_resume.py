@@ -226,6 +226,35 @@ def test_resume_refuses_other_data_under_the_same_name(tiny_model, pairs, tmp_pa
     assert call(*arguments) == 0
 
 
+CONFIG = {"hidden_act": "relu", "hidden_dropout_prob": 0.3, "num_attention_heads": 1, "layer_norm_eps": 1e-3}
+
+
+def test_resume_refuses_a_config_that_computes_something_else(tiny_model, pairs, tmp_path, capfd):
+    """Names and shapes of the weights are the same; what is neither computed with nor known may be another."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    arguments = ["--model", model, "--data", pairs, "--output", tmp_path / "out", "--resume", "auto"]
+    assert call(*arguments, stop_after=3) == 143
+    config = json.loads((model / "config.json").read_text())
+    for name, value in CONFIG.items():
+        (model / "config.json").write_text(json.dumps(config | {name: value}))
+        capfd.readouterr()
+        assert call(*arguments) == 2
+        was = f"{name} of the model's config is {value}, and the run began with {config[name]}; use the same"
+        assert capfd.readouterr().err == f"train.py: --resume: {was}\n"
+    (model / "config.json").write_text(json.dumps(config | {"transformers_version": "4.0.0", "architectures": ["B"]}))
+    assert call(*arguments) == 0
+
+
+def test_a_checkpoint_that_knows_less_of_the_config_goes_on():
+    """One of before, or of a version of transformers that has a setting less, or one more."""
+    found = {"the model": "bert", "hidden_act of the model's config": "gelu"}
+    run = dict.fromkeys((*IDENTITY, "batch_size", "accumulate"), 1)
+    for before, now in ((found, {"the model": "bert"}), ({"the model": "bert"}, found)):
+        began = run_of(run, 1, before, Start())
+        assert run_of({}, 1, now, Start(Path("update-1"), began)) == began
+
+
 def test_resume_refuses_another_optimizer():
     began = run_of(dict.fromkeys((*IDENTITY, "batch_size", "accumulate"), 1), 1, {"the optimizer": "AdamW"}, Start())
     start = Start(Path("update-1"), began)
