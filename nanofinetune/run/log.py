@@ -66,13 +66,15 @@ class Log:
         updates: of the whole run, for the progress bar; epochs: begun by it.
         accelerator: it adds up over the ranks; its rank 0 writes.
         run: what a run must have in common with the one that it resumes (`run_of`), saved with the rest.
+        take: called once metrics.jsonl is locked, before a line of it is deleted; it may raise UsageError.
     """
 
     def __init__(
-        self, output: Path | None, updates: int, accelerator: Any, run: Mapping[str, Any], epochs: int = 1
-    ) -> None:
+        self, output: Path | None, updates: int, accelerator: Any, run: Mapping[str, Any], epochs: int = 1,
+        take: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self.accelerator = accelerator
-        self.run = dict(run)
+        self.run, self.take = dict(run), take
         self.path = output / "metrics.jsonl" if output and accelerator.is_main_process else None
         self.updates, self.epochs = updates, epochs
         self.update, self.examples, self.seconds, self.first_step_seconds = 0, 0, 0.0, 0.0
@@ -95,8 +97,13 @@ class Log:
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.path.open("a")
-            if not locked(self.file):
-                raise UsageError(occupied(str(self.path.parent)))
+            try:
+                if not locked(self.file):
+                    raise UsageError(occupied(str(self.path.parent)))
+                self.take()
+            except UsageError:
+                self.close()
+                raise
             with self.path.open("r+b") as content:
                 if strangers := cut_back(content, self.update):
                     why = f"{plural(strangers, 'line')} in it not of this run's making: kept"
@@ -107,7 +114,13 @@ class Log:
         return self
 
     def __exit__(self, *failure: object) -> None:
+        """The training ends. Other runs stay locked out: `result.conclude` writes there, and calls `close`."""
         self.progress.__exit__(*failure)
+        if failure[0] is not None:
+            self.close()
+
+    def close(self) -> None:
+        """Let other runs write there."""
         if self.file:
             with suppress(OSError):  # `_write` has reported it
                 self.file.close()
@@ -298,7 +311,17 @@ def _step_of(line: bytes) -> float | None:
     return step if type(step) is int else None
 
 
-def locked(file: IO[str]) -> bool:
+def first_step(file: BinaryIO) -> float | None:
+    """The update of the first line that is ours (see `_step_of`), None if none is."""
+    begins = True
+    while piece := file.readline(LONGEST):
+        if begins and (step := _step_of(piece)) is not None:
+            return step
+        begins = piece.endswith(b"\n")
+    return None
+
+
+def locked(file: IO[Any]) -> bool:
     """Lock an open file against other runs, until it is closed -> False if another run holds it."""
     try:
         import fcntl

@@ -42,15 +42,18 @@ from nanofinetune.run.best import best
 
 def conclude(accelerator: Any, run: Any, job: Job, padding: float) -> None:
     """Save what --output asks for; print the result, on a terminal also what people want to know. A collective."""
-    result = summary(accelerator, job, run, padding)
-    if accelerator.is_main_process:
-        if run.output:
-            model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
-            save(run.output, model, job, result, run)
-        print(json.dumps(result), flush=True)
-        if sys.stderr.isatty():
-            lines = closing(result, job, run, max(columns_of(sys.stderr), 50))
-            print("\n".join(lines), file=sys.stderr, flush=True)
+    try:
+        result = summary(accelerator, job, run, padding)
+        if accelerator.is_main_process:
+            if run.output:
+                model = accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
+                save(run.output, model, job, result, run)
+            print(json.dumps(result), flush=True)
+            if sys.stderr.isatty():
+                lines = closing(result, job, run, max(columns_of(sys.stderr), 50))
+                print("\n".join(lines), file=sys.stderr, flush=True)
+    finally:
+        run.log.close()  # now other runs may write there
     accelerator.wait_for_everyone()
 
 

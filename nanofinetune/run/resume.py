@@ -24,6 +24,7 @@ import re
 import stat
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class Start:
     run: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     place: tuple[int, int, int] = (0, 0, 0)  # updates; epochs that are over, and rows of the one that is not
+    seen: Mapping[str, Any] | None = None  # what was in --output: `contents`
 
     @property
     def rows_per_step(self) -> int | None:
@@ -99,7 +101,7 @@ def batch_plan(batch_size: int, accumulate: int, processes: int, start: Start) -
     """
     if not start.run:
         return batch_size * processes, accumulate
-    before = start.run["batch_size"] * start.run["world"] * start.run["accumulate"]
+    before = _rows_per_update(start.run)
     if (batch_size, accumulate) == (start.run["batch_size"], start.run["accumulate"]):
         # the largest batch that fits into memory, and of which a whole number makes a process's share of an update
         share, rest = divmod(before, processes)
@@ -120,8 +122,8 @@ def common_start(args: Any, accelerator: Any) -> Start:
     """What --output and --resume ask for: rank 0 looks what is there, and tells the others."""
     if args.output is None and args.resume is None:
         return Start()
-    # A node counts its own restarts: another one's ranks may know of none.
-    restarted = bool(agree([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"], accelerator.world)[0])
+    # A node counts its own restarts, and knows what its own ranks have claimed: another one's may know of none.
+    restarted = bool(agree([args.output is not None and is_ours(args.output)], accelerator.world)[0])
     with accelerator.main_process_first():
         found = [find_start(args, restarted) if accelerator.is_main_process else None]
     return broadcast_object_list(found, accelerator.world)[0]
@@ -130,15 +132,16 @@ def common_start(args: Any, accelerator: Any) -> Start:
 def find_start(args: Any, restarted: bool = False) -> Start:
     """What --output and --resume ask for: the place to begin, once everything is known to exist and to be writable.
 
-    `restarted`: the launcher has started these ranks again, so what --output holds is their own.
+    `restarted`: the launcher has started these ranks again, and what --output holds is their own (`is_ours`).
     Raises UsageError, before any long work, if something would be overwritten or the run is another one.
     """
     restarted = restarted and args.output is not None
     output = None if args.output is None else place_of("--output", args.output)
+    seen = None if output is None else contents(output)  # first: what comes after it is noticed, by `_claim` or `take`
     if output is not None:
         _claim(args.output, output, goes_on=restarted or args.resume is not None)
     if args.resume is None and not restarted:
-        return Start()
+        return Start(seen=seen)
     folder: Path | None = None
     passed_over: list[str] = []
     named = args.resume not in (None, "auto")
@@ -148,7 +151,8 @@ def find_start(args: Any, restarted: bool = False) -> Start:
     if named:
         folder, passed_over = _named(args.resume)
     if folder is None:
-        return Start(note="; ".join([*map(_skipped, passed_over), f"no checkpoint in {args.output}: from the start"]))
+        note = "; ".join([*map(_skipped, passed_over), f"no checkpoint in {args.output}: from the start"])
+        return Start(note=note, seen=seen)
     state = checkpoint.read_part(folder, "custom")
     run = LATER | state["run"]
     for name in IDENTITY:
@@ -164,9 +168,14 @@ def find_start(args: Any, restarted: bool = False) -> Start:
                 f"--resume {args.resume}: {args.output} holds later ones ({later[0].name}): say auto, or name another"
                 " --output"
             )
+        if what := _of_another_run(output, folder, run, state["update"]):
+            raise UsageError(
+                f"--resume {args.resume}: {args.output} holds {what} of another run; name another --output, or say auto"
+                " to go on with that run"
+            )
     resumed = f"resumed after update {state['update']}, from {folder}"
     place = (state["update"], state["epoch"], state["rows"])
-    return Start(folder, run, "; ".join([*map(_skipped, passed_over), resumed]), place)
+    return Start(folder, run, "; ".join([*map(_skipped, passed_over), resumed]), place, seen)
 
 
 def misfit(folder: Path) -> str:
@@ -271,6 +280,82 @@ def _named(resume: str) -> tuple[Path, list[str]]:
     if reason := misfit(folder):
         raise UsageError(f"--resume {resume}: {reason}; name another checkpoint")
     return folder, passed_over
+
+
+def _of_another_run(output: Path, folder: Path, run: Mapping[str, Any], update: int) -> str:
+    """What --output holds that the run of the named checkpoint did not make, "" if that run can go on there."""
+    if os.path.realpath(folder.parent) == os.path.realpath(output / "checkpoints"):
+        return ""
+    own, _ = checkpoint.newest(output / "checkpoints", misfit=misfit)
+    if own is not None:
+        other = LATER | checkpoint.read_part(own, "custom")["run"]
+        same = all(other[name] == run[name] for name in IDENTITY) and _rows_per_update(other) == _rows_per_update(run)
+        for name in {*other["found"]} & {*run["found"]}:
+            same = same and other["found"][name] == run["found"][name]
+        return "" if same else own.name
+    if _exists(output / "metrics.jsonl"):
+        with (output / "metrics.jsonl").open("rb") as file:
+            first = log.first_step(file)  # one that went on there from this checkpoint has logged later ones alone
+        return f"the losses from update {first:,} on" if first is not None and first <= update else ""
+    return ""
+
+
+def _rows_per_update(run: Mapping[str, Any]) -> int:
+    return run["batch_size"] * run["world"] * run["accumulate"]
+
+
+# ---- Whose --output is ----------------------------------------------------------------------------------------------
+
+
+def contents(output: Path) -> dict[str, Any]:
+    """When and how large each thing is that a run makes there: it stays so as long as nobody writes."""
+    paths = [output / name for name in OUTPUTS if name != "checkpoints"]
+    with suppress(OSError):  # `_claim` says so
+        paths += checkpoint.numbered(output / "checkpoints", "update-")
+    found = {}
+    for path in paths:
+        with suppress(OSError):  # it is not there
+            status = path.stat()
+            found[path.name] = (status.st_size, status.st_mtime_ns)
+    if found.get("metrics.jsonl", (0,))[0] == 0:
+        found.pop("metrics.jsonl", None)  # the one that has just been made, to be locked
+    return found
+
+
+def take(output: Path | None, start: Start) -> None:
+    """With metrics.jsonl locked: make sure that nobody has written there since `find_start` looked, and remember it.
+
+    Loading may take minutes, in which another run can have begun and ended there.
+    """
+    if output is None or start.seen is None:
+        return
+    if contents(output) != start.seen:
+        why = "another run has written there since this one looked"
+        raise UsageError(f"--output {output}: {why}; start again, or name another folder")
+    note = _note()
+    if note is not None:
+        with suppress(OSError), note.open("ab") as file:  # without it a restart refuses to go on by itself
+            file.write(os.fsencode(os.path.realpath(output)) + b"\0")
+
+
+def is_ours(output: str) -> bool:
+    """Whether the launcher has started this process again, and an earlier start of the same job has taken --output.
+
+    A restart alone does not make it ours: the start before may have refused what is there, or have ended too early.
+    """
+    note = _note()
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or note is None or not note.is_file():
+        return False
+    return os.fsencode(os.path.realpath(place_of("--output", output))) in note.read_bytes().split(b"\0")
+
+
+def _note() -> Path | None:
+    """The file in which a node's ranks note what they have taken; None without a launcher that restarts."""
+    # underneath: torchrun makes .../RUN_ID_random for itself, and in it attempt_N/LOCAL_RANK/error.json for each start.
+    # The run id alone is "none" for all jobs, and the port mostly the same.
+    job = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    known = re.fullmatch("attempt_[0-9]+", job.parent.parent.name)
+    return job.parents[2] / "nanofinetune-outputs" if known else None
 
 
 def _claim(name: str, output: Path, goes_on: bool) -> None:

@@ -30,6 +30,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from nanofinetune.ranks.loader import skip_first_batches
 from nanofinetune.run.best import Best
 from nanofinetune.run.log import Log
 from nanofinetune.run.plan import Plan
-from nanofinetune.run.resume import check_place
+from nanofinetune.run.resume import check_place, take
 from nanofinetune.run.signals import StopSignals
 from nanofinetune.run.watch import Watch, noted
 from nanofinetune.step.order import mix
@@ -71,7 +72,8 @@ class Run:
         self.rows_per_step = plan.rows_per_step
         self.output = None if self.args.output is None else Path(self.args.output).expanduser()
         self.signals, self.watch = StopSignals(), Watch(accelerator.world)
-        self.log = Log(self.output, plan.updates, accelerator, plan.identity, plan.epochs)
+        claim = partial(take, self.output, plan.start)
+        self.log = Log(self.output, plan.updates, accelerator, plan.identity, plan.epochs, claim)
         self.mean_loss: float | None = None  # of the epoch that was read last
         self.batches_read = 0  # of `loader`
         # of the window that is being accumulated:

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 from nanofinetune.accelerator import Accelerator
-from nanofinetune.run.log import LONGEST, Log, cut_back
+from nanofinetune.run.log import LONGEST, Log, cut_back, first_step
 
 
 def ours(update):
@@ -84,8 +84,15 @@ def test_a_log_says_what_stays(tmp_path, capsys):
     path.write_bytes(ours(1) + b"\n\xff\n" + ours(2))
     with log:
         log._write(ours(2).decode())
+    log.close()
     assert path.read_bytes() == ours(1) + b"\n\xff\n" + ours(2)
     assert capsys.readouterr().err == f"note: {path}: 2 lines in it not of this run's making: kept\n"
+
+
+def test_the_first_update_of_a_log_is_that_of_our_first_line():
+    for stranger in STRANGERS.values():
+        assert first_step(io.BytesIO(stranger + ours(7) + ours(8))) == 7
+    assert first_step(io.BytesIO(b"text\n")) is None and first_step(io.BytesIO()) is None
 
 
 # ---- what reads the output may leave ----

@@ -193,6 +193,7 @@ def test_resume_refuses_another_run(tiny_model, pairs, tmp_path, capfd):
 
 def test_resume_from_a_named_checkpoint_into_another_folder(tiny_model, pairs, tmp_path, capfd, monkeypatch):
     arguments = ["--model", tiny_model, "--data", pairs, "--save-every", "3", "--keep", "9"]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / "0" / "error.json"))
     assert call(*arguments, "--output", tmp_path / "whole") == 0
     third = tmp_path / "whole" / "checkpoints" / "update-00000003"
     assert call(*arguments, "--resume", third, "--output", tmp_path / "branch") == 0
@@ -203,6 +204,7 @@ def test_resume_from_a_named_checkpoint_into_another_folder(tiny_model, pairs, t
     assert call(*arguments, "--resume", third, "--output", tmp_path / "whole") == 2
     assert "holds later ones (update-00000024): say auto, or name another --output" in capfd.readouterr().err
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the same command, started again by torchrun
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_1" / "0" / "error.json"))
     assert call(*arguments, "--resume", third, "--output", tmp_path / "whole") == 0
     assert "resumed after update 24" in capfd.readouterr().out
 
@@ -288,6 +290,46 @@ def test_two_runs_do_not_write_into_one_folder(tiny_model, pairs, tmp_path, capf
 
     assert call(*arguments, forward=try_to_lock) == 0
     assert held
+
+
+def test_a_run_that_began_and_ended_meanwhile_is_not_written_over(tiny_model, pairs, tmp_path, capfd, monkeypatch):
+    """Two starts with one --output: the second looks first, and reads its data while the other trains."""
+    arguments = ["--model", tiny_model, "--data", pairs, "--max-steps", "2", "--output"]
+    assert call(*arguments, tmp_path / "first") == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "first").rglob("*")}
+    load = train.load
+
+    def slowly(*args):
+        shutil.copytree(tmp_path / "first", tmp_path / "out")
+        return load(*args)
+
+    monkeypatch.setattr(train, "load", slowly)
+    capfd.readouterr()
+    assert call(*arguments, tmp_path / "out") == 2
+    why = "another run has written there since this one looked; start again, or name another folder"
+    assert capfd.readouterr().err.splitlines()[-1] == f"train.py: --output {tmp_path / 'out'}: {why}"
+    same_run(tmp_path / "first", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").rglob("*")} == set(before)
+
+
+def test_a_folder_is_locked_until_the_result_is_written(tiny_model, pairs, tmp_path, monkeypatch):
+    """A scheduler starts a job again while the old one is writing its model, after the last update."""
+    fcntl = pytest.importorskip("fcntl", reason="locks of files are Unix'")
+    from nanofinetune.run import result
+
+    held, save = [], result.save
+
+    def look(*args):
+        with (tmp_path / "out" / "metrics.jsonl").open("a") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(True)
+        save(*args)
+
+    monkeypatch.setattr(result, "save", look)
+    assert call("--model", tiny_model, "--data", pairs, "--max-steps", "2", "--output", tmp_path / "out") == 0
+    assert held
+    with (tmp_path / "out" / "metrics.jsonl").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.slow
@@ -596,6 +638,28 @@ def test_a_killed_rank_restarts_the_group_which_resumes(tiny_model, pairs, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     assert "note: resumed after update 6" in done.stdout
     same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["refuses", "fails before it looks"])
+def test_a_restart_never_takes_another_runs_folder(first, tiny_model, pairs, tmp_path):
+    """torchrun repeats a mistake; its second start must not take the folder that the first one has refused."""
+    arguments = ["--model", tiny_model, "--data", pairs, "--max-steps", "9", "--output", str(tmp_path / "old")]
+    assert call(*arguments, stop_after=5) == 143
+    before = {str(path): path.stat().st_mtime_ns for path in (tmp_path / "old").rglob("*")}
+    script = tmp_path / "late.py"
+    fails = "import os\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': import no_such_module\n"
+    script.write_text(
+        (fails if first != "refuses" else "") + f"import runpy\nrunpy.run_path({str(ROOT / 'train.py')!r},"
+    )
+    with script.open("a") as file:
+        file.write(" run_name='__main__')\n")
+    done = run_torchrun(["--max-restarts=1", script, *arguments], 2, timeout=180)
+    assert done.returncode != 0
+    assert done.stderr.count("it already holds metrics.jsonl, checkpoints of an earlier run") == (
+        2 if first == "refuses" else 1
+    )
+    assert {str(path): path.stat().st_mtime_ns for path in (tmp_path / "old").rglob("*")} == before
 
 
 @pytest.mark.slow  # torchrun gives a rank half a minute to end, and a stopped one does not

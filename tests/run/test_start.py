@@ -18,7 +18,7 @@ from conftest import ROOT, load_script
 
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.run import checkpoint
-from nanofinetune.run.resume import IDENTITY, LATER, MAY_CHANGE, find_start
+from nanofinetune.run.resume import IDENTITY, LATER, MAY_CHANGE, find_start, is_ours, take
 
 ARGUMENTS = dict.fromkeys(IDENTITY)
 
@@ -161,6 +161,99 @@ def test_other_scripts_checkpoints_are_passed_over(tmp_path):
     start = find_start(arguments(tmp_path))
     assert start.folder == older
     assert start.note.count("train.py did not make it") == 3
+
+
+# ---- whose --output is ----
+
+
+def start_of(job, attempt, monkeypatch):
+    """What torchrun tells a rank. Its folder is another for each job, and each of the job's starts has one in it."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(job / f"attempt_{attempt}" / "0" / "error.json"))
+
+
+def test_a_restart_goes_on_only_where_its_own_job_has_begun(tmp_path, monkeypatch):
+    """Its first start refused what is there, or ended before it looked: the next one refuses it as well."""
+    job, later_job, old, new = (tmp_path / name for name in ("none_a", "none_b", "old", "new"))
+    job.mkdir()
+    later_job.mkdir()
+    save(old, 9)
+    for attempt in (0, 1, 2):
+        start_of(job, attempt, monkeypatch)
+        assert not is_ours(str(old))
+        with pytest.raises(UsageError, match="it already holds checkpoints of an earlier run; name another folder, or"):
+            find_start(arguments(old, None), is_ours(str(old)))
+    start_of(job, 0, monkeypatch)
+    take(new, find_start(arguments(new, None)))
+    saved = save(new, 5)
+    start_of(job, 1, monkeypatch)
+    (tmp_path / "link").symlink_to(new)
+    assert is_ours(str(new)) and is_ours(str(tmp_path / "link")) and not is_ours(str(old))
+    assert find_start(arguments(new, None), is_ours(str(new))).folder == saved
+    start_of(later_job, 1, monkeypatch)  # the same run id, and as a rule the same port
+    assert not is_ours(str(new))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "")  # torchrun --log-dir /dev/null
+    assert not is_ours(str(new))
+    take(new, find_start(arguments(new)))
+
+
+def lines(*updates):
+    return "".join(f'{{"step": {update}, "epoch": 1, "lr": 0.1, "loss": 0.5, "rows": 8}}\n' for update in updates)
+
+
+def write_checkpoint(output):
+    save(output, 30)
+
+
+CHANGES = {
+    "losses": lambda output: (output / "metrics.jsonl").write_text(lines(1, 2, 3)),
+    "a checkpoint": write_checkpoint,
+    "a result": lambda output: (output / "result.json").write_text("{}"),
+    "a model": lambda output: (output / "model").mkdir(),
+}
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["fresh", "resumed"])
+@pytest.mark.parametrize("kind", CHANGES)
+def test_what_another_run_writes_after_the_look_is_refused(kind, resumed, tmp_path):
+    """Between the look and the first update the data are read, which may take minutes."""
+    tmp_path = tmp_path / "out"
+    tmp_path.mkdir()
+    if resumed:
+        save(tmp_path, 9)
+        (tmp_path / "metrics.jsonl").write_text(lines(1, 2))
+    start = find_start(arguments(tmp_path, "auto" if resumed else None))
+    (tmp_path / "a note of mine").write_text("this is nobody's output")
+    if not resumed:
+        (tmp_path / "metrics.jsonl").touch()  # as the lock does
+    take(tmp_path, start)
+    CHANGES[kind](tmp_path)
+    with pytest.raises(UsageError, match=r"another run has written there since this one looked; start again, or name"):
+        take(tmp_path, start)
+
+
+def test_a_named_checkpoint_goes_on_only_where_its_own_run_is(tmp_path):
+    """Else one file would hold two runs' losses, and --keep delete the other one's checkpoints."""
+    named = save(tmp_path / "b", 100)
+    save(tmp_path / "a", 50, run=state(50)["run"] | {"found": {"the hash of the training rows": "1", "the model": "m"}})
+    line = r"a holds update-00000050 of another run; name another --output, or say auto to go on with that run$"
+    with pytest.raises(UsageError, match=line):
+        find_start(arguments(tmp_path / "a", str(named)))
+    save(tmp_path / "same", 50)  # a copy of the run's folder, without its newest checkpoint
+    assert find_start(arguments(tmp_path / "same", str(named))).folder == named
+    more = state(50)["run"] | {"found": {"the model": "bert", "hidden_act of the model's config": "gelu"}}
+    save(tmp_path / "newer", 50, run=more)  # by a version that looks at more
+    assert find_start(arguments(tmp_path / "newer", str(named))).folder == named
+    assert find_start(arguments(tmp_path / "b", str(named))).folder == named
+    for name, updates in (("logged", (1, 2)), ("branch", (101, 102)), ("empty", ())):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(lines(*updates))
+        if name == "logged":
+            with pytest.raises(UsageError, match="logged holds the losses from update 1 on of another run; name"):
+                find_start(arguments(tmp_path / name, str(named)))
+        else:  # this start's own, which ended before it saved
+            assert find_start(arguments(tmp_path / name, str(named))).folder == named
 
 
 # ---- --output ----
