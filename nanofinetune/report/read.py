@@ -102,7 +102,7 @@ def read_run(folder: Path, name: str = "") -> Record:
 
 
 def _read_log(path: Path, run: Record) -> None:
-    strange, thinned = 0, Thinned(6)
+    strange, gap, thinned = 0, 0.0, Thinned(6)
     last, epoch, rows, since = -1.0, 0.0, 0.0, 0.0  # of the lines so far: step, epoch; and see `_speeds`
     with _opened(path) as file:
         for chunk in _blocks(file):
@@ -114,6 +114,9 @@ def _read_log(path: Path, run: Record) -> None:
             table = table[rising]
             if not len(table):
                 continue
+            if last >= 0:  # a run that went on in another folder begins its log there
+                gap += float(table[0, 0]) - last - 1
+            gap += float(table[-1, 0] - table[0, 0]) - len(table) + 1
             last = float(table[-1, 0])
             step, epochs, lr, loss, done, seconds = table.T
             for k in np.flatnonzero(np.diff(epochs, prepend=epoch) > 0)[: 100 - len(run.epochs)]:
@@ -126,6 +129,8 @@ def _read_log(path: Path, run: Record) -> None:
     run.log = thinned.buckets()
     if strange:
         run.remarks.append(f"metrics.jsonl: {strange:,} line(s) are not of a log and are left out")
+    if gap >= 1:
+        run.remarks.append(f"metrics.jsonl: {gap:,.0f} update(s) between its lines are missing")
 
 
 def _speeds(done: Table, seconds: Table, rows: float, since: float) -> tuple[Table, Table, float, float]:

@@ -15,7 +15,7 @@ place in the data; scripts write it into the folder's name, in batches.
   - Here the place is (epoch, rows of it that all ranks together have used). It means the same on any number of ranks,
     and is saved with the model.
   - Losses stay on the device: reading one waits for all work before it. Ranks add them up once in 50 updates.
-  - A full disk does not end the training.
+  - A full disk does not end the training, and costs no line if there is room again before its end.
 
 Proof: test_ranks_may_change_between_runs, test_full_disk_ends_no_training_and_loses_nothing in
 tests/run/test_resume.py.
@@ -27,8 +27,8 @@ import json
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -89,6 +89,7 @@ class Log:
         self.pending: list[tuple[dict[str, Any], torch.Tensor]] = []  # (line, this rank's sum of losses and rows)
         self.window, self.batches = torch.zeros(2, device=accelerator.device), 0
         self.saved = -1  # the update that was saved last; -1: none
+        self.unwritten: deque[bytes] = deque()  # what the disk has not taken yet of metrics.jsonl
         self.complained = False
 
     def __enter__(self) -> Log:
@@ -96,7 +97,8 @@ class Log:
         self.file = None
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a")
+            # Unbuffered: a buffer's owner does not know which half of it a full disk has taken, and drops the rest.
+            self.file = self.path.open("ab", buffering=0)
             try:
                 if not locked(self.file):
                     raise UsageError(occupied(str(self.path.parent)))
@@ -115,6 +117,10 @@ class Log:
 
     def __exit__(self, *failure: object) -> None:
         """The training ends. Other runs stay locked out: `result.conclude` writes there, and calls `close`."""
+        self._write("")
+        if self.unwritten:
+            lines = plural(sum(piece.count(b"\n") for piece in self.unwritten), "line")
+            self.say(f"note: {self.path} lacks its last {lines}: there was no room for them")
         self.progress.__exit__(*failure)
         if failure[0] is not None:
             self.close()
@@ -122,8 +128,7 @@ class Log:
     def close(self) -> None:
         """Let other runs write there."""
         if self.file:
-            with suppress(OSError):  # `_write` has reported it
-                self.file.close()
+            self.file.close()
 
     # ---- one window of micro-batches: an update ----
 
@@ -218,12 +223,17 @@ class Log:
         self._write(lines)
 
     def _write(self, lines: str) -> None:
-        """Append to metrics.jsonl. On a full disk the run goes on: the file object keeps the lines for next time."""
+        """Append to metrics.jsonl. On a full disk the run goes on, and what is not written is tried again next time."""
         if self.file is None:
             return
+        if lines:
+            self.unwritten.append(lines.encode())
         try:
-            self.file.write(lines)
-            self.file.flush()
+            while self.unwritten:
+                written = self.file.write(self.unwritten[0])  # fewer bytes than asked for, where the disk gets full
+                self.unwritten[0] = self.unwritten[0][written:]
+                if not self.unwritten[0]:
+                    self.unwritten.popleft()
         except OSError as error:
             if not self.complained:
                 self.say(f"note: {self.path} cannot be written ({error.strerror}); the training goes on without")

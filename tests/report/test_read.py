@@ -62,6 +62,20 @@ def test_updates_without_a_finite_loss_are_counted(tmp_path):
     assert (run.updates, run.left_out) == (2, 1) and "1 update(s) without a finite loss" in page([run])
 
 
+@pytest.mark.parametrize("size", [2**19, 30])
+def test_updates_that_are_missing_are_counted(size, tmp_path, monkeypatch):
+    """As after a disk that was full; a log that begins late, after --resume into another folder, lacks nothing."""
+    monkeypatch.setattr(read, "BLOCK", size)
+    write_log(tmp_path, 40)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    for kept, missing in (([*lines[9:20], *lines[23:30], *lines[31:]], 4), (lines[9:], 0), (lines, 0)):
+        (tmp_path / "metrics.jsonl").write_text("\n".join(kept))
+        remark = f"metrics.jsonl: {missing} update(s) between its lines are missing"
+        remarks = [text for text in read_run(tmp_path).remarks if text.startswith("metrics")]
+        assert remarks == ([remark] if missing else [])
+        assert not missing or remark in page([read_run(tmp_path)])
+
+
 LINE = '{"step": 3, "epoch": 1, "lr": 1, "loss": 1, "rows": 8}'
 STRANGE = [
     "null", "[]", "{}", "7", '"text"', "{", '{"step": 1}', "[" * 100_000, "1" * 5000, LINE[:-9], LINE + LINE,

@@ -8,9 +8,11 @@ The reference is the same rule, written over a list of lines.
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import tracemalloc
+from contextlib import contextmanager
 
 import pytest
 from conftest import ROOT
@@ -87,6 +89,47 @@ def test_a_log_says_what_stays(tmp_path, capsys):
     log.close()
     assert path.read_bytes() == ours(1) + b"\n\xff\n" + ours(2)
     assert capsys.readouterr().err == f"note: {path}: 2 lines in it not of this run's making: kept\n"
+
+
+# ---- a disk that is full for a while ----
+
+
+@contextmanager
+def full_after(size):
+    """A `with` block in which no file of this process grows beyond so many bytes: the kernel takes what fits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line(tmp_path, capsys):
+    """The blocks are larger than any buffer, and the first is written up to the middle of a line."""
+    log, path = Log(tmp_path, 999, Accelerator(cpu=True), {}), tmp_path / "metrics.jsonl"
+    blocks = [b"".join(map(ours, range(k, k + 300))).decode() for k in range(1, 900, 300)]
+    with log:
+        with full_after(len(blocks[0]) // 2 + 7):
+            log._write(blocks[0])
+            log._write(blocks[1])
+            assert path.stat().st_size == len(blocks[0]) // 2 + 7
+        log._write(blocks[2])
+        assert path.read_text() == "".join(blocks)
+    log.close()
+    assert capsys.readouterr().err.count("cannot be written (File too large); the training goes on without") == 1
+
+
+def test_lines_that_never_find_room_are_counted(tmp_path, capsys):
+    log = Log(tmp_path, 9, Accelerator(cpu=True), {})
+    with full_after(7), log:
+        log._write((ours(1) + ours(2)).decode())
+        log._write(ours(3).decode())
+    log.close()
+    told = f"note: {tmp_path}/metrics.jsonl lacks its last 3 lines: there was no room for them"
+    assert told in capsys.readouterr().err
+    with (tmp_path / "metrics.jsonl").open("r+b") as file:  # the torn one goes at the next start
+        assert cut_back(file, 9) == 0 and file.seek(0, os.SEEK_END) == 0
 
 
 def test_the_first_update_of_a_log_is_that_of_our_first_line():
