@@ -34,8 +34,9 @@ OPENING = (
 MOST_EPOCHS, MOST_SCORES = 1000, 8
 MEASURED = {
     "model": "model", "data": "data", "world": "ranks", "device": "device", "precision": "precision",
-    "steps": "updates", "seconds": "seconds", "examples_per_second": "rows a second", "padding": "padding",
-    "peak_rss_mb": "peak memory, MiB", "saved_epoch": "epoch whose model is saved", "loss": "training loss",
+    "steps": "updates", "resumed_after": "resumed after update", "seconds": "seconds",
+    "examples_per_second": "rows a second", "padding": "padding", "peak_rss_mb": "peak memory, MiB",
+    "saved_epoch": "epoch whose model is saved", "loss": "training loss",
 }  # fmt: skip
 
 
@@ -62,7 +63,9 @@ def _head(runs: Sequence[Record]) -> str:
     if len(runs) == 1:
         lines.append(f'<p class="faint">{_subtitle(runs[0])}</p>')
         tiles = [(name, f"{value:.4f}") for name, value in list(_metrics(runs[0]).items())[:4]]
-        tiles += [(MEASURED[key], text(runs[0].result[key])) for key in ("loss", "seconds") if _plain(runs[0], key)]
+        since = f" since update {runs[0].result['resumed_after']}" if _plain(runs[0], "resumed_after") else ""
+        named = {"loss": MEASURED["loss"], "seconds": MEASURED["seconds"] + since}
+        tiles += [(name, text(runs[0].result[key])) for key, name in named.items() if _plain(runs[0], key)]
         boxes = "".join(f'<div class="tile"><b>{value}</b>{text(name, 40)}</div>' for name, value in tiles)
         lines.append(f'<div class="tiles">{boxes}</div>' if tiles else "")
     for run in runs:

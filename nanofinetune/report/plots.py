@@ -151,8 +151,12 @@ def _paces(run: Record) -> tuple[Table, Table, Table, Table]:
     times = run.times
     times = times[np.unique(np.linspace(0, max(0, len(times) - 1), min(len(times), 4 * POINTS)).astype(int))]
     # (of each bucket, its last update and how many rows there were until then)
-    done = np.interp(times[:, 0], np.append(0, run.log.high[:, STEP]), np.append(0, run.log.total[:, ROWS].cumsum()))
+    first = run.log.low[0, STEP] - 1 if len(run.log.low) else 0.0
+    until, rows = np.append(first, run.log.high[:, STEP]), np.append(0, run.log.total[:, ROWS].cumsum())
+    done = np.interp(times[:, 0], until, rows)
     moved = np.diff(times[:, 1], prepend=0.0)
+    if first:  # the log begins where the run was resumed, and the first time is that of all updates before too
+        moved[:1] = 0.0
     rate = np.divide(np.diff(done, prepend=0.0), moved, out=np.full(len(times), np.nan), where=moved > 0)
     return times[:, 0], rate, rate, rate
 

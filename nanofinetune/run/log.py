@@ -113,6 +113,8 @@ class Log:
         hidden = not self.accelerator.is_main_process
         self.progress = Progress(self.updates, self._title(), initial=self.update, leave=True, hidden=hidden)
         self.trained_before = self.seconds
+        if self.update:
+            self.pace.append((self.update, round(self.seconds, 3)))
         return self
 
     def __exit__(self, *failure: object) -> None:

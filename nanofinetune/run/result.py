@@ -66,7 +66,8 @@ def summary(accelerator: Any, job: Job, run: Any, padding: float) -> dict[str, A
         "data": job.data.name,
         "world": accelerator.num_processes,
         "steps": log.update,
-        "seconds": round(seconds_since_start(), 3),
+        **({"resumed_after": log.update - log.steps} if log.steps < log.update else {}),
+        "seconds": round(seconds_since_start(), 3),  # of this start, like peak_rss_mb
         "examples_per_second": round(log.examples / log.seconds, 2),
         "first_step_seconds": round(log.first_step_seconds, 3),
         "peak_rss_mb": round(accelerator.gather(torch.tensor(peak_rss_mb(), device=device)).max().item(), 1),
@@ -108,7 +109,9 @@ def closing(result: Mapping[str, Any], job: Job, run: Any, width: int) -> list[s
     """For people, in lines of at most `width` columns: the scores, five rows, where the model is and how to use it."""
     scores = [f"{name} {value:.4f}" for name, value in run.log.kept.items() if isinstance(value, float)]
     rows = plural(len(next(iter(job.validation.values()))), "row")
-    spent = f"{plural(result['steps'], 'update')} in {clock(result['seconds'])}"
+    before = result.get("resumed_after", 0)
+    part = f"{result['steps'] - before:,} of " if before else ""  # the time is that of this start alone
+    spent = f"{part}{plural(result['steps'], 'update')} in {clock(result['seconds'])}"
     speed, memory = f"{result['examples_per_second']:.1f} examples a second", f"{result['peak_rss_mb']:,.0f} MiB"
     lines = [
         "",

@@ -59,6 +59,17 @@ def test_speed_is_rows_over_seconds_of_either_clock(tmp_path):
     assert step.tolist() == [30, 60, 90] and rate.tolist() == pytest.approx([240 / 8, 240 / 7, 240 / 8])
 
 
+@pytest.mark.parametrize("speed", [[[1000, 100.0], [1050, 105.0], [1090, 110.0]], [[1050, 105.0], [1090, 110.0]]])
+def test_the_speed_of_a_run_resumed_in_another_folder_counts_no_time_of_the_first(speed, tmp_path):
+    """With the time at which it went on, or without, as older runs: what cannot be known is not drawn."""
+    write_run(tmp_path, updates=1090, speed=speed)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines[1000:]))
+    step, rate, *_ = plots.rates(read_run(tmp_path))
+    assert step.tolist() == [update for update, _ in speed]
+    assert rate[1:].tolist() == pytest.approx([400 / 5, 320 / 5][-len(speed) + 1 :]) and np.isnan(rate[0])
+
+
 @pytest.mark.parametrize(
     "speed", [None, "fast", [1, 2], [[1, "a"]], [[2, 1.0], [1, 2.0]], [[1, float("nan")]], [[1, 2, 3]]]
 )

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from safetensors.torch import load_file
 
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ground.progress import plural
+from nanofinetune.run.result import closing
 from nanofinetune.run.resume import IDENTITY, Start, run_of
 from nanofinetune.run.run import Run
 from nanofinetune.step.order import mix
@@ -138,6 +140,27 @@ def test_signal_saves_and_resume_continues(tiny_model, pairs, tmp_path, capfd):
     same_run(tmp_path / "whole", tmp_path / "parts")
     assert call("--model", tiny_model, "--data", pairs, stop_after=2) == 143
     assert "stopped by SIGTERM after update 2; nothing was saved" in capfd.readouterr().err
+
+
+def test_a_resumed_run_says_of_which_updates_its_time_is(tiny_model, pairs, tmp_path):
+    """In the same folder and in another: its seconds are those of the last start, its steps are the whole run's."""
+    from nanofinetune.report.page import page
+    from nanofinetune.report.read import read_run
+
+    arguments = ["--model", tiny_model, "--data", pairs, "--epochs", "1"]
+    assert call(*arguments, "--output", tmp_path / "out", stop_after=3) == 143
+    saved = tmp_path / "out" / "checkpoints" / "update-00000003"
+    for name, resume in (("branch", saved), ("out", "auto")):
+        assert call(*arguments, "--output", tmp_path / name, "--resume", resume) == 0
+        found = json.loads((tmp_path / name / "result.json").read_text())
+        assert (found["steps"], found["resumed_after"]) == (8, 3)
+        assert [update for update, _ in found["speed"]] == [3, 8] and found["speed"][0][1] < found["speed"][1][1]
+        job = SimpleNamespace(validation={"validation": range(23)}, answers=SimpleNamespace(logits=None))
+        lines = closing(found, job, SimpleNamespace(log=SimpleNamespace(kept={}), output=None), 80)  # type: ignore[arg-type]
+        assert lines[2].startswith("           5 of 8 updates in ")
+        assert "seconds since update 3<" in page([read_run(tmp_path / name)])
+    assert call(*arguments, "--output", tmp_path / "whole") == 0
+    assert "resumed_after" not in json.loads((tmp_path / "whole" / "result.json").read_text())
 
 
 def test_damaged_newest_is_passed_over_with_the_reason(tiny_model, pairs, tmp_path, capfd):
