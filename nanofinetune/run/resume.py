@@ -9,8 +9,8 @@
 Underneath: `accelerate.Accelerator.load_state` (accelerate 1.15) loads a folder; the rest is the script's. Scripts read
 epoch and batch from the folder's name, and call `accelerate.skip_first_batches`.
   - The order of the rows may have changed by then, and on another number of ranks as many batches are other rows.
-  - Here the arguments, the data's hash and the model must be those that the run began with; else an error names the
-    difference.
+  - Here the arguments, the data's hash and the model with its config must be those that the run began with; else an
+    error names the difference. A folder with another run in it is refused.
   - The number of ranks may change: an update keeps its number of rows.
 
 Proof: test_resume_matches_the_uninterrupted_run, test_resume_refuses_another_run in tests/run/test_resume.py.
