@@ -417,22 +417,40 @@ def objects_of(file: Path, source: Any) -> Iterator[dict[str, Any]]:
             if len(whole) > LONGEST_LIST:
                 text = f"one list or object of more than {LONGEST_LIST:,} characters, the most that is read as a whole"
                 raise UsageError(f"--data {file}: it is {text}; write one row a line, as .jsonl")
-            yield from _rows_in(file, json.loads(whole))
+            yield from _rows_in(file, _loads(whole))
             return
         second = next(filled, None)
         if second is None:
-            only = json.loads(first[1])
+            only = _loads(first[1])
             if _is_columns(only) or _is_numbered(only) or any(map(_is_table, only.values())):
                 yield from _rows_in(file, only)
                 return
         for number, line in chain([first], [second] if second else (), filled):
-            yield _an_object(file, f"line {number}", json.loads(line))
+            yield _an_object(file, f"line {number}", _loads(line))
     except RecursionError as error:
         text = f"line {number} has lists in lists in lists, too deep to read"
         raise UsageError(f"--data {file}: it could not be read ({text}); flatten them") from error
     except json.JSONDecodeError as error:
         text = f"line {number + error.lineno - 1}, column {error.colno}: {error.msg}"
         raise UsageError(f"--data {file}: it could not be read ({text}); correct the file") from error
+
+
+class _Twice(dict[str, Any]):
+    """An object that is written with one of its names twice."""
+
+    name = ""
+
+
+def _as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        found = _Twice(found)
+        found.name = next(name for name in names if names.count(name) > 1)
+    return found
+
+
+_loads = json.JSONDecoder(object_pairs_hook=_as_dict).decode  # underneath: json.loads keeps the last of two values
 
 
 def _is_a_row(line: str) -> bool:
@@ -463,6 +481,9 @@ def _is_numbered(whole: Any) -> bool:
 
 def _rows_in(file: Path, whole: Any) -> Iterator[dict[str, Any]]:
     """The rows of a list, of the one list of rows under a key, or of an object of columns or of rows."""
+    if isinstance(whole, dict):
+        for where, value in (("it", whole), *((f"its {name}", value) for name, value in whole.items())):
+            _check_twice(file, where, value)
     if _is_columns(whole):
         columns = [column.values() if isinstance(column, dict) else column for column in whole.values()]
         whole = [dict(zip(whole, cells, strict=True)) for cells in zip(*columns, strict=True)]
@@ -482,7 +503,14 @@ def _an_object(file: Path, where: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         text = f"{where} is no object with the columns' names"
         raise UsageError(f'--data {file}: it could not be read ({text}); write {{"text": ..., "label": ...}}')
+    _check_twice(file, where, row)
     return row
+
+
+def _check_twice(file: Path, where: str, value: Any) -> None:
+    if isinstance(value, _Twice):
+        text = f"{where} has {value.name} twice"
+        raise UsageError(f"--data {file}: it could not be read ({text}); leave one of them, or rename it")
 
 
 def _json_cells(file: Path, name: str, values: list[Any], before: int) -> Any:

@@ -442,6 +442,26 @@ def test_json_of_other_shapes_is_refused(value, said, tmp_path):
         read([tmp_path / "a.json"])
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"text": "a", "n": 1}\n{"text": "b", "n": 0, "n": 1}\n', "line 2 has n twice"),
+        ('{"text": "a", "text": "b", "n": 1}\n', "line 1 has text twice"),
+        ('[{"text": "a", "n": 1},\n{"text": "b", "n": 0, "n": 1}]', "row 2 has n twice"),
+        ('{"data": [{"text": "a", "n": 1}, {"text": "b", "n": 0, "n": 1}]}', "row 2 has n twice"),
+        ('{"text": ["a", "b"], "n": [0, 1],\n"n": [1, 0]}', "it has n twice"),
+        ('{"text": {"0": "a", "1": "b"}, "n": {"0": 1,\n"0": 1, "1": 0}}', "its n has 0 twice"),
+        ('{"0": {"text": "a", "n": 1},\n"1": {"text": "b", "n": 0, "n": 1}}', "its 1 has n twice"),
+    ],
+)
+def test_a_name_that_json_has_twice_is_refused(text, said, tmp_path):
+    """json.loads, pandas and all that are built on them keep the last value, and say nothing."""
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UsageError, match=rf"it could not be read \({said}\); leave one of them, or rename it"):
+        read([tmp_path / "a.json"])
+    assert json.loads('{"n": 0, "n": 1}') == {"n": 1}
+
+
 @pytest.mark.parametrize("indent", [None, 2], ids=["one line", "lines"])
 @pytest.mark.parametrize("under_a_key", [False, True], ids=["list", "object"])
 def test_a_list_that_is_too_long_to_be_held_is_refused(indent, under_a_key, tmp_path, monkeypatch):
