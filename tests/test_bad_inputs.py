@@ -343,7 +343,7 @@ FILES = {
     "{infinite.csv}": r"--label-column label: row 4 of the train split is inf \(1 in all\); write a number",
     "{null-label.jsonl}": r"--label-column label: row 4 of the train split has no label \(1 in all\); fill it in",
     "{list-label.jsonl}": r"--label-column label: it holds lists; labels are words, whole numbers or floats",
-    "{mixed-label.jsonl}": r"--label-column label: it holds mixed types; labels are words, whole numbers or floats",
+    "{mixed-label.jsonl}": r"--label-column label: it holds mixed types .*row 4\); labels are words, whole numbers",
     "{null-text.jsonl}": r"--text-columns text: row 4 of the train split has no text \(1 in all\); fill it in",
     "{quotes.csv}": r"--data \S+quotes.csv: it could not be read \(.*unbalanced quotes\?",
     "{fields.csv}": r"--data \S+fields.csv: it could not be read \(line 5 has 3 fields and the header 2\); a text",

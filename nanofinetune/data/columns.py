@@ -11,8 +11,8 @@
 Underneath: `datasets.Dataset.remove_columns` and `datasets.Dataset.rename_column` (datasets 5.2), called by hand
   - the course names its columns itself; here they come from the user, the task table, or the only reading there is;
   - an index, an id, a date or the label in words is no text, and an index no label;
-  - labels are checked before any long work: transformers meets a gap or a NaN in them as an index error or a NaN loss;
-  - a refusal names columns, row and option; a reading that is not plain is said.
+  - labels are checked first: transformers meets a gap in them as an index error or a NaN loss;
+  - a refusal names columns, row and option.
 
 Proof: test_columns_are_found_by_themselves, test_two_readings_are_refused in tests/data/test_columns.py.
 """
@@ -27,22 +27,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanofinetune.data.files import LONGEST, has_codes, kind_of
+from nanofinetune.data.files import LONGEST, MIXED, has_codes, kind_of, typed
 from nanofinetune.data.multilabel import classes_of_columns, classes_of_lists
 from nanofinetune.data.tasks import Task
 from nanofinetune.ground.errors import UsageError
 
-# Names that say what a column is, in lower case; a name of an earlier group beats those of a later one.
-LABEL_NAMES = (
-    {"label", "labels", "target", "targets", "class", "gold_label", "y", "quality"},
-    {"sentiment", "category", "rating", "stars", "score", "emotion", "intent", "topic", "polarity"},
-)
+# Names that say what a column is, in lower case: a label for certain, and one if nothing else can be.
+LABEL_NAMES = {"label", "labels", "class", "gold_label"}
+WEAK_NAMES = {
+    "target", "targets", "y", "quality", "sentiment", "category", "rating", "stars", "score", "emotion", "intent",
+    "topic", "polarity",
+}  # fmt: skip
 NEITHER = {
     "id", "ids", "idx", "index", "key", "uid", "uuid", "guid", "url", "uri", "link", "href",
     "date", "datetime", "time", "timestamp", "year", "month", "day", "hour",
     "length", "len", "count", "price", "cost", "confidence", "conf", "probability", "prob", "split", "fold",
 }  # fmt: skip
 MOST_CLASSES = 1_000
+FEW_NUMBERS = 20  # of a column of numbers, which may then well be classes
 
 
 class Labels(NamedTuple):
@@ -94,7 +96,7 @@ def find_columns(
         if kinds[column] != "text":
             raise UsageError(f"--text-columns {column}: the column holds {kinds[column]}, not text")
     others = {column: kind for column, kind in kinds.items() if column not in (text_columns or ())}
-    labels = tuple(label_columns or [_find_label(rows, others)])
+    labels = tuple(label_columns or [_find_label(rows, others, bool(text_columns))])
     for label in labels:
         if label in (text_columns or ()):
             raise UsageError(f"--label-column {label}: it is also named as a text column")
@@ -197,13 +199,16 @@ def check_texts(split: Any, columns: Sequence[str], key: str) -> None:
 # --- which column is what ---------------------------------------------------------------------------------------------
 
 
-def _find_label(rows: Any, kinds: Mapping[str, str]) -> str:
+def _find_label(rows: Any, kinds: Mapping[str, str], knows_texts: bool) -> str:
     """The column that is named like a label, whatever its type; else the only one whose values can be labels."""
-    for names in LABEL_NAMES:
-        named = [column for column in kinds if "_".join(_words_of(column)) in names]
-        if named:
-            break
-    else:
+    called = {column: "_".join(_words_of(column)) for column in kinds}
+    named = [column for column in kinds if called[column] in LABEL_NAMES]
+    if not named and (weak := [column for column in kinds if called[column] in WEAK_NAMES]):
+        meant = [c for c in weak if not _is_prose(rows, c, kinds[c])] or weak
+        named = meant + [c for c in kinds if c not in weak and _is_rival(rows, c, kinds, meant[0], knows_texts)]
+    elif not named:
+        if not knows_texts:
+            _check_mixed(kinds)
         named = [column for column, kind in kinds.items() if _can_be_label(rows, column, kind)]
     if len(named) == 1:
         return named[0]
@@ -214,8 +219,36 @@ def _find_label(rows: Any, kinds: Mapping[str, str]) -> str:
     raise UsageError(f"--data: which column is the label? Name it with --label-column; the data have {_listed(kinds)}")
 
 
+def _is_rival(rows: Any, column: str, kinds: Mapping[str, str], named: str, knows_texts: bool) -> bool:
+    """Whether a column could be the label as well as `named`, whose name is not certain: it has few values."""
+    kind = kinds[column]
+    if not _can_be_label(rows, column, kind):
+        return False
+    if kind.startswith(MIXED):
+        return knows_texts or not kind.startswith(f"{MIXED} (text")
+    if kind == "text" and not _are_numbers(_cells(rows, column)):  # without --text-columns it is asked as a text
+        of_cells = kinds[named] in ("text", "numbers", "classes")
+        return knows_texts and not (of_cells and _is_copy(rows, column, named))
+    values = len(_cells(rows, column).unique()) if kind in ("text", "numbers") else 2
+    return 2 <= values <= min(FEW_NUMBERS, len(rows) / 2)
+
+
+def _is_prose(rows: Any, column: str, kind: str) -> bool:
+    """Whether most cells are texts of their own."""
+    return kind == "text" and 2 * len(_cells(rows, column).unique()) > len(rows)
+
+
+def _check_mixed(kinds: Mapping[str, str]) -> None:
+    """Refuse a column that would be a text but for a few cells: without it the others would be all there is."""
+    for column, kind in kinds.items():
+        if kind.startswith(f"{MIXED} (text") and not _is_neither(column):
+            remedy = "mend that row and others like it, or name the text columns with --text-columns"
+            raise UsageError(f"--data: the column {column} holds {kind}; {remedy}")
+
+
 def _find_texts(rows: Any, kinds: Mapping[str, str], labels: Sequence[str]) -> list[str]:
     """The one or two columns that can only be text."""
+    _check_mixed({column: kind for column, kind in kinds.items() if column not in labels})
     found = [c for c, kind in kinds.items() if kind == "text" and c not in labels and _can_be_text(rows, c)]
     found = [c for c in found if kinds[labels[0]] == "lists" or not _is_copy(rows, c, labels[0])]
     if not 1 <= len(found) <= 2:
@@ -228,6 +261,12 @@ def _find_texts(rows: Any, kinds: Mapping[str, str], labels: Sequence[str]) -> l
         raise UsageError(
             f"--data: is {few[0]}, of a few values many times, a text? Name the text columns with --text-columns: "
             f"{' '.join(found)}, or one of them"
+        )
+    words = [c for c in found if not _has_sentences(_cells(rows, c))]
+    if len(found) == 2 and len(words) == 1:
+        raise UsageError(
+            f"--data: is {words[0]}, single words without a space, a text, or a name, a file, a code? Name the text "
+            f"columns with --text-columns: {' '.join(found)}, or one of them"
         )
     return found
 
@@ -245,18 +284,20 @@ def _is_neither(column: str) -> bool:
 
 
 def _can_be_label(rows: Any, column: str, kind: str) -> bool:
-    if _is_neither(column) or kind not in ("classes", "numbers", "text", "lists"):
+    if _is_neither(column):
         return False
-    if kind == "classes":
+    if kind == "classes" or kind.startswith(MIXED):  # the latter cannot be one, but may be meant
         return True
     if kind == "lists":
         return _is_list_of_classes(rows, column, words=False)  # lists of words are tokens, as a rule
+    if kind not in ("text", "numbers"):
+        return False
     cells = _cells(rows, column)
-    if kind == "text":
+    if kind == "text" and not _are_numbers(cells):
         return _has_few_values(cells)
-    values = cells.to_numpy()
-    counts_rows = values.dtype.kind in "iu" and len(values) > 2 and len(np.unique(values)) == len(values)
-    return cells.null_count == 0 and not counts_rows
+    cells = _as_numbers(cells).drop_null()  # a gap is a lost label, and said so when they are read
+    counts_rows = "int" in str(cells.type) and len(cells) > 2 and len(cells.unique()) == len(cells)
+    return len(cells) > 0 and not counts_rows
 
 
 def _is_list_of_classes(rows: Any, column: str, words: bool = True) -> bool:
@@ -269,17 +310,22 @@ def _is_list_of_classes(rows: Any, column: str, words: bool = True) -> bool:
     if isinstance(getattr(rows.features[column], "feature", None), datasets.ClassLabel):
         return True
     items = pc.list_flatten(_cells(rows, column).slice(0, 100))
-    return words if kind_of(items.type) == "text" else set(items.to_pylist()) <= {0, 1}
+    if kind_of(items.type) == "text":
+        return words
+    return kind_of(items.type) in ("numbers", "nothing") and set(items.to_pylist()) <= {0, 1}
 
 
 def _is_yes_or_no(rows: Any, column: str) -> bool:
     """Whether a column of numbers holds 0 and 1 alone, as one of several classes does."""
-    cells = _cells(rows, column)
-    return kind_of(cells.type) == "numbers" and set(cells.unique().to_pylist()) <= {0, 1}
+    cells = _cells(rows, column) if column in rows.column_names else None
+    return cells is not None and kind_of(cells.type) == "numbers" and set(cells.unique().to_pylist()) <= {0, 1}
 
 
+_NO_LABEL = r"NA|N/A|NULL|NaN|\\N|#N/A|<NA>"  # how programs write that there is none; among words it may be one
+_NONE_AMONG_WORDS = rf"^\s*({_NO_LABEL})?\s*$"
+_NONE_AMONG_NUMBERS = rf"(?i)^\s*({_NO_LABEL}|none|\?)?\s*$"
 _NO_TEXT = (
-    r"^\s*([+-]?[\d.,]+%?"  # a number
+    rf"^\s*({_NO_LABEL}|[+-]?[\d.,]+%?"  # a number, or none
     r"|(https?://|www\.)\S+"
     r"|[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}"  # a uuid
     r"|\d{4}-\d{1,2}-\d{1,2}([T ].*)?|\d{1,2}[./]\d{1,2}[./]\d{2,4}(\s.*)?)?\s*$"  # a date; or nothing
@@ -293,8 +339,57 @@ def _can_be_text(rows: Any, column: str) -> bool:
     if _is_neither(column):
         return False
     cells = _cells(rows, column).drop_null()
+    if _are_numbers(cells) and len(_as_numbers(cells).drop_null()):  # some of which are NA, or they were no text
+        return False
     first, rest = cells.slice(0, 100), cells.slice(100)  # mostly the first ones tell
     return not all(pc.all(pc.match_substring_regex(part, _NO_TEXT), min_count=0).as_py() for part in (first, rest))
+
+
+# Not a word, but a sentence: a space within, or a long run of a script that has none.
+_SENTENCE = r"\S\s+\S|[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]{6,}"
+
+
+def _has_sentences(cells: Any) -> bool:
+    """Whether some cell has several words."""
+    import pyarrow.compute as pc
+
+    first, rest = cells.slice(0, 100), cells.slice(100)  # mostly the first ones tell
+    return any(pc.any(pc.match_substring_regex(part, _SENTENCE), min_count=0).as_py() for part in (first, rest))
+
+
+def _are_numbers(cells: Any) -> bool:
+    """Whether all cells are numbers, or True or False, but for those that say that there is none."""
+    import pyarrow.compute as pc
+
+    if kind_of(cells.type) != "text":
+        return kind_of(cells.type) == "numbers"
+    for part in (cells.slice(0, 100), cells):  # mostly the first ones tell
+        words = part.unique().drop_null()
+        words = words.filter(pc.invert(pc.match_substring_regex(words, _NONE_AMONG_NUMBERS)))
+        if len(words) and kind_of(typed(words).type) != "numbers":
+            return False
+    return True
+
+
+def _as_numbers(cells: Any) -> Any:
+    """Cells that are numbers, in words or not -> the numbers, null where there is none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if kind_of(cells.type) != "text":
+        return cells
+    cells = typed(pc.if_else(_none(cells, _NONE_AMONG_NUMBERS), "", cells))
+    return pa.chunked_array([pa.nulls(len(cells), pa.float64())]) if kind_of(cells.type) == "text" else cells
+
+
+def _none(cells: Any, pattern: str) -> Any:
+    """Which cells are null, NaN, or a text of this pattern: a pyarrow.ChunkedArray of booleans."""
+    import pyarrow.compute as pc
+
+    missing = pc.is_null(cells, nan_is_null=True)
+    if kind_of(cells.type) == "text":
+        missing = pc.or_(missing, pc.fill_null(pc.match_substring_regex(cells, pattern), False))
+    return missing
 
 
 def _has_few_values(cells: Any) -> bool:

@@ -26,7 +26,7 @@ import io
 import json
 import re
 import tempfile  # noqa: F401  (the example above)
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain, count, islice
 from pathlib import Path
@@ -47,6 +47,9 @@ MOST_COLUMNS = 5_000
 MOST_ROWS = 100_000_000  # of a parquet file: a kilobyte can claim any number of equal rows
 CELLS = 1_000_000  # that are Python objects at a time
 
+MIXED = "mixed types"  # so begins the kind of a column whose cells are of several kinds
+
+Found = dict[str, tuple[int, int, Any]]  # kinds of the cells of a column -> how many, the row of the first, the first
 Table = tuple[Any, dict[str, str]]  # a pyarrow.Table of the columns that can be used, and every column's kind
 
 
@@ -129,11 +132,16 @@ def read(files: Sequence[Path], how: Dialect = FOUND_OUT) -> Table:
             tables.append(readers[kind](file, how))
         if tables[-1][0].num_rows == 0:
             raise UsageError(f"--data {file}: the file has a header and no rows; add rows")
-        if tables[-1][1] != tables[0][1]:
+        if _alike(tables[-1][1]) != _alike(tables[0][1]):
             raise UsageError(f"--data {file}: its columns are not those of {files[0].name}; make them alike")
     with failing_in_one_line(files[0]):
         names = tables[0][0].column_names
         return pa.concat_tables([t.select(names) for t, _ in tables], promote_options="permissive"), tables[0][1]
+
+
+def _alike(kinds: Mapping[str, str]) -> dict[str, str]:
+    """The kinds without the row in which a column's first odd cell is."""
+    return {name: MIXED if kind.startswith(MIXED) else kind for name, kind in kinds.items()}
 
 
 def kind_of(type_: Any) -> str:
@@ -245,7 +253,7 @@ def _is_quoted(plain: Mapping[str, Any], quoted: Mapping[str, Any]) -> bool:
 
 
 def _typed_table(columns: dict[str, Any]) -> Table:
-    table, kinds = _table({name: _typed(column) for name, column in columns.items()})
+    table, kinds = _table({name: typed(column) for name, column in columns.items()})
     return table, kinds | {name: "nothing" for name, column in columns.items() if column.unique().to_pylist() == [""]}
 
 
@@ -351,7 +359,7 @@ def has_codes(column: Any) -> bool:
     return bool(pc.any(pc.match_substring_regex(column, _CODE)).as_py())
 
 
-def _typed(column: Any) -> Any:
+def typed(column: Any) -> Any:
     """A column of strings -> whole numbers, floats or booleans where every cell that is not empty is one."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -378,7 +386,7 @@ def _typed(column: Any) -> Any:
 
 def _read_json(file: Path, how: Dialect) -> Table:
     """Objects, one a line, all in one list, or in a list under a key; or one object of columns."""
-    columns: dict[str, list[Any]] = {}  # name -> an array, or the kind of what cannot be used, for each block
+    columns: dict[str, list[Any]] = {}  # name -> an array, or Found, for each block
     lengths: list[int] = []
     with text_of(file, how, newline="\n") as source:
         rows = objects_of(file, source)
@@ -514,7 +522,10 @@ def _check_twice(file: Path, where: str, value: Any) -> None:
 
 
 def _json_cells(file: Path, name: str, values: list[Any], before: int) -> Any:
-    """The values of one column in a block -> a pyarrow.Array, or what they are in words where they cannot be used."""
+    """The values of one column in a block -> a pyarrow.Array, or what was found in them where they cannot be used.
+
+    `before`: the rows above.
+    """
     import pyarrow as pa
 
     types = set(map(type, values)) - {type(None)}
@@ -537,27 +548,58 @@ def _json_cells(file: Path, name: str, values: list[Any], before: int) -> Any:
         with suppress(pa.ArrowException, UnicodeEncodeError, OverflowError):
             if {type(item) for value in values for item in value or ()} <= {str, int, float, bool}:
                 return pa.array(values)
-        return "lists"
-    return "objects" if types == {dict} else "mixed types"
+    return _found_in(values, before)
+
+
+def _found_in(values: Iterable[Any], before: int) -> Found:
+    found: Found = {}
+    kinds = {str: "text", bool: "booleans", int: "numbers", float: "numbers", list: "lists", dict: "objects"}
+    for row, value in enumerate(values, before + 1):
+        if value is not None:
+            kind = kinds.get(type(value), "dates")
+            count, *first = found.get(kind, (0, row, value))
+            found[kind] = count + 1, *first
+    return found
 
 
 def _joined(parts: list[Any], lengths: list[int]) -> Any:
     """The blocks of a column, None where a block lacks it -> one pyarrow.ChunkedArray, or what it holds in words."""
     import pyarrow as pa
 
-    odd = {part for part in parts if isinstance(part, str)}
+    odd = [part for part in parts if isinstance(part, dict)]
     arrays = [pa.nulls(n) if part is None else part for part, n in zip(parts, lengths, strict=True)]
-    types = {array.type for array in arrays if not isinstance(array, str)} - {pa.null()}
+    types = {array.type for array in arrays if not isinstance(array, dict)} - {pa.null()}
     if types == {pa.int64(), pa.float64()}:
         types = {pa.float64()}
-    kinds = odd | {kind_of(type_) for type_ in types}
+    kinds = {kind for part in odd for kind in part} | {kind_of(type_) for type_ in types}
     if kinds == {"lists"}:
-        types -= {pa.list_(pa.null())}  # empty ones
+        types = types - {pa.list_(pa.null())} or types  # empty ones
         types = {pa.list_(pa.float64())} if types == {pa.list_(pa.int64()), pa.list_(pa.float64())} else types
     if odd or len(types) > 1:
-        return odd.pop() if len(kinds) == 1 and odd else "lists" if kinds == {"lists"} else "mixed types"
+        alike = len(kinds) == 1 and (odd or kinds == {"lists"})
+        return kinds.pop() if alike else _mixed(arrays, lengths)
     type_ = types.pop() if types else pa.null()
     return pa.chunked_array([array.cast(type_) for array in arrays], type_)
+
+
+def _mixed(parts: list[Any], lengths: list[int]) -> str:
+    """What most cells of a column are, whose cells are of several kinds, and the first that is something else."""
+    import pyarrow.compute as pc
+
+    counts, firsts, before = dict[str, int](), dict[str, tuple[int, Any]](), 0
+    for part, length in zip(parts, lengths, strict=True):
+        if not isinstance(part, dict):
+            at, count = pc.index(pc.is_valid(part), True).as_py(), length - part.null_count
+            kind = "booleans" if str(part.type) == "bool" else kind_of(part.type)
+            part = {kind: (count, before + at + 1, part[at].as_py())} if count else {}
+        for kind, (count, row, cell) in part.items():
+            counts[kind] = counts.get(kind, 0) + count
+            firsts.setdefault(kind, (row, cell))
+        before += length
+    most = max(counts, key=counts.__getitem__)
+    row, cell = min((firsts[kind] for kind in firsts if kind != most), key=lambda first: first[0])
+    shown = json.dumps(cell, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
+    return f"{MIXED} ({most}, and {shown if len(shown) <= 40 else f'{shown[:40]}...'} in row {row:,})"
 
 
 def _is_broken(text: str) -> bool:
@@ -632,9 +674,7 @@ def _sheet_cells(file: Path, name: str, cells: list[Any]) -> Any:
     types = set(map(type, cells)) - {type(None)}
     if str in types and types <= {str, int, float, bool}:
         cells = ["" if cell is None else str(cell) for cell in cells]
-    if types and not types & {str, int, float, bool}:
-        return "dates"
-    return _json_cells(file, name, cells, 0)
+    return _joined([_json_cells(file, name, cells, 0)], [len(cells)])
 
 
 # --- what all have in common ------------------------------------------------------------------------------------------

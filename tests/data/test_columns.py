@@ -5,6 +5,7 @@ The reference is the table itself; there is no library that chooses columns.
     python -m pytest tests/data/test_columns.py
 """
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,12 @@ COLUMNS: dict[str, Callable[[int], Any]] = {
     "shuffled": lambda i: 7 * i % 20,
     "ids": lambda i: 1000 + 13 * i,
     "gaps": lambda i: None if i == 3 else i % 2,
+    "na": lambda i: "NA" if i == 3 else str(i % 2),
+    "na floats": lambda i: "N/A" if i == 3 else str(i / 8),
+    "ones": lambda i: 1,
+    "files": lambda i: f"train/pos/{i}_9.txt",
+    "codes": lambda i: f"REV-{i:04}",
+    "chinese": lambda i: f"\u4eca\u5929\u5929\u6c14\u5f88\u597d{i}",
     "uuid": lambda i: f"{i:08x}-0000-4000-8000-000000000000",
     "link": lambda i: f"https://example.org/{i}",
     "day": lambda i: f"2020-01-{i + 1:02}",
@@ -87,7 +94,11 @@ def found(names: dict[str, str]) -> tuple[tuple[str, ...], str]:
         ({"text": "text", "Label ": "words", "n": "classes"}, ["text"], "Label "),
         ({"text": "text", "sentiment": "words", "confidence": "floats"}, ["text"], "sentiment"),
         ({"text": "text", "label": "floats", "n": "classes"}, ["text"], "label"),
-        ({"text": "text", "n": "classes", "target": "ids"}, ["text"], "target"),
+        ({"text": "text", "n": "ids", "target": "classes"}, ["text"], "target"),
+        ({"text": "text", "n": "classes", "class": "floats"}, ["text"], "class"),
+        ({"text": "text", "stars": "others", "n": "ids", "m": "floats", "v": "ones"}, ["text"], "stars"),
+        ({"text": "text", "target": "classes", "topic": "text2"}, ["text", "topic"], "target"),
+        ({"text": "text", "target": "classes", "target_text": "words"}, ["text"], "target"),
         # the label in words is no second text
         ({"text": "text", "label": "classes", "label_text": "words"}, ["text"], "label"),
         ({"text": "text", "label": "words", "label_id": "classes"}, ["text"], "label"),
@@ -99,11 +110,15 @@ def found(names: dict[str, str]) -> tuple[tuple[str, ...], str]:
             "n",
         ),
         ({"text": "text", "n": "classes", "a": "uuid", "b": "link", "c": "day", "d": "digits"}, ["text"], "n"),
-        ({"text": "text", "n": "classes", "e": "empty", "g": "gaps", "h": "lists", "url": "text2"}, ["text"], "n"),
+        ({"text": "text", "n": "classes", "e": "empty", "h": "lists", "url": "text2"}, ["text"], "n"),
+        ({"text": "text", "label": "classes", "m": "na", "n": "na floats"}, ["text"], "label"),
         ({"text": "text", "n": "classes", "m": "ids"}, ["text"], "n"),
         # two texts
         ({"question": "text", "answer": "text2", "n": "classes"}, ["question", "answer"], "n"),
         ({"text": "text", "answer": "words"}, ["text"], "answer"),
+        ({"a": "files", "b": "codes", "n": "classes"}, ["a", "b"], "n"),
+        ({"a": "text", "b": "chinese", "n": "classes"}, ["a", "b"], "n"),
+        ({"review": "text", "n": "gaps"}, ["review"], "n"),  # and refused when it is read, with the row
         ({"text": "text", "n": "floats"}, ["text"], "n"),
     ],
     ids=str,
@@ -127,7 +142,17 @@ def test_the_only_reading_is_taken(names, texts, label):
         ),
         ({"review": "text", "Unnamed: 0": "counting"}, r"which column is the label\? Name it"),
         ({"review": "text", "n": "shuffled"}, r"which column is the label\? Name it"),
-        ({"review": "text", "n": "gaps"}, r"which column is the label\? Name it"),
+        ({"text": "text", "n": "classes", "g": "gaps"}, r"the label, n or g\? Name it"),
+        ({"text": "text", "n": "na floats", "m": "classes"}, r"the label, n or m\? Name it"),
+        ({"text": "text", "m": "na", "n": "floats"}, r"the label, m or n\? Name it"),
+        # a name that is not certain beats no other column that may be meant
+        ({"text": "text", "sentiment": "words", "quality": "others"}, r"the label, sentiment or quality\? Name it"),
+        ({"text": "text", "target": "classes", "polarity": "others"}, r"the label, target or polarity\? Name it"),
+        ({"comment": "text", "score": "ids", "sarcastic": "classes"}, r"the label, score or sarcastic\? Name it"),
+        ({"comment": "text", "score": "ids", "sarcastic": "na"}, r"the label, score or sarcastic\? Name it"),
+        # names of things
+        ({"a": "files", "text": "text", "n": "classes"}, r"is a, single words without a space, a text, or a name"),
+        ({"text": "text", "a": "codes", "n": "classes"}, r"is a, single .* with --text-columns: text a, or one of"),
         ({"review": "text", "price": "floats"}, r"which column is the label\? Name it"),
         ({"a": "text", "b": "text2"}, r"which column is the label\? Name it"),
         (
@@ -148,6 +173,58 @@ def test_two_readings_are_refused(names, said):
     with pytest.raises(UsageError, match=said) as refusal:
         found(names)
     assert "\n" not in str(refusal.value)
+
+
+def read_rows(folder, columns: dict[str, Callable[[int], Any]], **asked):
+    content = [{name: cell(i) for name, cell in columns.items()} for i in range(20)]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, content)))
+    return load_data(str(folder / "a.jsonl"), **asked)
+
+
+NAN_BODY = {
+    "title": COLUMNS["text"], "body": lambda i: float("nan") if i == 6 else f"a dog {i}", "label": COLUMNS["classes"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (NAN_BODY, r"the column body holds mixed types \(text, and NaN in row 7\); mend that row .* --text-columns"),
+        (
+            {"title": COLUMNS["text"], "body": lambda i: 3 if i == 6 else f"a dog {i}", "toxic": COLUMNS["classes"]},
+            r"the column body holds mixed types \(text, and 3 in row 7\)",
+        ),
+        (
+            {"a": COLUMNS["text"], "toxic": lambda i: str(i % 2) if i == 4 else i % 2, "n": lambda i: i // 2},
+            r"which column is the label, toxic or n\?",
+        ),
+        (
+            {"a": COLUMNS["text"], "toxic": lambda i: str(i % 2) if i == 4 else i % 2},
+            r'--label-column toxic: it holds mixed types \(numbers, and "0" in row 5\); labels are',
+        ),
+    ],
+    ids=["text", "number", "label", "one label"],
+)
+def test_a_column_of_several_kinds_does_not_vanish(columns, said, tmp_path):
+    with pytest.raises(UsageError, match=said):
+        read_rows(tmp_path, columns)
+
+
+def test_a_column_of_several_kinds_is_left_where_the_texts_are_named(tmp_path):
+    assert read_rows(tmp_path, NAN_BODY, text_columns=["title"]).text_columns == ("title",)
+    identified = {"title": COLUMNS["text"], "id": NAN_BODY["body"], "label": COLUMNS["classes"]}
+    assert read_rows(tmp_path, identified).text_columns == ("title",)
+
+
+def test_with_the_texts_named_a_column_of_few_words_may_be_the_label(tmp_path):
+    columns = {name: COLUMNS[kind] for name, kind in {"text": "text", "target": "classes", "v": "others"}.items()}
+    with pytest.raises(UsageError, match=r"which column is the label, target or v\?"):
+        read_rows(tmp_path, columns, text_columns=["text"])
+
+
+def test_a_hub_column_of_objects_in_lists_is_no_label():
+    rows = datasets.Dataset.from_dict({"text": ["a b", "c d"], "who": [[{"x": 1}], []], "n": [[[1]], []], "m": [0, 1]})
+    assert find_columns(rows, kinds_of(rows), None) == (("text",), ("m",))
 
 
 def test_the_user_decides_against_every_rule(tmp_path):

@@ -342,6 +342,14 @@ def test_a_workbook_of_several_readings_is_refused(sheets, said, tmp_path):
         read([tmp_path / "a.xlsx"])
 
 
+def test_a_date_among_the_texts_of_a_sheet_is_said(tmp_path):
+    """Excel makes a date of a text that looks like one."""
+    import datetime
+
+    found = files_module._sheet_cells(tmp_path, "text", ["a", None, datetime.datetime(2020, 1, 2), "b"])
+    assert found == 'mixed types (text, and "2020-01-02 00:00:00" in row 3)'
+
+
 def test_excel_needs_the_extra(tmp_path, monkeypatch):
     """Where openpyxl is not installed, one line says how to get it."""
     monkeypatch.setitem(sys.modules, "openpyxl", None)
@@ -499,6 +507,37 @@ def test_flat_lists_can_be_used_and_others_cannot(tmp_path):
     assert set(kinds.values()) == {"lists"}
 
 
+@pytest.mark.parametrize(
+    ("cells", "kind"),
+    [
+        (["a", 1, "b"], "mixed types (text, and 1 in row 2)"),
+        ([None, 1, "a", "b"], "mixed types (text, and 1 in row 2)"),
+        (["a", None, "b", float("nan")], "mixed types (text, and NaN in row 4)"),
+        ([True, 1, 1], "mixed types (numbers, and true in row 1)"),
+        ([{"en": "a"}, "a", "b"], 'mixed types (text, and {"en": "a"} in row 1)'),
+        (["a", "b", ["c"]], 'mixed types (text, and ["c"] in row 3)'),
+        ([1, 2, "x" * 50], 'mixed types (numbers, and "' + "x" * 39 + "... in row 3)"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("block", [1, 2, 1_000_000])
+def test_a_column_of_several_kinds_says_which_and_where(cells, kind, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(files_module, "CELLS", block)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"n": cell, "i": 1}) for cell in cells))
+    assert read([tmp_path / "a.jsonl"])[1] == {"n": kind, "i": "numbers"}
+
+
+def test_what_is_shown_of_an_odd_cell_can_be_printed(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"n": 1, "i": 1}\n{"n": 2, "i": 1}\n{"n": "\\ud83d\\n", "i": 1}\n')
+    assert read([tmp_path / "a.jsonl"])[1]["n"] == r'mixed types (numbers, and "\ud83d\n" in row 3)'
+
+
+@pytest.mark.parametrize("cells", [[[], None], [None, [], []]], ids=repr)
+def test_a_column_of_empty_lists_is_left_out(cells, tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"n": cell, "i": 1}) for cell in cells))
+    assert read([tmp_path / "a.jsonl"])[1] == {"n": "lists", "i": "numbers"}
+
+
 @pytest.mark.parametrize("block", [1, 2, 1_000_000])
 def test_values_of_json_decide_the_type_whatever_the_block(block, tmp_path, monkeypatch):
     monkeypatch.setattr(files_module, "CELLS", block)
@@ -517,7 +556,7 @@ def test_values_of_json_decide_the_type_whatever_the_block(block, tmp_path, monk
             {"text": "c", "whole": None, "late": 3, "some": "y", "yes": False},
         ]
         odd = {name: kind for name, kind in kinds.items() if kind not in ("text", "numbers")}
-        assert odd == {"mixed": "mixed types", "odd": "lists", "object": "objects"}
+        assert odd == {"mixed": 'mixed types (numbers, and "b" in row 2)', "odd": "lists", "object": "objects"}
 
 
 def test_parquet_of_pandas_is_read_without_its_index(tmp_path):

@@ -42,9 +42,9 @@ def test_a_text_that_names_its_label_is_noted(text, names, noted):
 
 
 def test_a_validation_text_in_training_is_noted(tmp_path):
-    content = [{"a": f"the cat {i}", "b": "sat", "label": i % 2} for i in range(12)]
+    content = [{"a": f"the cat {i}", "b": "it sat", "label": i % 2} for i in range(12)]
     write(tmp_path, "jsonl", "train", content)
-    write(tmp_path, "jsonl", "validation", [*content[:2], {"a": "the cat 3", "b": "ran", "label": 0}])
+    write(tmp_path, "jsonl", "validation", [*content[:2], {"a": "the cat 3", "b": "it ran", "label": 0}])
     note = load_data(str(tmp_path)).note
     assert "2 of 3 validation texts are in the training split too" in note
 
