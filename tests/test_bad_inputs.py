@@ -339,7 +339,7 @@ FILES = {
     "{unlabelled.csv}": r"--label-column label: every label is -1, the mark of a test set without labels",
     "{one-class.csv}": r"--label-column label: there is only one class \(0\) in the training split",
     "{lost-label.csv}": r"--label-column label: row 4 of the train split has no label \(1 in all\); fill it in",
-    "{nan.jsonl}": r"--label-column label: row 4 of the train split is nan \(1 in all\); write a number",
+    "{nan.jsonl}": r"--label-column label: row 4 of the train split has no label \(1 in all\); fill it in, or",
     "{infinite.csv}": r"--label-column label: row 4 of the train split is inf \(1 in all\); write a number",
     "{null-label.jsonl}": r"--label-column label: row 4 of the train split has no label \(1 in all\); fill it in",
     "{list-label.jsonl}": r"--label-column label: it holds lists; labels are words, whole numbers or floats",

@@ -46,6 +46,8 @@ NEITHER = {
 MOST_CLASSES = 1_000
 FEW_NUMBERS = 20  # of a column of numbers, which may then well be classes
 
+Kinds = Mapping[str, Mapping[str, str]]  # split -> column -> its kind
+
 
 class Labels(NamedTuple):
     """What the label column means."""
@@ -119,19 +121,20 @@ def read_labels(splits: Mapping[str, Any], columns: Sequence[str], task: Task | 
     import datasets
 
     column = columns[0]
-    types = {kinds_of(split)[column] for split in splits.values()}
+    kinds = {key: kinds_of(split) for key, split in splits.items()}
+    types = {some[column] for some in kinds.values()}
     if len(columns) > 1 or "lists" in types:
         what = "several columns" if len(columns) > 1 else "lists"
         if kind in ("single", "regression"):
             raise UsageError(f"--task {kind}: the label is in {what}, which are several classes; name one column")
-        return _several(splits, columns)
+        return _several(splits, kinds, columns)
     if kind == "multi":
         found = f"{column} is one column of {types.pop()}"
         raise UsageError(
             f"--task multi: {found}; name several columns of 0 and 1, or one of lists, with --label-column"
         )
 
-    cells = {key: _label_cells(split, column, key) for key, split in splits.items()}
+    cells = _label_cells(splits, kinds, column)
     _check_classes(cells, column, kind)
     feature = splits["train"].features[column]
     if isinstance(feature, datasets.ClassLabel) and kind != "regression":
@@ -151,21 +154,31 @@ def read_labels(splits: Mapping[str, Any], columns: Sequence[str], task: Task | 
 
 
 def drop_unlabelled(splits: Mapping[str, Any], columns: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """-> (the splits without the rows that have no label: an empty one, or -1 among whole numbers; what was left out).
+    """-> (the splits without the rows that have no label; what was left out).
 
-    Raises UsageError for a split of which nothing is left.
+    No label is an empty one, NaN, NA or the like, or -1 among whole numbers. Raises UsageError for a split of which
+    nothing is left.
     """
-    kept, counts = {}, []
+    import pyarrow as pa
+
+    kept, counts, words = {}, [], set[str]()
+    kinds = {key: kinds_of(rows) for key, rows in splits.items()}
+    numbers = {column: _all_are_numbers(splits, kinds, column) for column in columns}
     for key, rows in splits.items():
         missing = np.zeros(len(rows), bool)
         for column in columns:
-            missing |= _is_missing(_cells(rows, column), also=-1)
+            cells = _cells(rows, column)
+            lost = _is_missing(cells, numbers[column], also=-1)
+            if kind_of(cells.type) == "text":
+                words |= {word.strip() for word in cells.filter(pa.array(lost)).unique().to_pylist() if word}
+            missing |= lost
         kept[key] = rows.select(np.flatnonzero(~missing)) if missing.any() else rows
         if missing.all():
             raise UsageError(f"--label-column {' '.join(columns)}: no row of the {key} split has a label; name another")
         if missing.any():
             counts.append(f"{missing.sum():,} of {len(rows):,} {key} rows")
-    return kept, f"left out without a label (empty, or -1): {' and '.join(counts)}" if counts else ""
+    how = ", ".join(["empty", *sorted(words - {"", "-1"})])
+    return kept, f"left out without a label ({how}, or -1): {' and '.join(counts)}" if counts else ""
 
 
 def keep(rows: Any, kinds: Mapping[str, str], columns: Sequence[str], key: str) -> Any:
@@ -411,48 +424,82 @@ def _is_copy(rows: Any, column: str, label: str) -> bool:
 # --- what the labels mean ---------------------------------------------------------------------------------------------
 
 
-def _label_cells(split: Any, column: str, key: str) -> np.ndarray:
-    """(rows,) of int64, bool, float64 or, for words, object. Raises UsageError naming the first row without a label."""
+def _all_are_numbers(splits: Mapping[str, Any], kinds: Kinds, column: str) -> bool:
+    """Whether the labels of all splits are numbers, in words or not, but for those that say that there is none."""
+    alike = all(kinds[key][column] in ("numbers", "text") for key in splits)
+    return alike and all(_are_numbers(_cells(split, column)) for split in splits.values())
+
+
+def _check_missing(splits: Mapping[str, Any], kinds: Kinds, column: str) -> None:
+    """Refuse the first row without a label."""
+    numbers = _all_are_numbers(splits, kinds, column)
+    for key, split in splits.items():
+        kind, cells = kinds[key][column], _cells(split, column)
+        missing = _is_missing(cells, numbers, also=-1 if kind == "classes" else None)  # of names, none is -1's
+        if missing.any():
+            row, count, where = int(missing.argmax()), f"{missing.sum():,} in all", f"--label-column {column}"
+            if missing.all() and kind == "classes":
+                raise UsageError(
+                    f"{where}: every label of the {key} split is -1, the mark of a test set without labels"
+                )
+            word = (cells[row].as_py() or "").strip() if kind == "text" else ""
+            remedy = "fill it in, or leave such rows out with --drop-unlabelled"
+            text = f"row {row + 1} of the {key} split has no label ({'; '.join(filter(None, [word, count]))})"
+            raise UsageError(f"{where}: {text}; {remedy}")
+
+
+def _label_cells(splits: Mapping[str, Any], kinds: Kinds, column: str) -> dict[str, np.ndarray]:
+    """Split -> (rows,) of int64, bool, float64 or, for words, object. Refuses the first row without a label."""
     import pyarrow as pa
-
-    where, kind, cells = f"--label-column {column}", kinds_of(split)[column], _cells(split, column)
-    missing = _is_missing(cells, also=-1 if kind == "classes" else None)  # of names, none is -1's
-    if missing.any():
-        row, count = missing.argmax() + 1, f"{missing.sum():,} in all"
-        if missing.all() and kind == "classes":
-            raise UsageError(f"{where}: every label of the {key} split is -1, the mark of a test set without labels")
-        remedy = "fill it in, or leave such rows out with --drop-unlabelled"
-        raise UsageError(f"{where}: row {row} of the {key} split has no label ({count}); {remedy}")
-    if kind == "text" and not has_codes(cells):
-        for type_ in (pa.int64(), pa.float64()):  # "0" and "1"
-            with suppress(pa.ArrowInvalid):
-                cells = cells.cast(type_)
-                break
-    values: np.ndarray = cells.to_numpy()
-    bad = np.flatnonzero(~np.isfinite(values)) if values.dtype.kind == "f" else np.array([])
-    if len(bad):
-        shown = f"row {bad[0] + 1} of the {key} split is {values[bad[0]]} ({len(bad)} in all)"
-        raise UsageError(f"{where}: {shown}; write a number")
-    if values.dtype.kind in "iu":
-        return values.astype(np.int64)
-    return values.astype(np.float64) if values.dtype.kind == "f" else values
-
-
-def _is_missing(cells: Any, also: int | None) -> np.ndarray:
-    """(rows,) bool: which labels are null, an empty text, or the whole number `also`."""
     import pyarrow.compute as pc
 
-    missing: Any = pc.is_null(cells)
-    kind = kind_of(cells.type)
-    if kind == "text":
-        missing = pc.or_(missing, pc.fill_null(pc.equal(cells, ""), False))  # a lost label in a csv file
-    if also is not None and kind == "text":
-        missing = pc.or_(missing, pc.fill_null(pc.equal(cells, str(also)), False))
-    if also is not None and kind == "numbers" and str(cells.type) != "bool":
-        whole = pc.all(pc.equal(pc.floor(cells), cells)).as_py()  # among fractions -1 is a number like any other
-        if whole:
-            missing = pc.or_(missing, pc.fill_null(pc.equal(cells, also), False))
+    _check_missing(splits, kinds, column)
+    found, booleans = {}, any(str(_cells(split, column).type) == "bool" for split in splits.values())
+    for key, split in splits.items():
+        cells = _cells(split, column)
+        if kinds[key][column] == "text" and not has_codes(cells):
+            for type_ in (pa.bool_(),) if booleans else (pa.int64(), pa.float64()):  # "0" and "1"
+                with suppress(pa.ArrowInvalid):
+                    cells = pc.utf8_trim_whitespace(cells).cast(type_)
+                    break
+        values: np.ndarray = cells.to_numpy()
+        bad = np.flatnonzero(~np.isfinite(values)) if values.dtype.kind == "f" else np.array([])
+        if len(bad):
+            shown = f"row {bad[0] + 1} of the {key} split is {values[bad[0]]} ({len(bad)} in all)"
+            raise UsageError(f"--label-column {column}: {shown}; write a number")
+        dtype = {"i": np.int64, "u": np.int64, "f": np.float64}.get(values.dtype.kind, values.dtype)
+        found[key] = values.astype(dtype, copy=False)
+    return found
+
+
+def _is_missing(cells: Any, numbers: bool, also: int | None) -> np.ndarray:
+    """(rows,) bool: which labels are null, NaN, blank, or the whole number `also`.
+
+    Among `numbers` NA, None or ? is no label either. Among words NA may be one, and with `also` it is none.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    blank = r"^\s*$" if also is None else _NONE_AMONG_WORDS
+    missing = _none(cells, _NONE_AMONG_NUMBERS if numbers else blank)
+    if numbers:
+        cells = _as_numbers(cells)
+    if also is not None and kind_of(cells.type) == "text":
+        missing = pc.or_(missing, pc.fill_null(pc.equal(pc.utf8_trim_whitespace(cells), str(also)), False))
+    if also is not None and kind_of(cells.type) == "numbers" and str(cells.type) != "bool":
+        if not pa.types.is_integer(cells.type):
+            cells = cells.cast(pa.float64())  # underneath: of half a float, pyarrow knows no floor
+            given = cells.filter(pc.invert(missing))
+            if pc.any(pc.not_equal(pc.floor(given), given)).as_py():
+                return np.asarray(missing.to_numpy(), bool)  # among fractions -1 is a number like any other
+        missing = pc.or_(missing, pc.fill_null(pc.equal(cells, also), False))
     return np.asarray(missing.to_numpy(), bool)
+
+
+def _is_number(word: str) -> bool:
+    with suppress(ValueError):
+        return np.isfinite(float(word))
+    return False
 
 
 def _check_classes(cells: Mapping[str, np.ndarray], column: str, kind: str) -> None:
@@ -480,6 +527,12 @@ def _check_classes(cells: Mapping[str, np.ndarray], column: str, kind: str) -> N
 def _words(cells: Mapping[str, np.ndarray], column: str, task: Task | None) -> Labels:
     names = sorted(set(cells["train"]).union(*cells.values()))
     notes = [_only_elsewhere(cells)]
+    if lost := [repr(name) for name in names if re.fullmatch(_NONE_AMONG_WORDS, name)]:
+        remedy = "if that means that there is no label, leave such rows out with --drop-unlabelled"
+        notes.append(f"the labels hold {' and '.join(lost)}: {remedy}")
+    others = [repr(name) for name in names if not _is_number(name)]
+    if 0 < len(others) < len(names) / 2:
+        notes.append(f"beside numbers the labels hold {_listed(others, 4)}, taken as classes too")
     if task is not None and task.label_names is not None and set(names) <= set(task.label_names):
         names = list(task.label_names)
     alike: dict[str, list[str]] = {}
@@ -487,7 +540,7 @@ def _words(cells: Mapping[str, np.ndarray], column: str, task: Task | None) -> L
         alike.setdefault(" ".join(name.casefold().split()), []).append(repr(name))
     twins = [" and ".join(some) for some in alike.values() if some[1:]]
     notes += [f"the labels {some} are classes of their own" for some in twins]
-    return Labels(names, _numbered(cells, names, column), "; ".join(filter(None, notes[:3])))
+    return Labels(names, _numbered(cells, names, column), "; ".join(filter(None, notes[:5])))
 
 
 def _numbers(cells: Mapping[str, np.ndarray], column: str, task: Task | None, kind: str) -> Labels:
@@ -542,17 +595,12 @@ def _numbered(cells: Mapping[str, np.ndarray], classes: Sequence[Any], column: s
     return numbered
 
 
-def _several(splits: Mapping[str, Any], columns: Sequence[str]) -> Labels:
+def _several(splits: Mapping[str, Any], kinds: Kinds, columns: Sequence[str]) -> Labels:
     """Classes of which a row may have any number: see multilabel.py."""
     import datasets
 
-    for key, split in splits.items():
-        for column in columns:
-            missing = _is_missing(_cells(split, column), also=None)
-            if missing.any():
-                where = f"row {missing.argmax() + 1} of the {key} split has no label ({missing.sum():,} in all)"
-                remedy = "fill it in, or leave such rows out with --drop-unlabelled"
-                raise UsageError(f"--label-column {column}: {where}; {remedy}")
+    for column in columns:
+        _check_missing(splits, kinds, column)
     if len(columns) > 1:
         cells = {key: {column: _cells(split, column) for column in columns} for key, split in splits.items()}
         names, values = classes_of_columns(cells)

@@ -157,7 +157,7 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
         "--task", choices=("auto", "single", "multi", "regression"), default="auto",
         help="one class a text, any number of them, or a number; auto goes by the labels (default auto)",
     )  # fmt: skip
-    add("--drop-unlabelled", action="store_true", help="leave out rows whose label is empty or -1")
+    add("--drop-unlabelled", action="store_true", help="leave out rows whose label is empty, NA or -1")
     add("--separator", metavar="MARK", help="of a csv or tsv file: one character, or tab (default: found)")
     add("--encoding", metavar="NAME", help="of a text file, such as cp1252 (default: utf-8, or by its first bytes)")
     add(

@@ -312,7 +312,11 @@ def test_labels_of_every_kind(values, names, numbers, note):
         (["a", "", "b"], ["a"], r"row 2 of the train split has no label \(1 in all\); fill it in"),
         (["a", None, "b"], ["a"], r"row 2 of the train split has no label \(1 in all\); fill it in"),
         ([0, 1], [None, 1], r"row 1 of the validation split has no label"),
-        ([0.5, float("inf")], [0.5], r"row 2 of the train split is inf \(1 in all\); write a number"),
+        (["a", " ", "b"], ["a"], r"row 2 of the train split has no label \(1 in all\)"),
+        (["1", "NA", "0"], ["1"], r"row 2 of the train split has no label \(NA; 1 in all\); .* --drop-unlabelled"),
+        ([0.0, float("nan"), 1.0], [0.0], r"row 2 of the train split has no label \(1 in all\); .* --drop-unlabelled"),
+        ([0, 1], ["1", "?"], r"row 2 of the validation split has no label \(\?; 1 in all\)"),
+        (["NA", "NA"], ["NA"], r"row 1 of the train split has no label \(NA; 2 in all\)"),
     ],
     ids=str,
 )
@@ -329,6 +333,14 @@ def test_labels_that_cannot_be_are_refused(train, validation, said):
         ([1, 5], [3, 1], ["1", "3", "5"], [1, 0], "no training row has 3, which the validation split has"),
         (["Good", "bad"], ["good "], ["Good", "bad", "good "], [2], "the labels 'Good' and 'good ' are classes of"),
         ([-1, 0, 1], [0], ["-1", "0", "1"], [1], "if -1 means that there is no label, .* --drop-unlabelled"),
+        (
+            ["a", "NA"],
+            ["a"],
+            ["NA", "a"],
+            [1],
+            "the labels hold 'NA': if that means that there is no label, leave such",
+        ),
+        (["0", "1", "x"], ["x"], ["0", "1", "x"], [2], "beside numbers the labels hold 'x', taken as classes too"),
     ],
     ids=str,
 )
@@ -375,10 +387,55 @@ def test_a_task_that_labels_cannot_be_is_refused(values, kind, said):
         labels_of(values, values, kind=kind)
 
 
+@pytest.mark.parametrize("word", ["NA", "N/A", "NULL", "null", "NaN", "nan", "None", "none", r"\N", "#N/A", "?", " "])
+@pytest.mark.parametrize("others", [["1", "0"], ["0.5", "-1"], ["TRUE", "FALSE"]], ids=str)
+def test_among_numbers_a_word_for_nothing_is_no_label(word, others, tmp_path):
+    """As R's write.csv and a database's export have it; pandas' reader drops most of these words, and says nothing."""
+    rows = datasets.Dataset.from_dict({"label": [*others, f" {word}", *others]})
+    kept, note = drop_unlabelled({"train": rows}, ["label"])
+    assert kept["train"]["label"][:] == others * 2
+    told = f"empty, {word}, or -1" if word.strip() else "empty, or -1"
+    assert note == f"left out without a label ({told}): 1 of 5 train rows"
+
+
+@pytest.mark.parametrize("word", ["NA", "N/A", "NULL", "NaN", r"\N", "#N/A"])
+def test_among_words_it_may_be_a_class(word):
+    """NA is Namibia, too."""
+    values = ["a", "b", word, "b"]
+    labels = labels_of(values)
+    assert labels.names == sorted({*values})
+    assert f"the labels hold {word!r}: if that means that there is no label, " in labels.note
+    kept, note = drop_unlabelled({"train": datasets.Dataset.from_dict({"label": values})}, ["label"])
+    assert kept["train"]["label"][:] == ["a", "b", "b"] and f"(empty, {word}, or -1)" in note
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null", "na", "?"])
+def test_among_words_a_plain_word_is_a_class(word):
+    values = ["joy", word, "fear"]
+    assert labels_of(values).names == sorted(values) and labels_of(values).note == ""
+    assert drop_unlabelled({"train": datasets.Dataset.from_dict({"label": values})}, ["label"])[1] == ""
+
+
+def test_truth_values_are_the_same_beside_a_lost_one():
+    """R writes TRUE; a file with an NA among them stays text, and its fellow becomes booleans."""
+    kept, _ = drop_unlabelled(
+        {
+            "train": datasets.Dataset.from_dict({"label": [True, False]}),
+            "validation": datasets.Dataset.from_dict({"label": ["TRUE", "NA", "FALSE"]}),
+        },
+        ["label"],
+    )
+    labels = read_labels(kept, ["label"], None)
+    assert labels.names == ["False", "True"] and labels.values["validation"].tolist() == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("values", "left"),
     [
         (["a", "", None, "b"], ["a", "b"]),
+        (["a", " ", "b"], ["a", "b"]),
+        ([1.0, float("nan"), -1.0], [1.0]),
+        ([0.5, float("nan"), -1.0], [0.5, -1.0]),
         ([1, -1, None, 2], [1, 2]),
         ([1.0, -1.0, 2.0], [1.0, 2.0]),
         ([0.5, -1.0, None], [0.5, -1.0]),

@@ -16,7 +16,7 @@ from helpers import run_ranks
 from safetensors.torch import load_file
 from tables import write
 
-from nanofinetune.data.columns import read_labels
+from nanofinetune.data.columns import drop_unlabelled, read_labels
 from nanofinetune.data.load import label_values, load_data
 from nanofinetune.data.multilabel import METRICS, MultiLabelMetric
 from nanofinetune.data.tokens import tokenize
@@ -132,6 +132,14 @@ def test_a_column_of_more_than_yes_and_no_is_refused():
     rows = datasets.Dataset.from_dict({"a": [0, 1, 1], "b": [0, 1, 2]})
     with pytest.raises(UsageError, match=r"--label-column b: row 3 of the train split is 2; of several columns each"):
         read_labels({"train": rows}, ["a", "b"], None)
+
+
+def test_a_word_for_nothing_in_one_of_several_columns_is_no_label():
+    rows = datasets.Dataset.from_dict({"a": [0, 1, 1], "b": ["0", "NA", "1"]})
+    with pytest.raises(UsageError, match=r"b: row 2 of the train split has no label \(NA; 1 in all\)"):
+        read_labels({"train": rows}, ["a", "b"], None)
+    kept, _ = drop_unlabelled({"train": rows}, ["a", "b"])
+    assert read_labels(kept, ["a", "b"], None).values["train"].tolist() == [[0, 0], [1, 1]]
 
 
 def test_a_class_that_no_training_row_has_is_said():
