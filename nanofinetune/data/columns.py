@@ -12,6 +12,7 @@ Underneath: `datasets.Dataset.remove_columns` and `datasets.Dataset.rename_colum
   - the course names its columns itself; here they come from the user, the task table, or the only reading there is;
   - an index, an id, a date or the label in words is no text, and an index no label;
   - labels are checked first: transformers meets a gap in them as an index error or a NaN loss;
+  - a class of another split is the same by name, not by number;
   - a refusal names columns, row and option.
 
 Proof: test_columns_are_found_by_themselves, test_two_readings_are_refused in tests/data/test_columns.py.
@@ -23,6 +24,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,6 +124,7 @@ def read_labels(splits: Mapping[str, Any], columns: Sequence[str], task: Task | 
 
     column = columns[0]
     kinds = {key: kinds_of(split) for key, split in splits.items()}
+    _check_kinds(splits, kinds, columns)
     types = {some[column] for some in kinds.values()}
     if len(columns) > 1 or "lists" in types:
         what = "several columns" if len(columns) > 1 else "lists"
@@ -136,9 +139,11 @@ def read_labels(splits: Mapping[str, Any], columns: Sequence[str], task: Task | 
 
     cells = _label_cells(splits, kinds, column)
     _check_classes(cells, column, kind)
-    feature = splits["train"].features[column]
-    if isinstance(feature, datasets.ClassLabel) and kind != "regression":
-        return Labels(list(feature.names), _numbered(cells, range(len(feature.names)), column), "")
+    features = {key: split.features[column] for key, split in splits.items()}
+    named = {key: list(f.names) for key, f in features.items() if isinstance(f, datasets.ClassLabel)}
+    cells, names, note = _by_name(cells, named, column, kind) if named else (cells, None, "")
+    if names is not None:
+        return Labels(names, _numbered(cells, range(len(names)), column), note)
     text = [key for key, values in cells.items() if values.dtype.kind == "O"]
     if text and len(text) < len(cells):
         some = _listed(map(repr, sorted(set(cells[text[0]]))), 4)
@@ -150,7 +155,8 @@ def read_labels(splits: Mapping[str, Any], columns: Sequence[str], task: Task | 
     if text and kind == "regression":
         shown = _listed(map(repr, sorted(set(cells["train"]))), 4)
         raise UsageError(f"--task regression: the labels in {column} are text ({shown}); name a column of numbers")
-    return _words(cells, column, task) if text else _numbers(cells, column, task, kind)
+    labels = _words(cells, column, task) if text else _numbers(cells, column, task, kind)
+    return labels._replace(note="; ".join(filter(None, [note, labels.note])))
 
 
 def drop_unlabelled(splits: Mapping[str, Any], columns: Sequence[str]) -> tuple[dict[str, Any], str]:
@@ -424,6 +430,23 @@ def _is_copy(rows: Any, column: str, label: str) -> bool:
 # --- what the labels mean ---------------------------------------------------------------------------------------------
 
 
+def _check_kinds(splits: Mapping[str, Any], kinds: Kinds, columns: Sequence[str]) -> None:
+    """Refuse what is no label in some split, and lists where they cannot be."""
+    for column in columns:
+        found = {key: some[column] for key, some in kinds.items()}
+        odd = [key for key, kind in found.items() if kind not in ("classes", "numbers", "text", "lists")]
+        lists = [key for key, kind in found.items() if kind == "lists"]
+        odd += [key for key in lists if kind_of(_cells(splits[key], column).type.value_type) in ("lists", "objects")]
+        if odd:
+            raise UsageError(f"--label-column {column}: the {odd[0]} split holds {found[odd[0]]}, which are no labels")
+        if lists and len(columns) > 1:
+            raise UsageError(f"--label-column {column}: it holds lists; of several columns each holds 0 and 1")
+        if lists and len(lists) < len(found):
+            other = next(key for key in found if key not in lists)
+            text = f"the {other} split holds {found[other]} and the {lists[0]} split lists"
+            raise UsageError(f"--label-column {column}: {text}; write both alike")
+
+
 def _all_are_numbers(splits: Mapping[str, Any], kinds: Kinds, column: str) -> bool:
     """Whether the labels of all splits are numbers, in words or not, but for those that say that there is none."""
     alike = all(kinds[key][column] in ("numbers", "text") for key in splits)
@@ -496,10 +519,54 @@ def _is_missing(cells: Any, numbers: bool, also: int | None) -> np.ndarray:
     return np.asarray(missing.to_numpy(), bool)
 
 
+def _by_name(
+    cells: Mapping[str, np.ndarray], named: Mapping[str, list[str]], column: str, kind: str
+) -> tuple[dict[str, np.ndarray], list[str] | None, str]:
+    """Labels, and names of classes that some splits have -> (labels that mean the same in all, the names, a note).
+
+    Names are None where the labels are what a table without names has: words, or numbers.
+    """
+    # underneath: datasets' class_encode_column numbers each split by itself, so that 0 is another class in each
+    first, taken, notes = next(iter(named)), dict(cells), list[str]()
+    plain = [key for key, values in cells.items() if key not in named and values.dtype.kind != "O"]
+    differ = [key for key, names in named.items() if names != named[first]]
+    numbers = [name for names in named.values() for i, name in enumerate(names) if _is_number(name) and name != str(i)]
+    if kind == "regression" and all(map(_is_number, chain(*named.values()))):
+        numbered = {key: _as_words(cells[key], names, key, column) for key, names in named.items()}
+        return taken | {key: values.astype(np.float64) for key, values in numbered.items()}, None, ""
+    if "train" not in named and cells["train"].dtype.kind == "O":
+        return taken | {key: _as_words(cells[key], names, key, column) for key, names in named.items()}, None, ""
+    if (plain and (numbers or differ)) or (kind == "regression" and differ):
+        key, other = (plain[0], "has numbers") if plain else (differ[0], _listed(named[differ[0]], 4))
+        text = f"the {first} split names its classes {_listed(named[first], 4)}, and the {key} split {other}"
+        raise UsageError(f"--label-column {column}: {text}; write both alike")
+    for key in plain:
+        _as_words(cells[key], named[first], key, column)
+        if named[first] != [str(i) for i in range(len(named[first]))]:
+            notes.append(f"the numbers of the {key} split are the classes {_listed(named[first], 4)} in this order")
+    if "train" not in named or kind == "regression":
+        return taken, None, "; ".join(notes)
+    all_names = list(named["train"])
+    for key in (key for key in cells if key not in plain and named.get(key) != named["train"]):
+        told = _as_words(cells[key], named[key], key, column) if key in named else cells[key]
+        if new := sorted(set(told) - set(all_names)):
+            all_names += new
+            notes.append(f"the training split has no class {_listed(new, 4)}, which the {key} split has")
+        taken[key] = _numbered({key: told}, all_names, column)[key]
+    _as_words(cells["train"], named["train"], "train", column)
+    return taken, all_names, "; ".join(notes)
+
+
 def _is_number(word: str) -> bool:
     with suppress(ValueError):
         return np.isfinite(float(word))
     return False
+
+
+def _as_words(values: np.ndarray, names: Sequence[str], key: str, column: str) -> np.ndarray:
+    """Numbers of classes -> their names."""
+    places = _numbered({key: values}, range(len(names)), column)[key]
+    return np.array(names, object)[places]
 
 
 def _check_classes(cells: Mapping[str, np.ndarray], column: str, kind: str) -> None:
@@ -605,8 +672,8 @@ def _several(splits: Mapping[str, Any], kinds: Kinds, columns: Sequence[str]) ->
         cells = {key: {column: _cells(split, column) for column in columns} for key, split in splits.items()}
         names, values = classes_of_columns(cells)
     else:
-        feature = getattr(splits["train"].features[columns[0]], "feature", None)
-        named = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        items = {key: getattr(split.features[columns[0]], "feature", None) for key, split in splits.items()}
+        named = {key: list(item.names) for key, item in items.items() if isinstance(item, datasets.ClassLabel)}
         lists = {key: _cells(split, columns[0]) for key, split in splits.items()}
         names, values = classes_of_lists(lists, columns[0], named)
     empty = [name for name, count in zip(names, values["train"].sum(0), strict=True) if count == 0]

@@ -20,7 +20,7 @@ Proof: test_scores_of_several_labels_equal_sklearn, test_the_loss_is_transformer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,21 +55,31 @@ def classes_of_columns(splits: Mapping[str, Mapping[str, Any]]) -> tuple[list[st
 
 
 def classes_of_lists(
-    splits: Mapping[str, Any], column: str, names: list[str] | None = None
+    splits: Mapping[str, Any], column: str, named: Mapping[str, list[str]] | None = None
 ) -> tuple[list[str], dict[str, np.ndarray]]:
     """Split -> a column of lists -> (names, split -> (rows, classes) float32 of 0.0 and 1.0).
 
-    A list holds the words that a row has, or 0 or 1 for every class in turn; with `names` it holds numbers of them.
-    Raises UsageError for any other list.
+    A list holds the words that a row has, or 0 or 1 for every class in turn. Of a split in `named` it holds numbers of
+    these names, which stand for the same class by name, not by number. Raises UsageError for any other list.
     """
     lists = {key: cells.to_pylist() for key, cells in splits.items()}
-    items = {item for rows in lists.values() for row in rows for item in row}
     where = f"--label-column {column}"
-    if names is None and all(isinstance(item, str) for item in items):
-        names = sorted(items)
+    for key, known in (named or {}).items():
+        lists[key] = [
+            [_name_of(item, known, f"{where}: row {i} of the {key} split") for item in row]
+            for i, row in enumerate(lists[key], 1)
+        ]
+    items = {item for rows in lists.values() for row in rows for item in row}
+    names = list((named or {}).get("train", ()))
+    if names or all(isinstance(item, str) for item in items):
+        names += sorted({item for item in items if isinstance(item, str)} - set(names))
         places = {name: i for i, name in enumerate(names)}
-        lists = {key: [[places[item] for item in row] for row in rows] for key, rows in lists.items()}
-    elif names is None:
+        for key, rows in lists.items():
+            for i, row in enumerate(rows, 1):
+                if odd := [item for item in row if item not in places]:
+                    raise UsageError(f"{where}: row {i} of the {key} split has {odd[0]}, which is no class")
+            lists[key] = [[places[item] for item in row] for row in rows]
+    else:
         lengths = {len(row) for rows in lists.values() for row in rows}
         if len(lengths) > 1 or None in items or any(np.isnan(_yes_or_no(item)) for item in items):
             raise UsageError(f"{where}: its lists are neither of words, nor of one 0 or 1 for each class; write such")
@@ -80,10 +90,14 @@ def classes_of_lists(
     values = {key: np.zeros((len(rows), len(names)), np.float32) for key, rows in lists.items()}
     for key, rows in lists.items():
         for i, row in enumerate(rows):
-            if outside := [item for item in row if item is None or not 0 <= item < len(names)]:
-                raise UsageError(f"{where}: row {i + 1} of the {key} split has {outside[0]}, which is no class")
             values[key][i, row] = 1
     return names, values
+
+
+def _name_of(item: Any, names: Sequence[str], where: str) -> str:
+    if item is None or not 0 <= item < len(names):
+        raise UsageError(f"{where} has {item}, which is no class")
+    return names[item]
 
 
 def _yes_or_no(value: Any) -> float:

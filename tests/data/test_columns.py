@@ -317,6 +317,11 @@ def test_labels_of_every_kind(values, names, numbers, note):
         ([0.0, float("nan"), 1.0], [0.0], r"row 2 of the train split has no label \(1 in all\); .* --drop-unlabelled"),
         ([0, 1], ["1", "?"], r"row 2 of the validation split has no label \(\?; 1 in all\)"),
         (["NA", "NA"], ["NA"], r"row 1 of the train split has no label \(NA; 2 in all\)"),
+        (["spam", "ham"], [["spam"]], r"the train split holds text and the validation split lists; write both alike"),
+        ([1, 0], [[1], [0]], r"the train split holds numbers and the validation split lists; write both alike"),
+        ([[1, 0], [0, 1]], [1], r"the validation split holds numbers and the train split lists; write both alike"),
+        ([[1, 0], [0, 1]], [[[1]]], r"the validation split holds lists, which are no labels"),
+        ([0.5, float("inf")], [0.5], r"row 2 of the train split is inf \(1 in all\); write a number"),
     ],
     ids=str,
 )
@@ -427,6 +432,115 @@ def test_truth_values_are_the_same_beside_a_lost_one():
     )
     labels = read_labels(kept, ["label"], None)
     assert labels.names == ["False", "True"] and labels.values["validation"].tolist() == [1, 0]
+
+
+# --- classes that have names ------------------------------------------------------------------------------------------
+
+
+def named_table(values: list, names: list[str] | None) -> datasets.Dataset:
+    rows = datasets.Dataset.from_dict({"text": [f"the cat {i}" for i in range(len(values))], "label": values})
+    label: Any = names and datasets.ClassLabel(names=names)
+    return (
+        rows.cast_column("label", datasets.Sequence(label) if isinstance(values[0], list) else label) if names else rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "names", "numbers", "note"),
+    [
+        (([0, 1, 2], "abc"), ([0, 1], "bc"), "abc", [1, 2], ""),
+        (([0, 1, 2], "abc"), ([0, 1], "cb"), "abc", [2, 1], ""),
+        (([0, 1], "bc"), ([0, 2], "abc"), "bca", [2, 1], "the training split has no class a, which the validation"),
+        (([0, 1], "bc"), ([1, 2], "abc"), "bc", [0, 1], ""),
+        (([0, 1], "bc"), (["c", "d"], None), "bcd", [1, 2], "the training split has no class d, which the validation"),
+        (([0, 1], "bc"), ([1, 0], None), "bc", [1, 0], "numbers of the validation split are the classes b, c in this"),
+        (([0, 1], "01"), ([1, 0], None), "01", [1, 0], ""),
+        ((["c", "b"], None), ([0, 1], "bd"), "bcd", [0, 2], "no training row has d, which the validation split has"),
+        (([1, 0], None), ([0, 1], "bc"), "01", [0, 1], "the numbers of the train split are the classes b, c in this"),
+        (
+            ([[0], [1]], "bc"),
+            ([[0], [1, 2], []], "abc"),
+            "bca",
+            [[0, 0, 1], [1, 1, 0], [0, 0, 0]],
+            "training row has a",
+        ),
+        (([[0], [1]], "bc"), ([["c"], ["b"]], None), "bc", [[0, 1], [1, 0]], ""),
+        (([["c"], ["b"]], None), ([[0], [1]], "bd"), "bcd", [[1, 0, 0], [0, 0, 1]], "no training row has d"),
+    ],
+    ids=str,
+)
+def test_named_classes_are_the_same_by_name_where_their_numbers_differ(train, validation, names, numbers, note):
+    splits = {
+        key: named_table(values, some and list(some))
+        for key, (values, some) in {"train": train, "validation": validation}.items()
+    }
+    labels = read_labels(splits, ["label"], None)
+    assert labels.names == list(names) and labels.values["validation"].tolist() == numbers
+    assert note in labels.note and bool(note) == bool(labels.note)
+
+
+def test_class_encode_column_numbers_each_split_by_itself(tmp_path):
+    """What `datasets` writes of a validation split that lacks a class: its 0 is b, and in the training split a."""
+    splits = {"train": list("abc") * 5, "validation": list("bc") * 5}
+    made = datasets.DatasetDict({key: named_table(labels, None) for key, labels in splits.items()})
+    made = made.class_encode_column("label")
+    assert made["train"][1]["label"] == 1 and made["validation"][0]["label"] == 0  # both are b
+    for key, rows in made.items():
+        with (tmp_path / f"{key}.parquet").open("wb") as file:
+            rows.to_parquet(file)
+    data = load_data(str(tmp_path))
+    assert data.label_names == ["a", "b", "c"] and data.splits["validation"]["label"][:] == [1, 2] * 5
+
+
+@pytest.mark.parametrize(("second", "names"), [([0, 1] * 5, ["b", "c"]), ([0, 1] * 5, None)], ids=str)
+def test_parts_that_name_other_classes_are_refused(second, names, tmp_path):
+    """pyarrow, with which `datasets` reads them, keeps the first part's names for all."""
+    parts = {"train-00000-of-00002": ([0, 1, 2] * 5, list("abc")), "train-00001-of-00002": (second, names)}
+    for name, (values, some) in {**parts, "validation": ([0, 1] * 5, list("abc"))}.items():
+        with (tmp_path / f"{name}.parquet").open("wb") as file:
+            named_table(values, some).to_parquet(file)
+    with pytest.raises(UsageError, match=r"its classes of label are not those of train-00000-of-00002.parquet"):
+        load_data(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "kind", "said"),
+    [
+        (
+            ([0, 1], "15"),
+            ([1, 5], None),
+            "auto",
+            "the train split names its classes 1, 5, and the validation split has n",
+        ),
+        (
+            ([1, 5], None),
+            ([0, 1], "15"),
+            "auto",
+            "the validation split names its classes 1, 5, and the train split has n",
+        ),
+        (([0, 1], "xy"), ([0, 1], "yx"), "regression", "names its classes x, y, and the validation split y, x; write"),
+        (([0, 1], "xy"), ([0, 2], None), "auto", "the validation split has the label 2, which is not one of the 2"),
+        (([[0], [1]], "xy"), ([[0], [1]], None), "auto", "row 1 of the validation split has 0, which is no class"),
+        (([[0, 1], [1, 0]], None), ([[0], [1]], "xy"), "auto", "its lists are neither of words, nor of one 0 or 1"),
+    ],
+    ids=str,
+)
+def test_names_and_numbers_that_may_not_be_the_same_are_refused(train, validation, kind, said):
+    splits = {
+        key: named_table(values, some and list(some))
+        for key, (values, some) in {"train": train, "validation": validation}.items()
+    }
+    with pytest.raises(UsageError, match=said):
+        read_labels(splits, ["label"], None, kind)
+
+
+def test_named_numbers_are_regressed_on_as_what_they_say():
+    splits = {"train": named_table([0, 1, 1], ["1", "5"]), "validation": named_table([0, 1, 1], ["5", "1"])}
+    labels = read_labels(splits, ["label"], None, "regression")
+    assert {key: values.tolist() for key, values in labels.values.items()} == {
+        "train": [1, 5, 5],
+        "validation": [5, 1, 1],
+    }
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,12 @@ def test_a_column_of_more_than_yes_and_no_is_refused():
         read_labels({"train": rows}, ["a", "b"], None)
 
 
+def test_lists_beside_other_columns_are_refused():
+    rows = datasets.Dataset.from_dict({"a": [0, 1, 1], "b": [[0], [1], []]})
+    with pytest.raises(UsageError, match=r"--label-column b: it holds lists; of several columns each holds 0 and 1"):
+        read_labels({"train": rows}, ["a", "b"], None)
+
+
 def test_a_word_for_nothing_in_one_of_several_columns_is_no_label():
     rows = datasets.Dataset.from_dict({"a": [0, 1, 1], "b": ["0", "NA", "1"]})
     with pytest.raises(UsageError, match=r"b: row 2 of the train split has no label \(NA; 1 in all\)"):
