@@ -257,7 +257,7 @@ def encode(
 
     layers = layers_of(self)
     # underneath: hooks collect what layers return; and checkpointing computes a layer again when its layout is gone
-    full = bool(_active_collector.get()) or getattr(layers[0], "gradient_checkpointing", False)
+    full = bool(_active_collector.get()) or any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
     full = full or not model.head_reads  # the encoder was called by itself, for its tokens
     full = full or any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))  # MPNet's way
     full = full or not kwargs.get("return_dict", True)

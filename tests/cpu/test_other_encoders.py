@@ -8,16 +8,18 @@ afterwards does, is in test_lean.py.
 
 import copy
 import re
+from functools import partial
 from types import MethodType
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from nanofinetune.accelerator import Accelerator
 from nanofinetune.cpu.dropout import EXACT, KINDS, use_exact_dropout, use_fast_dropout
-from nanofinetune.cpu.lean import ENCODERS, use_lean_encoder
+from nanofinetune.cpu.lean import ENCODERS, layers_of, use_lean_encoder
 
 SIZES = {
     "vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64,
@@ -244,6 +246,28 @@ def test_an_exception_in_the_model_leaves_the_encoder_whole_for_others():
         ours(**batch | {"labels": torch.tensor([0, 1, 2, 9])})
     batch.pop("labels")
     assert ours.base_model(**batch).last_hidden_state.shape[1] == 60
+
+
+# --- what somebody changes, before or afterwards ----------------------------------------------------------------------
+
+six_kinds = pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "electra", "mpnet", "albert"])
+
+
+def encoder_of(model):
+    return model.get_submodule(ENCODERS[type(model).__name__])
+
+
+@pytest.mark.parametrize("checkpointed", [(1,), (2,), (0, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "electra"])
+def test_checkpointing_of_some_layers_matches_the_whole_model(kind, checkpointed):
+    """A layer that is computed again in backward has no layout then, and drew other masks."""
+    whole, ours = (model.double().train() for model in pair(kind, 0.5))
+    for model in (whole, ours):
+        for i in checkpointed:
+            layer = layers_of(encoder_of(model))[i]
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    assert_same(whole, ours, batch_of(LENGTHS["much padding"]), 0.0)
 
 
 # --- MPNet, whose layers are its own ----------------------------------------------------------------------------------
