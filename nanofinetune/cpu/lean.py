@@ -297,7 +297,7 @@ def last_layer(
     key, value = (by_heads(layout.unpack(part(hidden_states)), parts.heads) for part in (parts.key, parts.value))
     mask = None if attention_mask is None else attention_mask[:, :, :1]
     attend = ATTENTIONS[self.attends_by]
-    dropout = parts.dropout if self.training else 0.0
+    dropout = parts.dropout if parts.attention.training else 0.0  # its own mode: it may be frozen alone
     out, _ = attend(
         parts.attention, query, key, value, mask, dropout=dropout, scaling=parts.attention.scaling,
         queries=layout.length,

@@ -257,6 +257,43 @@ def encoder_of(model):
     return model.get_submodule(ENCODERS[type(model).__name__])
 
 
+def part(model, *names):
+    """A module of the last layer: the first one that has one of these names."""
+    return next(m for name, m in layers_of(encoder_of(model))[-1].named_modules() if name.rpartition(".")[2] in names)
+
+
+def attention_of(model):
+    """The module that takes its own mode for the scores' dropout."""
+    return next(m for name, m in layers_of(encoder_of(model))[-1].named_modules() if hasattr(m, "attention_head_size"))
+
+
+def with_another_p(model):
+    for module in attention_of(model).modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+
+
+MODES = {
+    "attention": lambda model: part(model, "attention").eval(),
+    "self-attention": lambda model: attention_of(model).eval(),
+    "a dropout": lambda model: next(m for m in attention_of(model).modules() if isinstance(m, nn.Dropout)).eval(),
+    "the last layer": lambda model: layers_of(encoder_of(model))[-1].eval(),
+    "all but attention": lambda model: attention_of(model.eval()).train(),
+    "p of a dropout": with_another_p,
+}
+
+
+@pytest.mark.parametrize("change", MODES.values(), ids=MODES)
+@six_kinds
+def test_a_mode_of_its_own_matches_the_whole_one(kind, change):
+    """Of one module, frozen alone: it stays lean, and drops what the whole one drops."""
+    whole, ours = (model.double().train() for model in pair(kind, 0.5))
+    for model in (whole, ours):
+        change(model)
+    assert_same(whole, ours, batch_of(LENGTHS["much padding"]), 1e-12)
+    assert is_lean(ours, batch_of(LENGTHS["much padding"]))
+
+
 @pytest.mark.parametrize("checkpointed", [(1,), (2,), (0, 2)], ids=str)
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "electra"])
 def test_checkpointing_of_some_layers_matches_the_whole_model(kind, checkpointed):
