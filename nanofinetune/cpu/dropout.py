@@ -117,6 +117,12 @@ def torchs_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     return sdpa_attention_forward(*args, **kwargs)
 
 
+def wants_more(module: nn.Module, given: dict[str, Any]) -> bool:
+    """Whether transformers' attention was asked for what ours does not do: a causal one, a bias, a cache, a cap."""
+    causal = getattr(module, "is_causal", False) if given.get("is_causal") is None else given["is_causal"]
+    return bool(causal) or any(given.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+
+
 def by_heads(x: Tensor, heads: int) -> Tensor:
     """(B, S, heads x width) -> (B, heads, S, width)"""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -134,7 +140,7 @@ def exact_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """softmax(QKᵀ/√width + mask)V, as torch's scaled_dot_product_attention -> (B, queries, heads, width)."""
-    leave_to_torch = not 0 < dropout < 1 or recorded(query) or query.device.type != "cpu"
+    leave_to_torch = not 0 < dropout < 1 or recorded(query) or query.device.type != "cpu" or wants_more(module, kwargs)
     if attention_mask is not None and not leave_to_torch:  # underneath: torch gives zeros for a fully masked row
         leave_to_torch = attention_mask.dtype != torch.bool or not bool(attention_mask.any(-1).all())
     if leave_to_torch:
@@ -165,7 +171,9 @@ def fast_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """exact_attention with fast_noise, all of it in the dtype of the query."""
-    if not dropout or recorded(query) or (attention_mask is not None and attention_mask.dtype != torch.bool):
+    if not dropout or recorded(query) or wants_more(module, kwargs):
+        return torchs_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
         return torchs_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     with torch.autocast("cpu", enabled=False):  # autocast would copy the scores to fp32 for the softmax, and back
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -220,7 +228,13 @@ def register_attentions() -> None:
 
 
 def _is_plain(model: Any) -> bool:
-    return model.config._attn_implementation in ("sdpa", *ATTENTIONS)
+    """Whether a model attends as transformers' sdpa does, which nobody has replaced in transformers' tables."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    theirs = AttentionInterface()["sdpa"], AttentionMaskInterface()["sdpa"]
+    return model.config._attn_implementation in ("sdpa", *ATTENTIONS) and theirs == (sdpa_attention_forward, sdpa_mask)
 
 
 def _replace(model: nn.Module, kind: type[nn.Dropout]) -> None:

@@ -234,6 +234,9 @@ def has_own_forward(module: nn.Module) -> bool:
     return own is not None and getattr(own, "forward", None) != type(module).forward.__get__(module)
 
 
+UNREAD = {"return_dict", "position_ids", "num_items_in_batch"}  # what a layer may be given, and does nothing with
+
+
 def begin(model: Any, inputs: Any) -> None:
     """Before the model's forward: its head will read the first token alone. Someone else may read them all."""
     model.head_reads = True
@@ -259,8 +262,9 @@ def encode(
     # underneath: hooks collect what layers return; and checkpointing computes a layer again when its layout is gone
     full = bool(_active_collector.get()) or any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
     full = full or not model.head_reads  # the encoder was called by itself, for its tokens
-    full = full or any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))  # MPNet's way
-    full = full or not kwargs.get("return_dict", True)
+    asked = [value for name, value in kwargs.items() if name not in UNREAD]  # hidden states, a bias for the scores, ...
+    full = full or any(value is not None and value is not False for value in asked)
+    full = full or bool(args) or not kwargs.get("return_dict", True)
     mask = mpnet.padding_mask(attention_mask)
     layout = None if full or build_of(model, self) != build else layout_of(hidden_states, mask)
     if layout is None:

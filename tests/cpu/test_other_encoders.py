@@ -307,6 +307,25 @@ def test_checkpointing_of_some_layers_matches_the_whole_model(kind, checkpointed
     assert_same(whole, ours, batch_of(LENGTHS["much padding"]), 0.0)
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "distilbert", "albert"])
+def test_what_only_transformers_attention_does_matches_the_whole_one(kind):
+    """A bias for the scores, as an argument of the model: ours took no notice of it."""
+    whole, ours = (model.double().train() for model in pair(kind, 0.5))
+    bias = torch.randn(1, 2, 60, 60, dtype=torch.float64)
+    batch = batch_of(LENGTHS["much padding"])
+    found = [run(model, batch, position_bias=bias)[0].logits for model in (whole, ours)]
+    assert torch.equal(*found) and not torch.equal(found[0], run(whole, batch)[0].logits)
+
+
+def test_an_attention_of_ones_own_under_sdpas_name_is_kept(monkeypatch):
+    from transformers import AttentionInterface
+
+    model = made("bert")
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", lambda *args, **kwargs: 1 / 0)
+    use_exact_dropout(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 # --- MPNet, whose layers are its own ----------------------------------------------------------------------------------
 
 
