@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -182,6 +183,16 @@ def tiny_bert(num_labels: int = 2, dropout: float = 0.1, seed: int = 0):
         hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
     )  # fmt: skip
     return BertForSequenceClassification(config)
+
+
+@contextmanager
+def unseen():
+    """Within, hooks leave a lean encoder lean: under anybody's it computes the whole, and a test's only look on."""
+    from nanofinetune.cpu import lean
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lean, "hooked", lambda modules: False)
+        yield
 
 
 def save_tiny_model(folder: Path, tokenizer_dir: str, **settings) -> str:

@@ -13,23 +13,35 @@ Underneath: the encoders of BERT, RoBERTa, ELECTRA, ALBERT, DistilBERT and MPNet
   - here each layer works on one (1, tokens, width) tensor without padding; only attention sees (B, S) again;
   - in the last layer only keys and values are computed for all tokens;
   - kept: losses and gradients but for rounding, dropout bit for bit;
-  - left to transformers: other masks, gradient checkpointing, `output_hidden_states`, a model changed afterwards
-    (layers, attention, adapters, head), and whatever records operations (compile, export, trace).
+  - left to transformers: other masks, gradient checkpointing, `output_hidden_states`, a model that somebody changed
+    (layers, attention, adapters, head, methods) or hooks, and whatever records operations (compile, export, trace).
 
-Proof: test_a_lean_model_matches_the_whole_one, test_dropout_matches_the_whole_one in tests/cpu/test_lean.py.
+Proof: test_a_lean_model_matches_the_whole_one in tests/cpu/test_lean.py,
+test_a_changed_model_matches_the_changed_whole_one in tests/cpu/test_other_encoders.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import copy
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as registrations
 
 from nanofinetune.cpu import mpnet
-from nanofinetune.cpu.dropout import ATTENTIONS, TABLE, ExactDropout, attend_with, by_heads, recorded, torch_noise
+from nanofinetune.cpu.dropout import (
+    ATTENTIONS,
+    TABLE,
+    ExactDropout,
+    FastDropout,
+    attend_with,
+    by_heads,
+    recorded,
+    torch_noise,
+)
 
 MULTIPLE = 32  # packed tokens are filled up to a multiple: oneDNN compiles a bf16 product for each new number of rows
 LEAST = 0.1  # the share of positions that must be padding before packing pays
@@ -218,21 +230,80 @@ def layers_of(encoder: Any) -> list[Any]:
     return [layer for group in calls for layer in groups[group].albert_layers]
 
 
+# --- whether the model is as it was built, and nobody looks on --------------------------------------------------------
+
+METHODS = ("forward", "feed_forward_chunk", "ff_chunk", "compute_position_bias")  # what a layer is computed with
+LIBRARIES = ("transformers.", "torch.nn.modules.", "nanofinetune.cpu.")  # whose methods these are
+LOOKERS = ("transformers.utils.output_capturing", "torch.utils.module_tracker")  # whose hooks change nothing
+
+
+def modules_of(model: Any) -> list[nn.Module]:
+    """The model and all modules in it but embeddings, which are computed as ever."""
+    found, seen = [model], {model}
+    for module in found:  # underneath: nn.Module.modules() makes every one's name, which takes far longer
+        new = [m for m in module._modules.values() if m not in seen and m is not None]
+        found += [m for m in new if not isinstance(m, nn.Embedding)]
+        seen.update(new)
+    return found
+
+
+def build_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """What `encode` counts on: each module's class, what stands in place of its methods, and how it attends."""
+    names = {*METHODS, "is_causal"}
+    return [(type(m), () if vars(m).keys().isdisjoint(names) else particulars(m)) for m in modules]
+
+
+def particulars(module: Any) -> tuple[Any, ...]:
+    """A module's methods that are not its class's, and how it attends, if it does."""
+    own = vars(module)
+    found = [getattr(own[name], "func", own[name]) for name in METHODS if name in own]
+    if found and getattr(own.get("forward"), "forward", None) == type(module).forward.__get__(module):
+        del found[0]  # what only calls the class's, as autocast's wrapper does
+    if "is_causal" in own:
+        found += [module.config._attn_implementation, own["is_causal"]]
+    return tuple(found)
+
+
+def as_built(model: Any) -> bool:
+    """Whether a model is as transformers builds it from its config, but for what dropout.py and this file put in."""
+    import transformers
+
+    kind, act = type(model), getattr(model.config, "hidden_act", "")
+    if kind is not getattr(transformers, kind.__name__, None) or not isinstance(act, str):
+        return False
+    with torch.device("meta"):  # takes no memory, and draws nothing
+        plain = build_of(modules_of(kind(copy.deepcopy(model.config))))
+    dropouts, ours = (ExactDropout, FastDropout, PackedDropout), (encode, last_layer, mpnet.layer, mpnet.position_bias)
+    return plain == [
+        (nn.Dropout if kind in dropouts else kind, tuple(one for one in own if one not in ours))
+        for kind, own in build_of(modules_of(model))
+    ]
+
+
+def left_alone(modules: list[nn.Module]) -> bool:
+    """Whether nobody has hooked the modules, or replaced a method of one's class."""
+    kinds = {type(module) for module in modules}
+    return not hooked(modules) and all(is_librarys(*(getattr(k, name, None) for name in METHODS)) for k in kinds)
+
+
+def hooked(modules: list[nn.Module]) -> bool:
+    """Whether somebody's hook may see what is computed inside the model, the first one, or change it."""
+    found = [
+        registrations._global_forward_hooks, registrations._global_forward_pre_hooks,
+        registrations._global_backward_hooks, registrations._global_backward_pre_hooks,
+    ]  # fmt: skip
+    for module in modules[1:]:
+        found += module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(getattr(hook, "__module__", "") not in LOOKERS for hooks in found if hooks for hook in hooks.values())
+
+
+@cache
+def is_librarys(*found: Any) -> bool:
+    """Whether a class's methods are those that its library wrote."""
+    return all(method is None or (getattr(method, "__module__", None) or "").startswith(LIBRARIES) for method in found)
+
+
 # --- the encoder ------------------------------------------------------------------------------------------------------
-
-
-def build_of(model: Any, encoder: Any) -> list[Any]:
-    """What `encode` counts on: each layer's attention, each module's class, and which have a forward of their own."""
-    attentions = [module.config._attn_implementation for module in encoder.modules() if hasattr(module, "is_causal")]
-    others = (module for module in model.modules() if not isinstance(module, nn.Embedding))
-    return attentions + [(type(module), has_own_forward(module)) for module in others]
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether someone replaced its class's forward; what only calls that one, as autocast's wrapper does, is none."""
-    own = vars(module).get("forward")
-    return own is not None and getattr(own, "forward", None) != type(module).forward.__get__(module)
-
 
 UNREAD = {"return_dict", "position_ids", "num_items_in_batch"}  # what a layer may be given, and does nothing with
 
@@ -265,8 +336,10 @@ def encode(
     asked = [value for name, value in kwargs.items() if name not in UNREAD]  # hidden states, a bias for the scores, ...
     full = full or any(value is not None and value is not False for value in asked)
     full = full or bool(args) or not kwargs.get("return_dict", True)
+    modules = modules_of(model)
+    full = full or build_of(modules) != build or not left_alone(modules)
     mask = mpnet.padding_mask(attention_mask)
-    layout = None if full or build_of(model, self) != build else layout_of(hidden_states, mask)
+    layout = None if full else layout_of(hidden_states, mask)
     if layout is None:
         return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
     layout.last, layout.layers = layers[-1], sum(layer is layers[-1] for layer in layers)
@@ -318,11 +391,12 @@ def use_lean_encoder(model: Any) -> None:
     apart = kind == "MPNetForSequenceClassification"  # its layers call no attention function: see mpnet.py
     if kind not in ENCODERS or getattr(config, "is_decoder", False) or getattr(config, "chunk_size_feed_forward", 0):
         return
+    if not (apart or name in ATTENTIONS) or not as_built(model):
+        return
     encoder = model.get_submodule(ENCODERS[kind])
     unpacked = [layer.attention.attn.dropout for layer in encoder.layer] if apart else []  # that drop scores
-    # torch's own dropout would draw for the packed tokens alone, and so other masks
-    if not (all(type(dropout) is ExactDropout for dropout in unpacked) if apart else name in ATTENTIONS):
-        return
+    if any(type(module) is nn.Dropout for module in encoder.modules()):
+        return  # torch's own dropout would draw for the packed tokens alone, and so other masks
     for module in encoder.modules():
         if type(module) is ExactDropout and module not in unpacked:
             module.__class__ = PackedDropout
@@ -330,7 +404,7 @@ def use_lean_encoder(model: Any) -> None:
         model.register_forward_pre_hook(begin)
         model.register_forward_hook(end, always_call=True)
     model.head_reads = False
-    encoder.forward, encoder.layout = encode, None  # for build_of: it will have a forward of its own
+    encoder.forward, encoder.layout = encode, None  # for build_of, as the partial below
     if apart:
         encoder.compute_position_bias = partial(mpnet.position_bias, encoder)
         for layer in encoder.layer:
@@ -339,4 +413,4 @@ def use_lean_encoder(model: Any) -> None:
         last = layers_of(encoder)[-1]
         last.attends_by, last.forward = name, partial(last_layer, last)
         attend_with(model, f"{name}_lean")
-    encoder.forward = partial(encode, encoder, model, build_of(model, encoder))  # a partial can be pickled
+    encoder.forward = partial(encode, encoder, model, build_of(modules_of(model)))  # a partial can be pickled

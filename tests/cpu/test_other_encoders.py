@@ -10,10 +10,13 @@ import copy
 import re
 from functools import partial
 from types import MethodType
+from typing import Any
 
 import pytest
 import torch
+from conftest import unseen
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -94,7 +97,8 @@ def is_lean(model, batch):
     encoder = model.get_submodule(ENCODERS[type(model).__name__])
     seen = []
     handle = encoder.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state.shape[1]))
-    run(model, batch)
+    with unseen():
+        run(model, batch)
     handle.remove()
     return seen == [1]
 
@@ -136,7 +140,8 @@ def test_fewer_rows_are_multiplied(variant, precision, mode):
     for module in encoder.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda _, args: rows.add(args[0].numel() // args[0].shape[-1]))
-    run(ours, batch_of(LENGTHS["much padding"]))
+    with unseen():
+        run(ours, batch_of(LENGTHS["much padding"]))
     assert rows == {128, 4}
 
 
@@ -262,9 +267,160 @@ def part(model, *names):
     return next(m for name, m in layers_of(encoder_of(model))[-1].named_modules() if name.rpartition(".")[2] in names)
 
 
+def key_of(model):
+    return part(model, "key", "k", "k_lin")
+
+
 def attention_of(model):
     """The module that takes its own mode for the scores' dropout."""
     return next(m for name, m in layers_of(encoder_of(model))[-1].named_modules() if hasattr(m, "attention_head_size"))
+
+
+def replace(model, old, new):
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
+
+
+def mean_of_all_tokens(model):
+    def forward(input_ids, attention_mask, labels):
+        hidden = model.base_model(input_ids, attention_mask).last_hidden_state
+        logits = hidden.mean(1)[:, :3]
+        return SequenceClassifierOutput(nn.functional.cross_entropy(logits.float(), labels), logits)
+
+    model.forward = forward
+
+
+def around(module, method="forward"):
+    """Replace a method of one module by one that reads the tokens before it, too."""
+    inner = getattr(type(module), method)
+    whole = lambda x, *args, **kwargs: inner(module, x.cumsum(1), *args, **kwargs)  # noqa: E731
+    alone = lambda x: inner(module, x.cumsum(1))  # noqa: E731 (transformers counts the arguments of what takes chunks)
+    setattr(module, method, whole if method == "forward" else alone)
+
+
+def around_chunks(model):
+    modules = list(layers_of(encoder_of(model))[0].modules())
+    found = [(m, name) for m in modules for name in ("feed_forward_chunk", "ff_chunk") if hasattr(m, name)]
+    around(*(found or [(part(model, "intermediate"), "forward")])[0])
+
+
+def with_dropout_on_keys(model):
+    key = key_of(model)
+    replace(model, key, nn.Sequential(key, nn.Dropout(0.5)))
+
+
+def doubled(module, *seen):
+    """A hook of any kind: twice what it may change."""
+    return tuple(None if x is None else 2 * x for x in seen[0])
+
+
+NORMS = ("LayerNorm", "sa_layer_norm", "full_layer_layer_norm")
+PATCHES: dict[str, Any] = {
+    "a forward of its own": mean_of_all_tokens,
+    "the last layer's forward": lambda model: around(layers_of(encoder_of(model))[-1]),
+    "a linear layer's forward": lambda model: around(key_of(model)),
+    "a layer's second half": around_chunks,
+    "dropout on keys": with_dropout_on_keys,
+    "identity in place of a norm": lambda model: replace(model, part(model, *NORMS), nn.Identity()),
+    "a parametrization": lambda model: parametrize.register_parametrization(key_of(model), "weight", Twice()),
+    "shared attention": lambda model: replace(
+        model, part(model, "attention"), layers_of(encoder_of(model))[0].attention
+    ),
+}
+HOOKS = {
+    "forward": lambda model: attention_of(model).register_forward_hook(lambda m, args, out: doubled(m, out)),
+    "forward pre": lambda model: key_of(model).register_forward_pre_hook(doubled),
+    "backward": lambda model: key_of(model).register_full_backward_hook(doubled),
+    "backward pre": lambda model: key_of(model).register_full_backward_pre_hook(doubled),
+    "pruning's": lambda model: prune.l1_unstructured(key_of(model), "weight", 0.5),
+    "the encoder's": lambda model: encoder_of(model).register_forward_hook(
+        lambda module, args, out: type(out)(last_hidden_state=out.last_hidden_state.flip(1))
+    ),
+}
+
+
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+EVERY = PATCHES | {f"{name} hook": change for name, change in HOOKS.items()}
+
+
+@pytest.mark.parametrize("change", EVERY.values(), ids=EVERY)
+@six_kinds
+def test_a_changed_model_matches_the_changed_whole_one(kind, change):
+    """To 12 digits. Each of these was once accepted beforehand, or not seen afterwards."""
+    whole, before, after = (made(kind, 0.5).double().train() for _ in range(3))
+    for model, steps in (
+        (whole, [change]),
+        (before, [change, use_exact_dropout, use_lean_encoder]),
+        (after, [use_exact_dropout, use_lean_encoder, change]),
+    ):
+        for step in steps:
+            step(model)
+    for ours in (before, after):
+        assert_same(whole, ours, batch_of([12, 3, 7]), 1e-12)
+
+
+@six_kinds
+def test_a_hook_that_is_removed_leaves_the_model_lean(kind):
+    ours, batch = pair(kind)[1].train(), batch_of(LENGTHS["much padding"])
+    seen: list[torch.Size] = []
+    handle = key_of(ours).register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+    everywhere = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    run(ours, batch)
+    assert seen[-1] == (4, 60, 32)
+    handle.remove()
+    rows: list[torch.Size] = []
+
+    def noted(x, *rest, real=nn.functional.layer_norm):
+        rows.append(x.shape[:2])
+        return real(x, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "layer_norm", noted)
+        run(ours, batch)
+        assert set(rows) == {(4, 60)}  # under a hook on every module in the process
+        everywhere.remove()
+        run(ours, batch)
+        assert set(rows) == {(4, 60), (1, 128), (1, 4)}
+
+
+@six_kinds
+def test_a_class_of_the_same_name_matches_the_whole_one(kind):
+    """Somebody's head that reads all tokens."""
+    whole, ours = made(kind).double(), made(kind).double()
+    base = type(whole)
+    own = type(base.__name__, (base,), {"forward": lambda self, **batch: self.mean(**batch)})
+    for model in (whole, ours):
+        mean_of_all_tokens(model)
+        model.mean = vars(model).pop("forward")
+        model.__class__ = own
+    use_exact_dropout(ours)
+    use_lean_encoder(ours)
+    assert_same(whole, ours, batch_of(LENGTHS["much padding"]), 0.0)
+
+
+@pytest.mark.parametrize("when", ["before", "afterwards"])
+@six_kinds
+def test_a_class_with_another_method_matches_the_whole_one(kind, when, monkeypatch):
+    """As libraries do that make attention or products faster: for all models in the process."""
+    whole, ours = made(kind).double().train(), made(kind).double().train()
+
+    def patch(_):
+        owner = type(attention_of(whole))
+        inner = owner.forward
+        monkeypatch.setattr(
+            owner, "forward", lambda self, x, *args, **kwargs: inner(self, x.cumsum(1), *args, **kwargs)
+        )
+
+    uses = [use_exact_dropout, use_lean_encoder]
+    for step in [patch, *uses] if when == "before" else [*uses, patch]:
+        step(ours)
+    assert_same(whole, ours, batch_of(LENGTHS["much padding"]), 0.0)
 
 
 def with_another_p(model):
@@ -324,6 +480,32 @@ def test_an_attention_of_ones_own_under_sdpas_name_is_kept(monkeypatch):
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", lambda *args, **kwargs: 1 / 0)
     use_exact_dropout(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+@six_kinds
+def test_used_again_with_more_layers_matches_the_whole_one(kind):
+    """What was once the last layer is none of the last any more."""
+    whole, ours = (model.double().train() for model in pair(kind, 0.5))
+    for model in (whole, ours):
+        layers = (
+            model.albert.encoder.albert_layer_groups[0].albert_layers if kind == "albert" else encoder_of(model).layer
+        )
+        layers.append(copy.deepcopy(layers[0]))
+    if kind != "mpnet":
+        ours.set_attn_implementation("sdpa")
+    use_exact_dropout(ours)
+    use_lean_encoder(ours)
+    assert_same(whole, ours, batch_of(LENGTHS["much padding"]), 1e-12)
+
+
+@each_variant
+def test_making_a_model_lean_draws_nothing(variant):
+    """Or the losses of a training would not be those of transformers' model."""
+    ours = made(variant)
+    use_exact_dropout(ours)
+    before = torch.get_rng_state()
+    use_lean_encoder(ours)
+    assert torch.equal(before, torch.get_rng_state()) and is_lean(ours, batch_of(LENGTHS["much padding"]))
 
 
 # --- MPNet, whose layers are its own ----------------------------------------------------------------------------------
