@@ -1,9 +1,10 @@
 """Train two updates on two ranks and print what ran in them and when; draw the last one, write all for a viewer.
 
 >>> world = Event("world", 0, 1, "rank 0 of 1, None, cpu, 2 threads", "")
->>> batch = Event("collate", 1, 2, "8 rows of 5 to 9 tokens", "")
+>>> forward = Event("forward", 1, 2, "logits (8, 2) float32, 64 bytes", "", args={"shape": [8, 2]})
+>>> batch = [Event("collate", 1, 1, "8 rows", ""), forward, Event("backward", 2, 2, "every gradient", "")]
 >>> step = Event("optimizer", 2, 3, "AdamW: 40 tensors, 1,234 numbers, 4,936 bytes", "")
->>> title_of([[world, batch, step, Event("zero_grad", 3, 4, "", "")]]).partition(", torch")[0]
+>>> title_of([[world, *batch, step, Event("zero_grad", 3, 4, "", "")]]).partition(", torch")[0]
 'The last update: one process of 2 threads on cpu, 8 rows each, 1,234 parameters, 4,936 bytes'
 
 Underneath: `accelerate.Accelerator.profile` (accelerate 1.15) is called from within your script.
@@ -108,15 +109,26 @@ def main() -> None:
 
 def title_of(ranks: Ranks) -> str:
     """What the picture shows, from what was measured."""
-    last = [phase for name, phase in phases(ranks[0]) if name.startswith("update")][-1]
-    of = {event.what: event.text for event in [*ranks[0], *last]}
+    updates = [[phase for name, phase in phases(events) if name.startswith("update")][-1] for events in ranks]
+    of = {event.what: event.text for event in [*ranks[0], *updates[0]]}
     _, backend, device, threads = of["world"].split(", ")
-    rows, numbers = of["collate"].partition(" rows")[0], of["optimizer"].split("tensors, ")[1]
+    least, most = min(map(trained, updates)), max(map(trained, updates))
+    rows, numbers = str(most) if least == most else f"{least} to {most}", of["optimizer"].split("tensors, ")[1]
     who = f"{len(ranks)} ranks of {threads} over {backend}" if len(ranks) > 1 else f"one process of {threads}"
     return (
         f"The last update: {who} on {device}, {rows} rows each,"
         f" {numbers.replace('numbers', 'parameters')}, torch {torch.__version__}"
     )
+
+
+def trained(update: list[Event]) -> int:
+    """How many rows one rank computed gradients for: not those fetched ahead, nor an evaluation's."""
+    found, forward = 0, None
+    for event in update:  # in order of time
+        forward = event if event.what == "forward" else forward
+        if event.what == "backward" and forward is not None:
+            found += forward.args["shape"][0]
+    return found
 
 
 if __name__ == "__main__":

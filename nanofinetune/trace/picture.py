@@ -10,7 +10,7 @@
 Underneath: `torch.profiler.profile` (torch 2.13) leaves the drawing to a viewer in a browser; this is one SVG file.
   - `layout` says what stands where, in milliseconds. matplotlib (the extra `report`) draws it.
   - Colours are those of buckets: groups of gradients that are averaged in one message.
-  - A bar of `backward` ends where it begins to wait for messages.
+  - A bar of `backward` ends where it begins to wait for messages; inside a window of batches it waits for none.
 
 Proof: test_the_picture_holds_what_was_measured, test_one_process_has_no_buckets in tests/trace/test_trace.py.
 """
@@ -119,12 +119,14 @@ def check_matplotlib(option: str) -> None:
 
 def _rank(events: list[Event], zero: float) -> Rank:
     part = Rank(summary=overlap(events))
-    wait = next((event for event in events if event.what == "wait"), None)
+    waits = [event.begin for event in events if event.what == "wait"]
     buckets = sorted({event.bucket for event in events if event.what == "all-reduce" and event.bucket is not None})
     if buckets:
         part.rows += ["gradients", *(f"bucket {bucket + 1}" for bucket in buckets)]
     for event in sorted(events, key=lambda event: event.begin):
-        end = wait.begin if event.what == "backward" and wait is not None else event.end  # it contains the wait
+        end = event.end
+        if event.what == "backward":  # it contains the wait, if it is the window's last
+            end = next((wait for wait in waits if event.begin <= wait <= event.end), end)
         begin, took = (event.begin - zero) * 1e3, (end - event.begin) * 1e3
         if event.what in COLOURS:
             words = [f"{event.what} {took:.1f} ms", event.what]

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from threading import Thread
 from xml.etree import ElementTree
 
@@ -176,9 +177,45 @@ def test_a_picture_needs_matplotlib_and_says_so_before_the_training(run_here, tm
 
 UPDATE = [
     Event("world", 0, 0, "rank 0 of 1, None, cpu, 1 thread", ""), Event("collate", 1, 1, "8 rows of 5 tokens", ""),
-    Event("forward", 1, 2, "", ""), Event("backward", 2, 3, "", ""),
+    Event("forward", 1, 2, "", "", args={"shape": [8, 2]}), Event("backward", 2, 3, "", ""),
     Event("optimizer", 3, 4, "AdamW: 2 tensors, 5 numbers, 20 bytes", ""), Event("zero_grad", 4, 4, "", ""),
 ]  # fmt: skip
+
+
+def test_an_update_of_several_batches_is_drawn_and_named_as_it_was():
+    """Only the last backward of the window waits; what was fetched ahead, or evaluated before, was not trained."""
+    world, *_, optimizer, zero = UPDATE
+    evaluated = Event("forward", 0.5, 0.9, "", "", args={"shape": [64, 2]})
+    calls = [
+        ("forward", 1, 2, 8),
+        ("backward", 2, 5, 0),
+        ("forward", 5, 6, 3),
+        ("backward", 6, 9, 0),
+        ("wait", 8, 9, 0),
+    ]
+    window = [Event(what, begin, end, "", "", args={"shape": [rows, 2]}) for what, begin, end, rows in calls]
+    fetched = [Event("collate", at, at, f"{rows} rows of 5 tokens", "") for at, rows in ((0.4, 64), (5.5, 2))]
+    late = [replace(event, begin=event.begin + 6, end=event.end + 6) for event in (optimizer, zero)]
+    ranks = [[world, evaluated, *window, *fetched, *late]] * 2
+    bars = [(bar.begin, bar.took) for bar in layout(ranks)[0].bars if bar.what == "backward"]
+    assert bars == [(1500.0, 3000.0), (5500.0, 2000.0)]
+    assert ", 11 rows each, " in title_of(ranks)
+    window[0].args["shape"] = [6, 2]
+    other = [replace(event, args={"shape": [8, 2]}) if event is window[0] else event for event in ranks[0]]
+    assert ", 9 to 11 rows each, " in title_of([ranks[0], other])
+
+
+@pytest.mark.slow
+def test_accumulated_batches_are_told_apart(job, run_here, tmp_path):
+    """Two ranks, two batches of eight an update: two bars of backward, which do not overlap."""
+    options = ("--accumulate", "2", "--timeline", "trace.json", "--updates", "1", "--device", "cpu")
+    assert run_here(*options, *job)[0] == 0
+    ranks, title = events_of((tmp_path / "trace.json").read_text())
+    assert ", 16 rows each, " in title
+    for part in layout(ranks):
+        bars = sorted((bar.begin, bar.took, bar.what) for bar in part.bars if bar.row == 0)
+        assert [what for *_, what in bars].count("backward") == 2
+        assert all(begin + took <= then + 1e-6 for (begin, took, _), (then, *_) in pairwise(bars))
 
 
 def test_a_file_of_somebody_else_is_never_written_over(run_here, tmp_path, monkeypatch):
