@@ -265,7 +265,7 @@ def test_the_wrapper_is_not_unwrapped_by_its_class_as_torchs_is(group_of_one):
     assert not isinstance(ours, TorchDDP)
     names = [list(get_model_state_dict(model)) for model in (ours, theirs, ours.module)]
     assert names == [["module.weight", "module.bias"], ["weight", "bias"], ["weight", "bias"]]
-    accelerator = Accelerator(cpu=True)
+    accelerator: Any = Accelerator(cpu=True)
     assert accelerator.unwrap_model(ours) is ours.module and list(accelerator.get_state_dict(ours)) == names[1]
     utils = pytest.importorskip("accelerate.utils", reason="accelerate (extra `test`) is what this is compared with")
     assert [utils.extract_model_from_parallel(model) is model for model in (ours, theirs)] == [True, False]

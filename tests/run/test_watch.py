@@ -61,6 +61,8 @@ def watched_and_left(fails):
     world = init_world("cpu")
     try:
         with Watch(world):
+            if world.size > 1:
+                dist.barrier()  # rank 0 holds the store: the other one is still connecting to it
             watching = [thread.name for thread in threading.enumerate()].count("watch")
             if fails:
                 raise ValueError
