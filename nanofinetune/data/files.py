@@ -134,24 +134,25 @@ def read(files: Sequence[Path], how: Dialect = FOUND_OUT) -> Table:
             raise UsageError(f"--data {file}: the file has a header and no rows; add rows")
         if _alike(tables[-1][1]) != _alike(tables[0][1]):
             raise UsageError(f"--data {file}: its columns are not those of {files[0].name}; make them alike")
+        with failing_in_one_line(file):
+            ours, first = _classes_of(tables[-1][0].schema), _classes_of(tables[0][0].schema)
         # underneath: concat_tables keeps what the first file says of the columns, and 0 may be another class here
-        if (name := _differing(*(_classes_of(some.schema) for some, _ in (tables[0], tables[-1])))) is not None:
-            raise UsageError(f"--data {file}: its classes of {name} are not those of {files[0].name}; make them alike")
+        for name in ours.keys() | first.keys():
+            if ours.get(name) != first.get(name):
+                what = f"its classes of {name} are not those of {files[0].name}"
+                raise UsageError(f"--data {file}: {what}; make them alike")
     with failing_in_one_line(files[0]):
         names = tables[0][0].column_names
         return pa.concat_tables([t.select(names) for t, _ in tables], promote_options="permissive"), tables[0][1]
 
 
-def _classes_of(schema: Any) -> dict[str, Any]:
-    """The names of classes that `datasets` has written beside the columns of a parquet file."""
-    written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = (written.get("info") or {}).get("features") or {}
-    items = {name: feature.get("feature", feature) for name, feature in features.items() if isinstance(feature, dict)}
-    return {name: item["names"] for name, item in items.items() if isinstance(item, dict) and "names" in item}
+def _classes_of(schema: Any) -> dict[str, list[str]]:
+    """The names of classes that `datasets` has written beside the columns, or their lists, of a parquet file."""
+    import datasets
 
-
-def _differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    return next((name for name in [*first, *other] if first.get(name) != other.get(name)), None)
+    features = datasets.Features.from_arrow_schema(schema)  # raises for what is no such writing
+    items = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
+    return {name: item.names for name, item in items.items() if isinstance(item, datasets.ClassLabel)}
 
 
 def _alike(kinds: Mapping[str, str]) -> dict[str, str]:

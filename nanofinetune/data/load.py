@@ -33,7 +33,7 @@ import numpy as np
 
 from nanofinetune.data import columns as rules
 from nanofinetune.data.columns import check_texts, find_columns, keep, kinds_of, read_labels
-from nanofinetune.data.files import Dialect, dialect, format_of, read, stem_of
+from nanofinetune.data.files import Dialect, dialect, failing_in_one_line, format_of, read, stem_of
 from nanofinetune.data.leaks import leaks
 from nanofinetune.data.multilabel import METRICS
 from nanofinetune.data.pretrained import hub_in_reach, looks_like_path
@@ -351,6 +351,7 @@ def _read(files: list[Path], how: Dialect) -> Split:
         if not file.is_file():
             raise UsageError(f"--data {file}: it is {oddity(file) or 'a folder'}; put a plain file there")
     table, kinds = read(files, how)
-    # underneath: without a fingerprint of its own, datasets would hash the whole table to make one
-    rows = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=os.urandom(8).hex())
+    with failing_in_one_line(files[0]):  # it reads what a parquet file says of its columns
+        # underneath: without a fingerprint of its own, datasets would hash the whole table to make one
+        rows = datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=os.urandom(8).hex())
     return rows, kinds | {name: kind for name, kind in kinds_of(rows).items() if kind == "classes"}

@@ -12,7 +12,9 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from tables import write
 
 from nanofinetune.data.columns import drop_unlabelled, find_columns, kinds_of, read_labels
@@ -490,6 +492,19 @@ def test_class_encode_column_numbers_each_split_by_itself(tmp_path):
             rows.to_parquet(file)
     data = load_data(str(tmp_path))
     assert data.label_names == ["a", "b", "c"] and data.splits["validation"]["label"][:] == [1, 2] * 5
+
+
+@pytest.mark.parametrize("written", [b"{", b"[]", b"5", b'{"info": 5}', b'{"info": {"features": [1]}}', b"[" * 100_000])
+def test_what_stands_in_the_place_of_class_names_is_refused(written, tmp_path):
+    """`datasets` raises whatever comes of it: JSONDecodeError, TypeError, RecursionError."""
+    table = pa.table({"text": ["a b", "c d"] * 10, "label": [0, 1] * 10})
+    file = tmp_path / "train.parquet"
+    table = table.replace_schema_metadata({b"huggingface": written})
+    parquet.write_table(table, file)
+    with pytest.raises((TypeError, ValueError, RecursionError)):
+        datasets.Dataset(datasets.table.InMemoryTable(table))
+    with pytest.raises(UsageError, match=r"train\.parquet: it could not be read \(.*\); correct the file"):
+        load_data(str(file))
 
 
 @pytest.mark.parametrize(("second", "names"), [([0, 1] * 5, ["b", "c"]), ([0, 1] * 5, None)], ids=str)
