@@ -35,7 +35,7 @@ import torch
 
 from nanofinetune.cpu.dropout import use_exact_dropout
 from nanofinetune.cpu.lean import use_lean_encoder
-from nanofinetune.data.files import LONGEST, dialect, format_of
+from nanofinetune.data.files import BROKEN, LONGEST, dialect, format_of, is_broken
 from nanofinetune.data.pretrained import import_library, length_limit, load_tokenizer, load_trained
 from nanofinetune.data.rows import WRITTEN, Row, Rows, new_file, read_rows, write_rows
 from nanofinetune.data.tokens import tokenize_texts
@@ -56,16 +56,9 @@ def split_line(line: str, number: int, texts: int) -> tuple[str, ...]:
     if len(parts) != texts:
         wanted = "one text and no tab" if texts == 1 else "two texts with one tab between them"
         raise UsageError(f"line {number} has {len(parts) - 1} tabs: the model takes {wanted}")
-    _check_characters(line, f"line {number}")
+    if is_broken(line):
+        raise UsageError(f"line {number} {BROKEN}; correct it")
     return parts
-
-
-def _check_characters(text: str, where: str) -> None:
-    """Refuse what a tokenizer raises for: json and UTF-7 can hold what no other text can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{where} holds half of a surrogate pair, which is no character; correct it") from error
 
 
 @torch.inference_mode()
@@ -226,7 +219,8 @@ def texts_of(block: Sequence[Row], columns: Sequence[str], before: int) -> list[
                 raise UsageError(f"row {nth} has {what} in the column {column}; fill it in")
             if len(text) > LONGEST:
                 raise UsageError(f"row {nth} has {len(text):,} characters in {column}, more than {LONGEST:,}; cut it")
-            _check_characters(text, f"row {nth}, column {column},")
+            if is_broken(text):
+                raise UsageError(f"row {nth}, column {column}, {BROKEN}; correct it")
         found.append(texts)
     return found
 

@@ -47,6 +47,7 @@ MOST_COLUMNS = 5_000
 MOST_ROWS = 100_000_000  # of a parquet file: a kilobyte can claim any number of equal rows
 CELLS = 1_000_000  # that are Python objects at a time
 
+BROKEN = "holds half of a surrogate pair, which is no character"  # said of a text, where `is_broken`
 MIXED = "mixed types"  # so begins the kind of a column whose cells are of several kinds
 
 Found = dict[str, tuple[int, int, Any]]  # kinds of the cells of a column -> how many, the row of the first, the first
@@ -549,8 +550,8 @@ def _json_cells(file: Path, name: str, values: list[Any], before: int) -> Any:
         try:
             return pa.array(values, pa.string())
         except UnicodeEncodeError as error:
-            row = next(i for i, value in enumerate(values, before + 1) if value and _is_broken(value))
-            text = f"row {row} of {name} holds half of a surrogate pair, which is no character"
+            row = next(i for i, value in enumerate(values, before + 1) if value and is_broken(value))
+            text = f"row {row} of {name} {BROKEN}"
             raise UsageError(f"--data {file}: it could not be read ({text}); correct the file") from error
     if types == {bool}:
         return pa.array(values, pa.bool_())
@@ -618,8 +619,13 @@ def _mixed(parts: list[Any], lengths: list[int]) -> str:
     return f"{MIXED} ({most}, and {shown if len(shown) <= 40 else f'{shown[:40]}...'} in row {row:,})"
 
 
-def _is_broken(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+def is_broken(text: str) -> bool:
+    """Whether a text is one that a tokenizer raises for: json and UTF-7 can hold what no other text can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 # --- parquet ----------------------------------------------------------------------------------------------------------

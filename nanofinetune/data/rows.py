@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanofinetune.data.files import (
+    BROKEN,
     FOUND_OUT,
     MOST_COLUMNS,
     Dialect,
@@ -297,5 +298,4 @@ def _line(cells: list[str], row: int, separator: str, plain: bool) -> bytes:
         return line.encode()
     except UnicodeEncodeError as error:
         where = f"row {row}" if row else "a column's name"
-        what = f"{where} holds half of a surrogate pair, which is no character"
-        raise UsageError(f"{what}; correct it, or name an --output of .jsonl") from error
+        raise UsageError(f"{where} {BROKEN}; correct it, or name an --output of .jsonl") from error
