@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
-from torch.nn.parallel.distributed import _BufferCommHookLocation, _find_tensors
+from torch.nn.parallel.distributed import _BufferCommHookLocation
 
 from nanofinetune.ranks import ddp
 
@@ -53,7 +53,6 @@ class DistributedDataParallel(ddp.DistributedDataParallel, Joinable):
     call_super_init = True  # so that nn.Module's __init__ calls Joinable's
     broadcast_bucket_size = 250 * ddp.MIB  # for torch's functions that ask for it; a broadcast here is one message
     _buffer_hook: tuple[Any, Callable[..., Any], Any] | None = None  # (state, hook, location)
-    _outputs_found = False  # of the last forward: tensors that its backward may come through
     _source = 0  # the rank whose buffers count
 
     @property
@@ -75,7 +74,6 @@ class DistributedDataParallel(ddp.DistributedDataParallel, Joinable):
             self._source = self._source_under_join()
         after = self._sync_buffers_next and self._buffer_hook is not None and self._buffer_hook[2] is POST_FORWARD
         outputs = super().forward(*inputs, **kwargs)
-        self._outputs_found = any(tensor.grad_fn is not None for tensor in _find_tensors(outputs))
         if after:
             self._call_buffer_hook()
         return outputs

@@ -210,6 +210,7 @@ class DistributedDataParallel(nn.Module):
         self._sync_buffers_next = self.forward_sync_buffers  # one may be replaced before the first forward
         # _expected: a synchronised forward awaits its backward; _came_through: the latest one through such outputs
         self._in_backward, self._triggered, self._expected, self._came_through = False, False, False, [-1]
+        self._outputs_found = False  # of that forward: tensors that its backward may come through
 
         named = self._named_parameters()
         _check_devices(device_ids, output_device, [parameter for _, parameter in named])
@@ -255,8 +256,9 @@ class DistributedDataParallel(nn.Module):
         outputs = self.module(*inputs, **kwargs)
         if self._will_sync():
             # underneath: torch knows only that a forward awaits its backward, and takes the next one for that
-            self._expected = True
-            for node in {tensor.grad_fn for tensor in nn.parallel.distributed._find_tensors(outputs)} - {None}:
+            nodes = {tensor.grad_fn for tensor in nn.parallel.distributed._find_tensors(outputs)} - {None}
+            self._expected, self._outputs_found = True, bool(nodes)
+            for node in nodes:
                 node.register_prehook(partial(_note, self._came_through))
         return outputs
 
