@@ -73,6 +73,9 @@ PEERS = {
 # How far the losses of equal work may lie apart. In fp32 the two AdamW forms round differently, and train.py decays no
 # bias and no LayerNorm; in bf16 such a difference in the seventh digit of a weight may turn over its third.
 TOLERANCE = {"no": 2e-5, "bf16": 5e-3}
+# The first loss is computed before any update: there only the batch, the weights and dropout count. Kernels that add in
+# another order where rows are fewer, as train.py's are, are seen in bf16 alone (AMX: 4e-6); another dropout mask: 5e-3.
+FIRST = {"no": 1e-6, "bf16": 1e-4}
 ALIKE = 1e-5  # how far two probabilities of a prediction may lie apart
 
 
@@ -295,8 +298,7 @@ def need_equal_work(setup: Setup, library: dict[str, Any], ours: dict[str, Any])
     if not pairs:
         raise NotEqual(f"{setup.name}: no step was taken")
     for step, (a, b) in enumerate(pairs, 1):
-        # The first loss is computed before any update: there only the batch, the weights and dropout count.
-        if not abs(a - b) <= (1e-6 if step == 1 else TOLERANCE[setup.precision]):
+        if not abs(a - b) <= (FIRST if step == 1 else TOLERANCE)[setup.precision]:
             who = f"{a:.7f} with {setup.peer} and {b:.7f} with us"
             raise NotEqual(f"{setup.name}: the loss of step {step} is {who}")
     theirs, found = (side["tokens"][:GATE_STEPS] for side in (library, ours))

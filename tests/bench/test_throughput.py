@@ -96,13 +96,15 @@ def test_every_pair_of_equal_work_has_to_agree():
 
 
 def test_the_first_loss_is_compared_more_strictly_and_nan_never_agrees():
-    setup = Setup("x", "", "bf16")
-    throughput.need_equal_work(setup, made_up(), made_up([0.7, 0.602, *LOSSES[2:]]))
-    for wrong in ([0.70001, *LOSSES[1:]], [*LOSSES[:4], float("nan")]):
-        with pytest.raises(NotEqual):
-            throughput.need_equal_work(setup, made_up(), made_up(wrong))
-    with pytest.raises(NotEqual, match="no step was taken"):
-        throughput.need_equal_work(setup, made_up([]), made_up([]))
+    cases = (("no", [0.7 + 5e-7, 0.600015], 0.700005), ("bf16", [0.700005, 0.602], 0.7002))
+    for precision, rounded, first in cases:
+        setup = Setup("x", "", precision)
+        throughput.need_equal_work(setup, made_up(), made_up([*rounded, *LOSSES[2:]]))
+        for wrong in ([first, *LOSSES[1:]], [*LOSSES[:4], float("nan")]):
+            with pytest.raises(NotEqual):
+                throughput.need_equal_work(setup, made_up(), made_up(wrong))
+        with pytest.raises(NotEqual, match="no step was taken"):
+            throughput.need_equal_work(setup, made_up([]), made_up([]))
 
 
 def test_batches_of_other_sizes_are_not_equal_work():
