@@ -19,6 +19,7 @@ Proof: test_collectives_match_accelerate, test_disagreement_raises_on_all_ranks 
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -31,9 +32,13 @@ import torch.distributed as dist
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ranks.world import World
 
+SHORT = 1016  # bytes of a message that travel in the first all-gather; with their number they are 1 KiB
+CARRIED = 512  # bytes of leaves, at most, that travel with the header
+
 # `data` is a tensor, or a nested list, tuple, named tuple or dict of tensors. At size 1 each call returns at once.
 # At other sizes each raises, on all ranks: RuntimeError where the ranks are in different calls, or disagree about
-# containers, dtypes or shapes; TypeError where a leaf is not a tensor. The header costs two short all-gathers.
+# containers, dtypes or shapes; TypeError where a leaf is not a tensor. The header costs one short all-gather, and where
+# the leaves of a `gather` are few bytes it takes them along.
 
 
 def gather(data: Any, world: World) -> Any:
@@ -45,14 +50,18 @@ def gather(data: Any, world: World) -> Any:
         # underneath: what a launcher has started alone gathers as N ranks do, so a 0-d tensor gets a dimension
         ranks_of_one = world.launched or world.adopted
         return recursively_apply(lambda leaf: torch.atleast_1d(_tensor(leaf)), data) if ranks_of_one else data
-    _agree("gather", data, world)
+    carried = _agree("gather", data, world, carry=True)[1]
+    place = 0
 
     def gather_one(tensor: torch.Tensor) -> torch.Tensor:
-        row = tensor.detach().contiguous()
-        row = row[None] if row.ndim == 0 else row  # underneath: so a 0-d tensor comes back as (size,)
-        wire = row.reshape(-1).view(torch.uint8)  # bytes, since gloo knows neither int16 nor float8
-        result = wire.new_empty(world.size, wire.numel())
-        dist.all_gather(list(result.unbind()), wire)
+        nonlocal place
+        row, wire = _wire(tensor)
+        if carried is None:
+            result = wire.new_empty(world.size, wire.numel())
+            dist.all_gather(list(result.unbind()), wire)
+        else:  # the header brought it: (size, bytes of all leaves)
+            place, begin = place + wire.numel(), place
+            result = carried[:, begin:place].clone(memory_format=torch.contiguous_format)
         return result.reshape(-1).view(row.dtype).view(world.size * row.shape[0], *row.shape[1:])
 
     return recursively_apply(gather_one, data)
@@ -120,7 +129,7 @@ def pad_across_processes(data: Any, world: World, dim: int = 0, pad_index: float
     """
     if world.size == 1:
         return recursively_apply(_tensor, data)
-    everyone = _agree("pad_across_processes", data, world, ragged=True)
+    everyone, _ = _agree("pad_across_processes", data, world, ragged=True)
     shapes = iter(zip(*([shape for _, _, shape in leaves] for leaves in everyone), strict=True))  # a leaf's, by rank
 
     def pad_one(tensor: torch.Tensor) -> torch.Tensor:
@@ -264,9 +273,8 @@ def _meet(name: str, world: World, payload: Any, group: dist.ProcessGroup | None
     if not dist.is_initialized():
         raise RuntimeError(f"{name}: {world.size} ranks but no process group; call init_world first and shutdown last")
     label = world.calls.begin(name)
-    everyone: list[Any] = [None] * world.size
     try:
-        dist.all_gather_object(everyone, (label, payload), group=group)
+        everyone = _exchange((label, payload), world, group)
     except RuntimeError as failure:
         who = f"{label} on rank {world.rank} of {world.size}"
         raise RuntimeError(f"{who}: another rank has ended or was not there in time: {failure}") from failure
@@ -278,12 +286,40 @@ def _meet(name: str, world: World, payload: Any, group: dist.ProcessGroup | None
     return label, [payload for _, payload in everyone]
 
 
-def _agree(name: str, data: Any, world: World, ragged: bool = False) -> list[list[tuple[str, str, Any]]]:
-    """Check that the ranks hold the same leaves -> every rank's, as (path, dtype@device, shape).
+def _exchange(message: Any, world: World, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every rank's picklable message, in rank order: in one all-gather where all are short, in two where one is not."""
+    if dist.get_backend(group) != "gloo":
+        everyone: list[Any] = [None] * world.size
+        dist.all_gather_object(everyone, message, group=group)
+        return everyone
 
-    With `ragged`, lengths may differ.
+    def all_gather(mine: bytes, size: int) -> list[bytes]:
+        wire = _as_tensor(mine.ljust(size, b"\0"))
+        parts = wire.new_empty(world.size, size)
+        dist.all_gather(list(parts.unbind()), wire, group)
+        return [part.numpy().tobytes() for part in parts]
+
+    # underneath: torch's all_gather_object gathers the lengths first, and only then the bytes
+    text = pickle.dumps(message)
+    firsts = all_gather(len(text).to_bytes(8, "little") + text[:SHORT], 8 + SHORT)
+    lengths = [int.from_bytes(first[:8], "little") for first in firsts]
+    longest = max(lengths) - SHORT
+    rests = all_gather(text[SHORT:], longest) if longest > 0 else [b""] * world.size
+    return [pickle.loads((f[8:] + rest)[:length]) for f, rest, length in zip(firsts, rests, lengths, strict=True)]
+
+
+Leaves = list[tuple[str, str, Any]]  # of each: path, dtype@device, shape
+
+
+def _agree(
+    name: str, data: Any, world: World, ragged: bool = False, carry: bool = False
+) -> tuple[list[Leaves], torch.Tensor | None]:
+    """Check that the ranks hold the same leaves -> every rank's, and their bytes (size, n) where these came along.
+
+    With `ragged`, lengths may differ. With `carry`, the bytes of few and small leaves come along; else there is None.
     """
-    label, everyone = _meet(name, world, list(_describe(data)))
+    label, met = _meet(name, world, (list(_describe(data)), _few_bytes(data) if carry else None))
+    everyone = [leaves for leaves, _ in met]
     for leaf in zip_longest(*everyone, fillvalue=("", "nothing", ())):
         if len({(path, kind, len(shape) if ragged else shape) for path, kind, shape in leaf}) > 1:
             held = [
@@ -292,7 +328,30 @@ def _agree(name: str, data: Any, world: World, ragged: bool = False) -> list[lis
             remedy = "" if ragged else "; where only lengths differ, call pad_across_processes first"
             raise RuntimeError(f"{label}: {', '.join(held)}{remedy}")
     recursively_apply(_tensor, data)  # raises for other leaves, now that all ranks are known to hold them
-    return everyone
+    bytes_by_rank = [part for _, part in met]
+    return everyone, None if None in bytes_by_rank else _as_tensor(b"".join(bytes_by_rank)).view(world.size, -1)
+
+
+def _few_bytes(data: Any) -> bytes | None:
+    """All leaves, one after the other, if they are dense tensors on a CPU of at most CARRIED bytes together."""
+    leaves: list[Any] = []
+    recursively_apply(leaves.append, data)
+    if not all(isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.layout == torch.strided for x in leaves):
+        return None
+    if not 0 < sum(leaf.nbytes for leaf in leaves) <= CARRIED:
+        return None
+    return b"".join(_wire(leaf)[1].numpy().tobytes() for leaf in leaves)
+
+
+def _wire(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A leaf as it travels: (n, ...), detached and dense; and its bytes, since gloo knows neither int16 nor float8."""
+    row = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    row = row[None] if row.ndim == 0 else row  # underneath: so a 0-d tensor comes back as (size,)
+    return row, row.reshape(-1).view(torch.uint8)
+
+
+def _as_tensor(text: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def _describe(data: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import time
 from datetime import timedelta
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from helpers import run_ranks, run_world
 
 from nanofinetune.ground.errors import UsageError
 from nanofinetune.ranks.collectives import (
+    CARRIED,
+    SHORT,
     agree,
     broadcast,
     broadcast_object_list,
@@ -147,6 +150,53 @@ def collectives_beside_accelerate(world):
 def test_collectives_match_accelerate(world):
     pytest.importorskip("accelerate", reason="what this test compares with (extra `test`)")
     run_world(collectives_beside_accelerate, world)
+
+
+def calls_of(action):
+    """(what it returns, how many all-gathers it took)."""
+    with patch.object(dist, "all_gather", side_effect=dist.all_gather) as all_gather:
+        result = action()
+    return result, all_gather.call_count
+
+
+def messages_of_all_lengths(world):
+    from accelerate import PartialState
+    from accelerate.utils import operations as theirs
+
+    assert PartialState(cpu=True).num_processes == world.size
+    generator = torch.Generator().manual_seed(world.rank)
+    for dtype in DTYPES:
+        most = CARRIED // dtype.itemsize
+        for length, gathers in ((1, 1), (most - 1, 1), (most, 1 + 2), (5 * most, 1 + 2), (0, 1)):
+            data = [torch.randint(0, 2, (length, 1), generator=generator).to(dtype), torch.ones(1, dtype=dtype)]
+            found, taken = calls_of(lambda data=data: gather(data, world))
+            same(found, theirs.gather(data))
+            assert taken == gathers, (dtype, length)
+    for data in (
+        torch.tensor([float("nan"), float("inf"), -0.0]), torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.ones(1).expand(100), torch.zeros(0), torch.zeros(3, 0), torch.full((), True), torch.ones(2) * 1j,
+    ):  # fmt: skip
+        found, expected = gather(data, world), theirs.gather(data)
+        assert found.shape == expected.shape and found.is_contiguous() and found.untyped_storage().data_ptr() % 8 == 0
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    assert gather((torch.ones(2) * 1j).conj(), world).tolist() == [-1j, -1j] * world.size  # conjugated when it is read
+
+    # An odd number of bytes before a leaf of eight: what comes back must be usable all the same.
+    odd = {"flag": torch.ones(3, dtype=torch.bool), "value": torch.arange(2, dtype=torch.float64) + world.rank}
+    assert gather(odd, world)["value"].add_(1).tolist() == [r + i + 1.0 for r in range(world.size) for i in range(2)]
+
+    # Objects: one rank's may be long, and all get it in two calls; around the border of the first one.
+    for length in (0, 1, SHORT - 100, SHORT, SHORT + 1, 2 * SHORT, 100_000):
+        text = ["x" * length if world.rank == 1 else "y"]
+        found, taken = calls_of(lambda text=text: gather_object(text, world))
+        assert found == theirs.gather_object(text)
+        assert taken == (1 if length < SHORT - 99 else 2), length
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_short_messages_take_one_all_gather_and_match_accelerate(world):
+    pytest.importorskip("accelerate", reason="what this test compares with (extra `test`)")
+    run_world(messages_of_all_lengths, world)
 
 
 def test_single_process_matches_accelerate():
