@@ -168,6 +168,29 @@ def limit(folder: Path) -> str:
     return "\n".join([*lines, "", f"![where a step's time goes]({os.path.relpath(path.with_suffix('.png'), folder)})"])
 
 
+def floor(folder: Path) -> str:
+    """The table of `python bench/floor.py --record floor`: what no script can leave out; "" without one."""
+    if not any(RECORDS.glob("*_floor.json")):
+        return ""
+    path, record = newest("floor")
+    rows = record["measures"].values()
+    lines = [
+        f"{record['model']} on {record['data']}, {len(record['turns'])} turns of three fresh processes, medians.",
+        machine_line(path, record["machine"], folder),
+        "",
+        f"| | {' | '.join(record['measures'])} |",
+        "|---" * (len(rows) + 1) + "|",
+    ]
+    for part in dict.fromkeys(part for row in rows for part in row["parts"]):
+        cells = [f"{row['parts'][part]:.4g} {row['unit']}" if part in row["parts"] else "" for row in rows]
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    for name, what in (("floor", "**the floor**"), ("ours", "train.py"), ("library", "Accelerate")):
+        lines.append(f"| {what} | {' | '.join(f'{row[name]:.4g} ' + row['unit'] for row in rows)} |")
+    for name, what in (("ratio", "train.py / Accelerate"), ("lowest ratio", "the floor / Accelerate")):
+        lines.append(f"| {what} | {' | '.join(f'**{row[name]:.2f}**' for row in rows)} |")
+    return "\n".join([*lines, "", f"![what is the script's own]({os.path.relpath(path.with_suffix('.png'), folder)})"])
+
+
 def mrpc(folder: Path) -> str:
     """The accuracy table of `python bench/quality.py --json`."""
     path, record = newest("mrpc")
@@ -422,7 +445,7 @@ TABLES = {
     "numbers": numbers, "commands": commands, "peers": peers, "speed_short": speed_short, "faults_short": faults_short,
     "pieces": pieces, "mrpc": mrpc, "speed": speed, "faults": faults, "fuzz": fuzz,
     "scale": scale,
-    "limit": limit,
+    "limit": limit, "floor": floor,
     "tried": tried,
 }  # fmt: skip
 
