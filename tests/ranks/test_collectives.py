@@ -168,9 +168,9 @@ def messages_of_all_lengths(world):
     for dtype in DTYPES:
         most = CARRIED // dtype.itemsize
         for length, gathers in ((1, 1), (most - 1, 1), (most, 1 + 2), (5 * most, 1 + 2), (0, 1)):
-            data = [torch.randint(0, 2, (length, 1), generator=generator).to(dtype), torch.ones(1, dtype=dtype)]
-            found, taken = calls_of(lambda data=data: gather(data, world))
-            same(found, theirs.gather(data))
+            pair = [torch.randint(0, 2, (length, 1), generator=generator).to(dtype), torch.ones(1, dtype=dtype)]
+            found, taken = calls_of(lambda pair=pair: gather(pair, world))
+            same(found, theirs.gather(pair))
             assert taken == gathers, (dtype, length)
     for data in (
         torch.tensor([float("nan"), float("inf"), -0.0]), torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last),
