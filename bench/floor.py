@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pieces import machine, model_of, run_gated
 from readme import record_base
-from throughput import GATE_STEPS, SIDES, Place, measure, need_equal_work, setups, short
+from throughput import GATE_STEPS, SIDES, Place, absolute, measure, need_equal_work, setups, short
 
 from nanofinetune.data.pretrained import packaged_model
 from nanofinetune.ground.cli import Parser, number
@@ -49,8 +49,8 @@ from nanofinetune.ground.process import peak_rss_mb
 import torch
 at = {"torch": (time.time(), peak_rss_mb())}
 import transformers
-config = transformers.AutoConfig.from_pretrained(sys.argv[1])
-build = transformers.AutoModelForSequenceClassification._model_mapping[type(config)]
+config = transformers.AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=False)
+build = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
 at["model"] = (time.time(), peak_rss_mb())
 with torch.device("meta"):
     weights = sum(p.numel() * p.element_size() for p in build(config).parameters()) / 2**20
@@ -154,9 +154,7 @@ def parse(argv: list[str] | None = None) -> Any:
 
 def main() -> None:
     args = parse()
-    model, data = (
-        str(Path(name).absolute()) if Path(name).exists() else name for name in (model_of(args.model), args.data)
-    )
+    model, data = absolute(model_of(args.model)), absolute(args.data)
     with tempfile.TemporaryDirectory(prefix="nanofinetune-floor-") as folder:
         place = Place(model, data, "cpu", Path(folder))
         turn(place, GATE_STEPS)  # fills the caches of both sides

@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pieces import Child, machine, model_of
 from readme import record_base
-from throughput import BEST, best_precision, short
+from throughput import BEST, absolute, best_precision, short
 
 from nanofinetune.data.pretrained import packaged_model
 from nanofinetune.ground.cli import Parser, number, run_main
@@ -550,9 +550,7 @@ def measure(names: Sequence[str], model: str, data: str, repeats: int, steps: in
 def main() -> None:
     args = parse()
     names = list(dict.fromkeys(args.setups)) or list(SETUPS)
-    model, data = (
-        str(Path(name).absolute()) if Path(name).exists() else name for name in (model_of(args.model), args.data)
-    )
+    model, data = absolute(model_of(args.model)), absolute(args.data)
     found = measure(names, model, data, args.repeats, args.steps)
     record = {
         "what": "limit", "machine": machine(), "model": short(model, packaged_model()), "data": short(data, None),

@@ -77,6 +77,11 @@ def link(path: Path, folder: Path) -> str:
     return f"[{path.name}]({os.path.relpath(path, folder)})"
 
 
+def picture(what: str, path: Path, folder: Path) -> str:
+    """A record's plot, which lies beside it."""
+    return f"![{what}]({os.path.relpath(path.with_suffix('.png'), folder)})"
+
+
 def measured(row: dict[str, Any]) -> str:
     """The cells of a row that has both sides: library | ours | ratio with its spread."""
     times = " | ".join(f"{row[side]:.4g} {row['unit']}" for side in ("library", "ours"))
@@ -111,7 +116,7 @@ def speed(folder: Path) -> str:
     ]
     for path, names in by_record.items():
         record = json.loads(path.read_text())
-        report, picture = path.with_suffix(".md"), path.with_suffix(".png")
+        report = path.with_suffix(".md")
         older = "" if path == next(iter(by_record)) else "Measured earlier, and not again. "
         parts.append(
             f"{older}Model and data: {record['model']} on {record['data']}."
@@ -125,7 +130,7 @@ def speed(folder: Path) -> str:
                 )
         parts.append("\n".join(table))
         if not older:
-            parts.append(f"![times and memory, each side]({os.path.relpath(picture, folder)})")
+            parts.append(picture("times and memory, each side", path, folder))
     return "\n\n".join(parts)
 
 
@@ -165,7 +170,7 @@ def limit(folder: Path) -> str:
     for part in next(iter(setups.values()))["parts"]:
         shares = [found["parts"][part] for found in setups.values()]
         lines.append(f"| {part} | {' | '.join(f'{ms:.3g} ms' for ms in shares)} |")
-    return "\n".join([*lines, "", f"![where a step's time goes]({os.path.relpath(path.with_suffix('.png'), folder)})"])
+    return "\n".join([*lines, "", picture("where a step's time goes", path, folder)])
 
 
 def floor(folder: Path) -> str:
@@ -188,7 +193,7 @@ def floor(folder: Path) -> str:
         lines.append(f"| {what} | {' | '.join(f'{row[name]:.4g} ' + row['unit'] for row in rows)} |")
     for name, what in (("ratio", "train.py / Accelerate"), ("lowest ratio", "the floor / Accelerate")):
         lines.append(f"| {what} | {' | '.join(f'**{row[name]:.2f}**' for row in rows)} |")
-    return "\n".join([*lines, "", f"![what is the script's own]({os.path.relpath(path.with_suffix('.png'), folder)})"])
+    return "\n".join([*lines, "", picture("what is the script's own", path, folder)])
 
 
 def mrpc(folder: Path) -> str:

@@ -73,8 +73,9 @@ PEERS = {
 # How far the losses of equal work may lie apart. In fp32 the two AdamW forms round differently, and train.py decays no
 # bias and no LayerNorm; in bf16 such a difference in the seventh digit of a weight may turn over its third.
 TOLERANCE = {"no": 2e-5, "bf16": 5e-3}
-# The first loss is computed before any update: there only the batch, the weights and dropout count. Kernels that add in
-# another order where rows are fewer, as train.py's are, are seen in bf16 alone (AMX: 4e-6); another dropout mask: 5e-3.
+# The first loss is computed before any update: there only the batch, the weights and dropout count. A kernel may add in
+# another order where rows are fewer, as train.py's are: with AMX the first losses of bf16 lie 4e-6 apart, those of fp32
+# agree in all digits. Another dropout mask moves them by 5e-3.
 FIRST = {"no": 1e-6, "bf16": 1e-4}
 ALIKE = 1e-5  # how far two probabilities of a prediction may lie apart
 
@@ -477,6 +478,11 @@ def merged(base: Path, record: dict[str, Any]) -> dict[str, Any]:
     return record | {"setups": earlier["setups"] | record["setups"]}
 
 
+def absolute(name: str) -> str:
+    """A path, so that processes that start in another folder find it; a name that is no path stays as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
 def short(name: str, packaged: str | None) -> str:
     """The name of a model or data set for a record, without its place on a disk."""
     if name == packaged:
@@ -529,8 +535,7 @@ def main() -> None:
             raise UsageError(f"{name}: there is no such setup; choose from {', '.join(known)}")
         if why := missing(known[name]):
             raise UsageError(f"{name}: {why}")
-    names = (model_of(args.model), args.data)
-    model, data = (str(Path(name).absolute()) if Path(name).exists() else name for name in names)
+    model, data = absolute(model_of(args.model)), absolute(args.data)
     record = {
         "what": "throughput", "machine": machine(), "model": short(model, packaged_model()),
         "data": short(data, None), "device": args.device, "setups": {},
