@@ -11,10 +11,11 @@ Underneath: `accelerate.utils.operations.gather`, `accelerate.utils.operations.r
     return garbage.
   - Kept: names, arguments, results, the early return on one process.
   - Before each call the ranks exchange one small header: which call, which shapes and dtypes. A disagreement raises on
-    all ranks, and says who holds what.
+    all ranks, and says who holds what. Small leaves of a `gather` travel with it.
   - A failure inside `main_process_first` reaches all ranks at once.
 
-Proof: test_collectives_match_accelerate, test_disagreement_raises_on_all_ranks in tests/ranks/test_collectives.py.
+Proof: test_collectives_match_accelerate, test_short_messages_take_one_all_gather_and_match_accelerate,
+test_disagreement_raises_on_all_ranks in tests/ranks/test_collectives.py.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def gather(data: Any, world: World) -> Any:
             dist.all_gather(list(result.unbind()), wire)
         else:  # the header brought it: (size, bytes of all leaves)
             place, begin = place + wire.numel(), place
+            # a copy begins at its own start: no view of eight bytes each begins at the third, not even an empty one
             result = carried[:, begin:place].clone(memory_format=torch.contiguous_format)
         return result.reshape(-1).view(row.dtype).view(world.size * row.shape[0], *row.shape[1:])
 
@@ -100,10 +102,10 @@ def broadcast(data: Any, world: World, from_process: int = 0) -> Any:
     def broadcast_one(tensor: torch.Tensor) -> torch.Tensor:
         # underneath: gloo sends memory from the tensor's first element on. Accelerate hands it tensors with gaps too,
         # and then the wrong elements travel. So send a dense copy, which for a contiguous tensor is the tensor itself.
-        row = tensor.detach().contiguous()
-        dist.broadcast(row.reshape(-1).view(torch.uint8), src=from_process)
+        row, wire = _wire(tensor)
+        dist.broadcast(wire, src=from_process)
         if row.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(row)
+            tensor.detach().copy_(row.view_as(tensor))
         return tensor
 
     return recursively_apply(broadcast_one, data)

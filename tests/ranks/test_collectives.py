@@ -179,10 +179,15 @@ def messages_of_all_lengths(world):
         found, expected = gather(data, world), theirs.gather(data)
         assert found.shape == expected.shape and found.is_contiguous() and found.untyped_storage().data_ptr() % 8 == 0
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
-    assert gather((torch.ones(2) * 1j).conj(), world).tolist() == [-1j, -1j] * world.size  # conjugated when it is read
+    for shape in ((2,), ()):  # conjugated when it is read: its memory says something else
+        lazy = (torch.full(shape, 1j) * (world.rank + 1)).conj()
+        assert gather(lazy, world).tolist() == [-1j * (r + 1) for r in range(world.size) for _ in range(lazy.numel())]
+        assert torch.equal(broadcast(lazy, world, 1), torch.full(shape, -2j))
 
     # An odd number of bytes before a leaf of eight: what comes back must be usable all the same.
-    odd = {"flag": torch.ones(3, dtype=torch.bool), "value": torch.arange(2, dtype=torch.float64) + world.rank}
+    odd = {"flag": torch.ones(3, dtype=torch.bool), "none": torch.zeros(0, 4, dtype=torch.float64)}
+    odd["value"] = torch.arange(2, dtype=torch.float64) + world.rank
+    assert gather(odd, world)["none"].shape == (0, 4)
     assert gather(odd, world)["value"].add_(1).tolist() == [r + i + 1.0 for r in range(world.size) for i in range(2)]
 
     # Objects: one rank's may be long, and all get it in two calls; around the border of the first one.
