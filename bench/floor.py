@@ -29,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pieces import machine, model_of, run_gated
+from pieces import Job, machine, model_of, run_gated
 from readme import record_base
 from throughput import GATE_STEPS, SIDES, Place, absolute, measure, need_equal_work, setups, short
 
@@ -155,6 +155,7 @@ def parse(argv: list[str] | None = None) -> Any:
 def main() -> None:
     args = parse()
     model, data = absolute(model_of(args.model)), absolute(args.data)
+    Job(model, data).check()
     with tempfile.TemporaryDirectory(prefix="nanofinetune-floor-") as folder:
         place = Place(model, data, "cpu", Path(folder))
         turn(place, GATE_STEPS)  # fills the caches of both sides

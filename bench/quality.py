@@ -121,7 +121,7 @@ def summarise(runs: dict[int, dict[str, dict[str, Any]]], data: str) -> dict[str
 
 
 def main() -> None:
-    from pieces import model_of
+    from pieces import Job, model_of
 
     parser = Parser(prog="quality.py", description=__doc__)
     add = parser.add_argument
@@ -145,6 +145,7 @@ def main() -> None:
     if args.json and not args.json.absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: there is no such folder")
     model = model_of(args.model)
+    Job(model, args.data).check()
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

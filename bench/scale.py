@@ -598,10 +598,11 @@ def main() -> None:
         print(json.dumps(CASES[case.name](case)), flush=True)
         return
     args = parse()
-    from pieces import machine, model_of
+    from pieces import Job, machine, model_of
+    from throughput import absolute
 
-    model = model_of(args.model)
-    model = str(Path(model).absolute()) if Path(model).exists() else model
+    model = absolute(model_of(args.model))
+    Job(model, "stdlib-pairs").check()
     tree = None if args.tree is None else str(Path(args.tree).resolve())
     rows = []
     for piece in args.pieces:

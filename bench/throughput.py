@@ -38,7 +38,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from made import ENCODERS, SEED, SIZES, bert_of, encoder_of, pairs_of, rows_of, with_head
-from pieces import NotEqual, has_bf16, machine, model_of, run_gated
+from pieces import Job, NotEqual, has_bf16, machine, model_of, run_gated
 from readme import machine_text, measured, peer_of, reached, record_base
 
 from nanofinetune.data.pretrained import packaged_model
@@ -536,6 +536,7 @@ def main() -> None:
         if why := missing(known[name]):
             raise UsageError(f"{name}: {why}")
     model, data = absolute(model_of(args.model)), absolute(args.data)
+    Job(model, data).check()
     record = {
         "what": "throughput", "machine": machine(), "model": short(model, packaged_model()),
         "data": short(data, None), "device": args.device, "setups": {},

