@@ -13,7 +13,8 @@
 
 Each case is a fresh process. Its memory is the most that it held beyond what it held before the work began. Sides take
 turns, library and ours, `--repeats` times; shown is the median. The slope is the exponent of a power law through the
-larger sizes: 1.0 is linear, 0 is constant. The last line of stdout is one JSON object.
+larger sizes: 1.0 is linear, 0 is constant. The last line of stdout is one JSON object. `--record NAME` writes
+bench/records/DATE_cpu_NAME.json after each piece; other pieces in that file stay as they are.
 """
 
 from __future__ import annotations
@@ -567,6 +568,23 @@ def line(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def merged(base: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The record with those pieces of an earlier one of the same file that were not measured again.
+
+    Raises UsageError where the earlier one is of another machine, or of another number of turns.
+    """
+    path = base.with_suffix(".json")
+    if not path.exists():
+        return record
+    earlier = json.loads(path.read_text())
+    for name in ("machine", "repeats"):
+        if earlier[name] != record[name]:
+            raise UsageError(f"--record: {path.name} has another {name}; choose another name")
+    anew = {row["piece"] for row in record["rows"]}
+    rows = [row for row in earlier["rows"] if row["piece"] not in anew] + record["rows"]
+    return record | {"rows": sorted(rows, key=lambda row: list(PIECES).index(row["piece"]))}
+
+
 def parse(argv: list[str] | None = None) -> Any:
     parser = Parser(prog="scale.py", description=__doc__)
     add, count = parser.add_argument, number(int, 0, MOST)
@@ -604,14 +622,15 @@ def main() -> None:
     model = absolute(model_of(args.model))
     Job(model, "stdlib-pairs").check()
     tree = None if args.tree is None else str(Path(args.tree).resolve())
-    rows = []
+    record: dict[str, Any] = {"what": "scale", "machine": machine(), "repeats": args.repeats, "rows": []}
+    if args.base:
+        merged(args.base, record)  # refuse now what would be refused after the measuring
     for piece in args.pieces:
         for row in compare(piece, args.sizes or SIZES[piece], model, tree, args.repeats):
-            rows.append(row)
+            record["rows"].append(row)
             print(line(row), flush=True)
-    record = {"what": "scale", "machine": machine(), "repeats": args.repeats, "rows": rows}
-    if args.base:
-        args.base.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+        if args.base:
+            args.base.with_suffix(".json").write_text(json.dumps(merged(args.base, record), indent=1) + "\n")
     print(json.dumps(record))
 
 

@@ -161,6 +161,27 @@ def test_the_table_of_a_record_and_of_none(monkeypatch, tmp_path):
     assert last == "| rows: seconds | 1,000, 20,000 rows | 2.5, 51.23 | 1.5, 30 | 1.01 |  |"
 
 
+def test_a_record_keeps_the_pieces_that_are_not_measured_again(monkeypatch, capsys, tmp_path, tiny_model):
+    base, turns = tmp_path / "2026-01-02_cpu_scale", iter(range(1, 9))
+    monkeypatch.setattr(scale, "record_base", lambda *_: base)
+    monkeypatch.setattr(scale, "compare", lambda piece, *_: [made(piece, next(turns))])
+
+    def made(piece, seconds):
+        row = {"piece": piece, "what": "", "figure": "seconds", "of": "rows", "sizes": [20]}
+        return row | {"ours": [seconds], "ours slope": None}
+
+    for words in ("saves rows", "table saves"):
+        monkeypatch.setattr(sys, "argv", ["scale.py", "--model", tiny_model, "--record", "scale", *words.split()])
+        assert scale.run_main("scale.py", scale.main) == 0
+    kept = base.with_suffix(".json").read_text()
+    found = {row["piece"]: row["ours"] for row in json.loads(kept)["rows"]}
+    assert found == {"table": [3], "rows": [2], "saves": [4]} and list(found) == ["table", "rows", "saves"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--repeats", "2"])
+    assert scale.run_main("scale.py", scale.main) == 2 and next(turns) == 5  # nothing was measured
+    assert "2026-01-02_cpu_scale.json has another repeats" in capsys.readouterr().err
+    assert base.with_suffix(".json").read_text() == kept
+
+
 @pytest.mark.slow  # a dozen processes
 def test_the_command_measures_two_checkouts(tmp_path, tiny_model):
     tree = tmp_path / "tree"
