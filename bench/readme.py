@@ -364,10 +364,11 @@ def speed_short(folder: Path) -> str:
     behind = min(
         (row for row in pieces_record if row["piece"] != "ddp" and row["unit"] != "MiB"), key=lambda row: row["ratio"]
     )
-    sentence = f"It loses in `{behind['what'].partition(',')[0]}` ({behind['ratio']:.2f})"
+    verb = "loses" if behind["ratio"] < 1 else "gains least"
+    sentence = f"Of its pieces it {verb} in `{behind['piece']}` ({behind['what']}: {behind['ratio']:.2f})"
     if "size12x768" in known:
         equal = known["size12x768"][1]["setups"]["size12x768"]["rows"][0]
-        sentence += f", and gains least where no row is padded and the model is large ({equal['ratio']:.2f})"
+        sentence += f"; as a whole it gains least where no row is padded and the model is large ({equal['ratio']:.2f})"
     sentence += others(known)
     return "\n".join([*lines, "", sentence + ". [All of it](docs/speed.md), piece by piece."])
 
