@@ -42,7 +42,7 @@ from torch.autograd.profiler import record_function
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pieces import Child, machine, model_of
+from pieces import Child, Job, machine, model_of
 from readme import record_base
 from throughput import BEST, absolute, best_precision, short
 
@@ -551,6 +551,7 @@ def main() -> None:
     args = parse()
     names = list(dict.fromkeys(args.setups)) or list(SETUPS)
     model, data = absolute(model_of(args.model)), absolute(args.data)
+    Job(model, data).check()
     found = measure(names, model, data, args.repeats, args.steps)
     record = {
         "what": "limit", "machine": machine(), "model": short(model, packaged_model()), "data": short(data, None),

@@ -163,6 +163,7 @@ def test_the_table_of_a_record_and_of_none(monkeypatch, tmp_path):
 
 def test_a_record_keeps_the_pieces_that_are_not_measured_again(monkeypatch, capsys, tmp_path, tiny_model):
     base, turns = tmp_path / "2026-01-02_cpu_scale", iter(range(1, 9))
+    monkeypatch.setattr("pieces.Job.check", lambda job: None)
     monkeypatch.setattr(scale, "record_base", lambda *_: base)
     monkeypatch.setattr(scale, "compare", lambda piece, *_: [made(piece, next(turns))])
 

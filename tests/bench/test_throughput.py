@@ -259,9 +259,10 @@ def test_targets_of_the_peers():
     assert {steps[name] for name in encoders} == {">= 1.4"}
 
 
-def test_a_peer_that_is_not_installed_is_refused_by_name_and_left_out_of_all(saved_model, monkeypatch, capsys):
+def test_a_peer_that_is_not_installed_is_refused_by_name_and_left_out_of_all(monkeypatch, capsys):
+    monkeypatch.setattr(throughput.Job, "check", lambda job: None)
     monkeypatch.setattr(throughput, "find_spec", lambda name: None if name == "lightning_fabric" else name)
-    monkeypatch.setattr(sys, "argv", ["throughput.py", "fabric", "--model", saved_model])
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "fabric", "--model", "m"])
     assert run_main("throughput.py", throughput.main) == 2
     why = "Fabric needs lightning-fabric: pip install lightning-fabric"
     assert capsys.readouterr() == ("", f"throughput.py: fabric: {why}\n")
@@ -269,7 +270,7 @@ def test_a_peer_that_is_not_installed_is_refused_by_name_and_left_out_of_all(sav
     few = {name: known[name] for name in ("fp32", "fabric")}
     monkeypatch.setattr(throughput, "setups", lambda *_: few)
     monkeypatch.setattr(throughput, "compare", lambda setup, *_: {"rows": [], "setup": {"peer": setup.peer}})
-    monkeypatch.setattr(sys, "argv", ["throughput.py", "--model", saved_model])
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--model", "m"])
     assert run_main("throughput.py", throughput.main) == 0
     out, err = capsys.readouterr()
     assert err == f"fabric: left out; {why}\n" and list(json.loads(out.splitlines()[-1])["setups"]) == ["fp32"]
