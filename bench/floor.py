@@ -29,9 +29,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pieces import Job, machine, model_of, run_gated
+from pieces import job_of, machine, run_gated, short
 from readme import record_base
-from throughput import GATE_STEPS, SIDES, Place, absolute, measure, need_equal_work, setups, short
+from throughput import GATE_STEPS, SIDES, Place, measure, need_equal_work, setups
 
 from nanofinetune.data.pretrained import packaged_model
 from nanofinetune.ground.cli import Parser, number
@@ -154,14 +154,14 @@ def parse(argv: list[str] | None = None) -> Any:
 
 def main() -> None:
     args = parse()
-    model, data = absolute(model_of(args.model)), absolute(args.data)
-    Job(model, data).check()
+    job = job_of(args.model, args.data)
     with tempfile.TemporaryDirectory(prefix="nanofinetune-floor-") as folder:
-        place = Place(model, data, "cpu", Path(folder))
+        place = Place(job.model, job.data, "cpu", Path(folder))
         turn(place, GATE_STEPS)  # fills the caches of both sides
         taken = [turn(place, args.steps) for _ in range(args.turns)]
     record = {
-        "what": "floor", "machine": machine(), "model": short(model, packaged_model()), "data": short(data, None),
+        "what": "floor", "machine": machine(), "model": short(job.model, packaged_model()),
+        "data": short(job.data, None),
         "device": "cpu", "steps": args.steps, "measures": summary(taken), "turns": taken,
     }  # fmt: skip
     print("\n".join(lines(record["measures"])), flush=True)

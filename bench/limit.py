@@ -42,9 +42,9 @@ from torch.autograd.profiler import record_function
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pieces import Child, Job, machine, model_of
+from pieces import Child, job_of, machine, short
 from readme import record_base
-from throughput import BEST, absolute, best_precision, short
+from throughput import BEST, best_precision
 
 from nanofinetune.data.pretrained import packaged_model
 from nanofinetune.ground.cli import Parser, number, run_main
@@ -550,11 +550,11 @@ def measure(names: Sequence[str], model: str, data: str, repeats: int, steps: in
 def main() -> None:
     args = parse()
     names = list(dict.fromkeys(args.setups)) or list(SETUPS)
-    model, data = absolute(model_of(args.model)), absolute(args.data)
-    Job(model, data).check()
-    found = measure(names, model, data, args.repeats, args.steps)
+    job = job_of(args.model, args.data)
+    found = measure(names, job.model, job.data, args.repeats, args.steps)
     record = {
-        "what": "limit", "machine": machine(), "model": short(model, packaged_model()), "data": short(data, None),
+        "what": "limit", "machine": machine(), "model": short(job.model, packaged_model()),
+        "data": short(job.data, None),
         "device": "cpu", "steps": args.steps, "warm_up": WARM_UP, "setups": found,
     }  # fmt: skip
     for name, part in found.items():

@@ -107,7 +107,7 @@ class Job:
 
     def check(self) -> None:
         """Raise UsageError now for what would fail in a worker process later."""
-        length_limit(self.model, self.tokenizer())
+        check_model(self.model)
         names = load_data(self.data).label_names
         if names is None or len(names) != 2:
             found = "labels to regress on" if names is None else f"{len(names)} classes"
@@ -845,6 +845,30 @@ def model_of(asked: str | None) -> str:
     if model is None:
         raise UsageError(NO_MODEL)
     return model
+
+
+def check_model(model: str) -> None:
+    """Raise UsageError for a folder or a name without a model and its tokenizer."""
+    length_limit(model, load_tokenizer(model))
+
+
+def absolute(name: str) -> str:
+    """A path, so that processes that start in another folder find it; a name that is no path stays as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
+def short(name: str, packaged: str | None) -> str:
+    """The name of a model or data set for a record, without its place on a disk."""
+    if name == packaged:
+        return "the packaged checkpoint"
+    return "/".join(Path(name).parts[-2:]).lstrip("/") if Path(name).exists() else name
+
+
+def job_of(model: str | None, data: str) -> Job:
+    """What --model and --data name, checked and at absolute paths. Raises UsageError for what would fail later."""
+    job = Job(absolute(model_of(model)), absolute(data))
+    job.check()
+    return job
 
 
 def missing(piece: str, model: str | None) -> str:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,19 @@ def record_base(name: str | None, device: str) -> Path | None:
     if not name.isidentifier():
         raise UsageError(f"--record {name}: a name of letters, digits and underscores")
     return RECORDS / f"{date.today().isoformat()}_{device}_{name}"
+
+
+def earlier(base: Path, record: dict[str, Any], same: Sequence[str]) -> dict[str, Any]:
+    """The record that stands where `record` is to be written, {} for none.
+
+    Raises UsageError where the two differ in one of the entries `same`: what they hold cannot stand in one record.
+    """
+    path = base.with_suffix(".json")
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for name in same if found else ():
+        if found.get(name) != record[name]:
+            raise UsageError(f"--record: {path.name} has another {name}; choose another name")
+    return found
 
 
 def peer_of(found: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from readme import record_base
+from readme import earlier, record_base
 
 from nanofinetune.ground.cli import MOST, Parser, number, run_main
 from nanofinetune.ground.errors import UsageError
@@ -571,17 +571,11 @@ def line(row: dict[str, Any]) -> str:
 def merged(base: Path, record: dict[str, Any]) -> dict[str, Any]:
     """The record with those pieces of an earlier one of the same file that were not measured again.
 
-    Raises UsageError where the earlier one is of another machine, or of another number of turns.
+    Raises UsageError where the earlier one is of another machine, model or number of turns.
     """
-    path = base.with_suffix(".json")
-    if not path.exists():
-        return record
-    earlier = json.loads(path.read_text())
-    for name in ("machine", "repeats"):
-        if earlier[name] != record[name]:
-            raise UsageError(f"--record: {path.name} has another {name}; choose another name")
     anew = {row["piece"] for row in record["rows"]}
-    rows = [row for row in earlier["rows"] if row["piece"] not in anew] + record["rows"]
+    rows = earlier(base, record, ("machine", "model", "repeats")).get("rows", [])
+    rows = [row for row in rows if row["piece"] not in anew] + record["rows"]
     return record | {"rows": sorted(rows, key=lambda row: list(PIECES).index(row["piece"]))}
 
 
@@ -616,13 +610,15 @@ def main() -> None:
         print(json.dumps(CASES[case.name](case)), flush=True)
         return
     args = parse()
-    from pieces import Job, machine, model_of
-    from throughput import absolute
+    from pieces import absolute, check_model, machine, model_of, packaged_model, short
 
     model = absolute(model_of(args.model))
-    Job(model, "stdlib-pairs").check()
+    check_model(model)
     tree = None if args.tree is None else str(Path(args.tree).resolve())
-    record: dict[str, Any] = {"what": "scale", "machine": machine(), "repeats": args.repeats, "rows": []}
+    record: dict[str, Any] = {
+        "what": "scale", "machine": machine(), "model": short(model, packaged_model()), "repeats": args.repeats,
+        "rows": [],
+    }  # fmt: skip
     if args.base:
         merged(args.base, record)  # refuse now what would be refused after the measuring
     for piece in args.pieces:

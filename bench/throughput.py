@@ -38,8 +38,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from made import ENCODERS, SEED, SIZES, bert_of, encoder_of, pairs_of, rows_of, with_head
-from pieces import Job, NotEqual, has_bf16, machine, model_of, run_gated
-from readme import machine_text, measured, peer_of, reached, record_base
+from pieces import NotEqual, has_bf16, job_of, machine, run_gated, short
+from readme import earlier, machine_text, measured, peer_of, reached, record_base
 
 from nanofinetune.data.pretrained import packaged_model
 from nanofinetune.ground.cli import Parser, number
@@ -468,26 +468,8 @@ def write(record: dict[str, Any], base: Path) -> None:
 
 def merged(base: Path, record: dict[str, Any]) -> dict[str, Any]:
     """The record with those setups of an earlier one of the same file that were not measured again."""
-    path = base.with_suffix(".json")
-    if not path.exists():
-        return record
-    earlier = json.loads(path.read_text())
-    for name in ("machine", "model", "data", "device"):
-        if earlier[name] != record[name]:
-            raise UsageError(f"--record: {path.name} has another {name}; choose another name")
-    return record | {"setups": earlier["setups"] | record["setups"]}
-
-
-def absolute(name: str) -> str:
-    """A path, so that processes that start in another folder find it; a name that is no path stays as it is."""
-    return str(Path(name).absolute()) if Path(name).exists() else name
-
-
-def short(name: str, packaged: str | None) -> str:
-    """The name of a model or data set for a record, without its place on a disk."""
-    if name == packaged:
-        return "the packaged checkpoint"
-    return "/".join(Path(name).parts[-2:]).lstrip("/") if Path(name).exists() else name
+    setups = earlier(base, record, ("machine", "model", "data", "device")).get("setups", {})
+    return record | {"setups": setups | record["setups"]}
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -535,17 +517,16 @@ def main() -> None:
             raise UsageError(f"{name}: there is no such setup; choose from {', '.join(known)}")
         if why := missing(known[name]):
             raise UsageError(f"{name}: {why}")
-    model, data = absolute(model_of(args.model)), absolute(args.data)
-    Job(model, data).check()
+    job = job_of(args.model, args.data)
     record = {
-        "what": "throughput", "machine": machine(), "model": short(model, packaged_model()),
-        "data": short(data, None), "device": args.device, "setups": {},
+        "what": "throughput", "machine": machine(), "model": short(job.model, packaged_model()),
+        "data": short(job.data, None), "device": args.device, "setups": {},
     }  # fmt: skip
     if args.base:
         merged(args.base, record)  # refuse now what would be refused after the measuring
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory(prefix="nanofinetune-bench-") as folder:
-        place = Place(model, data, args.device, Path(folder))
+        place = Place(job.model, job.data, args.device, Path(folder))
         for name in args.setups or known:
             if why := missing(known[name]) or ("" if args.setups else slow(known[name], args.device)):
                 print(f"{name}: left out; {why}", file=sys.stderr, flush=True)

@@ -99,7 +99,8 @@ def test_an_empty_folder_is_refused_before_any_measuring(script, option, monkeyp
     data = ["--data", "stdlib-pairs"] if (script, option) == ("quality", "--model") else []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *data, option, str(tmp_path)])
-    monkeypatch.setattr(subprocess, "Popen", None)  # nothing is started
+    monkeypatch.setattr(subprocess, "Popen", None)  # nothing is started, neither so
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", None)  # nor so
     said = "holds no config.json" if option == "--model" else "needs train.csv, .tsv, .jsonl, .json"
     assert run_main(f"{script}.py", module.main) == 2
     err = capsys.readouterr().err

@@ -163,7 +163,6 @@ def test_the_table_of_a_record_and_of_none(monkeypatch, tmp_path):
 
 def test_a_record_keeps_the_pieces_that_are_not_measured_again(monkeypatch, capsys, tmp_path, tiny_model):
     base, turns = tmp_path / "2026-01-02_cpu_scale", iter(range(1, 9))
-    monkeypatch.setattr("pieces.Job.check", lambda job: None)
     monkeypatch.setattr(scale, "record_base", lambda *_: base)
     monkeypatch.setattr(scale, "compare", lambda piece, *_: [made(piece, next(turns))])
 
@@ -177,9 +176,12 @@ def test_a_record_keeps_the_pieces_that_are_not_measured_again(monkeypatch, caps
     kept = base.with_suffix(".json").read_text()
     found = {row["piece"]: row["ours"] for row in json.loads(kept)["rows"]}
     assert found == {"table": [3], "rows": [2], "saves": [4]} and list(found) == ["table", "rows", "saves"]
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--repeats", "2"])
-    assert scale.run_main("scale.py", scale.main) == 2 and next(turns) == 5  # nothing was measured
-    assert "2026-01-02_cpu_scale.json has another repeats" in capsys.readouterr().err
+    command, other_model = list(sys.argv), shutil.copytree(tiny_model, tmp_path / "other")
+    for more, name in ((["--repeats", "2"], "repeats"), (["--model", str(other_model)], "model")):
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        assert scale.run_main("scale.py", scale.main) == 2
+        assert f"2026-01-02_cpu_scale.json has another {name}" in capsys.readouterr().err
+    assert next(turns) == 5  # nothing was measured
     assert base.with_suffix(".json").read_text() == kept
 
 

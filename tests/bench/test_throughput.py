@@ -260,7 +260,7 @@ def test_targets_of_the_peers():
 
 
 def test_a_peer_that_is_not_installed_is_refused_by_name_and_left_out_of_all(monkeypatch, capsys):
-    monkeypatch.setattr(throughput.Job, "check", lambda job: None)
+    monkeypatch.setattr("pieces.Job.check", lambda job: None)
     monkeypatch.setattr(throughput, "find_spec", lambda name: None if name == "lightning_fabric" else name)
     monkeypatch.setattr(sys, "argv", ["throughput.py", "fabric", "--model", "m"])
     assert run_main("throughput.py", throughput.main) == 2
