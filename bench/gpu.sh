@@ -47,12 +47,15 @@ run() {
     fi
 }
 
-if [ -z "$print" ] && ! "$python" -P -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if ! gpus=$("$python" -P -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null); then
+    echo "gpu.sh: $(plain "$python") cannot import torch; name a python that can: PYTHON=.venv/bin/python bench/gpu.sh" >&2
+    exit 2
+fi
+if [ -z "$print" ] && [ "$gpus" = 0 ]; then
     echo "gpu.sh: torch sees no CUDA device here; run it where there is one, or see its commands with --print" >&2
     exit 2
 fi
 
-gpus=$("$python" -P -c 'import torch; print(torch.cuda.device_count())')
 run "$python" "$here/throughput.py" fp32 bf16 best bestplain batch4 batch8 batch16 batch32 length32 length128 length256 \
     --device cuda --nproc 1 --steps 200 --pairs 9 --record gpu "$@"
 if [ "$gpus" -gt 1 ]; then

@@ -6,6 +6,7 @@ In place of a CUDA graph stands one that runs its function again, on the tensors
 copied into them, or not zeroed, shows in the losses. References: an eager loop with torch 2.13.
 """
 
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -169,3 +170,18 @@ def test_gpu_sh_without_a_gpu_is_one_line_and_exit_2():
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith("gpu.sh: torch sees no CUDA device here"), done.stderr
     assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+@pytest.mark.parametrize("words", [[], ["--print"]])
+@pytest.mark.parametrize("python", ["without-torch", "no-such-python"])
+def test_gpu_sh_without_torch_is_one_line_and_exit_2(python, words, tmp_path):
+    other = tmp_path / "without-torch"
+    other.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S "$@"\n')  # -S: without what is installed
+    other.chmod(0o755)
+    done = subprocess.run(
+        ["sh", ROOT / "bench" / "gpu.sh", *words], capture_output=True, text=True, timeout=300, check=False,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(tmp_path / python)},
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"gpu.sh: {tmp_path / python} cannot import torch; name a python that can")
+    assert done.stderr.count("\n") == 1, done.stderr
